@@ -1,0 +1,572 @@
+"""Images in, augmented crops out: decode once in the workers, augment in batches on the device.
+
+    dataset = build_dataset("path/to/images", canvas_size=384)  # uint8 canvases and true sizes
+    multi_crop = MultiCrop(CropConfig())                        # works alone, in any project
+    crops = multi_crop(images_uint8, sizes, keys)               # 2 of (b, 3, 224, 224), 8 of 96 px
+
+Every random choice is a function of (seed, epoch, image, crop): there is no generator and no state,
+so batch, worker, process and resumption change nothing. Stands alone: needs torch, torchvision and
+einops. Source: DINO, arXiv 2104.14294. Axes: b batch, v views, n = v b, c h w image.
+"""
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from einops import einsum, rearrange, repeat
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, Sampler
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as TF
+
+# ---------------------------------------------------------------- randomness without state
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's constants as signed 64-bit integers
+MULTIPLIERS = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """Scramble int64 bits by splitmix64's finaliser. Products wrap; masks make shifts logical."""
+    bits = (bits ^ (bits >> 30 & (1 << 34) - 1)) * MULTIPLIERS[0]
+    bits = (bits ^ (bits >> 27 & (1 << 37) - 1)) * MULTIPLIERS[1]
+    return bits ^ (bits >> 31 & (1 << 33) - 1)
+
+
+def hash_keys(*parts: int | Tensor) -> Tensor:
+    """Hash integers and int64 tensors that broadcast, say (seed, epoch, index), to int64 keys."""
+    key = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        part = torch.as_tensor(part, dtype=torch.int64)
+        key = _mix(key.to(part.device) + GOLDEN + part)
+    return key
+
+
+def uniforms(keys: Tensor, num: int) -> Tensor:
+    """Draw (b, num) float32 in [0, 1) for keys (b,); the first draws do not depend on `num`."""
+    counters = GOLDEN * torch.arange(1, num + 1, device=keys.device)
+    return (_mix(keys[:, None] + counters) >> 40 & (1 << 24) - 1) / (1 << 24)
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Yield the (epoch, index) pairs of each step's batch, from any step on, cut by rank.
+
+    An epoch's order is one permutation for all ranks; what does not fill a last global batch is
+    dropped. Raises ValueError where the data do not fill one batch.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, rank: int, world: int, steps: range
+    ) -> None:
+        self.num_images, self.batch_size, self.steps = num_images, batch_size, steps
+        self.seed, self.rank, self.world = seed, rank, world
+        self.steps_per_epoch = num_images // (batch_size * world)
+        if self.steps_per_epoch == 0:
+            batch = f"{batch_size} x {world} processes" if world > 1 else batch_size
+            raise ValueError(f"need a batch of at most {num_images} images, the data; got {batch}")
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order_epoch = None
+        for step in self.steps:
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order_epoch = epoch
+                order = hash_keys(self.seed, epoch, torch.arange(self.num_images)).argsort()
+            start = (batch * self.world + self.rank) * self.batch_size
+            yield [(epoch, i) for i in order[start : start + self.batch_size].tolist()]
+
+
+# ---------------------------------------------------------------- multi-crop
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    global_crop_size: int | None = None  # pixels [paper: 224]; None: by the images' own size
+    local_crop_size: int | None = None  # pixels [paper: 96]; None: by the images' own size
+    num_local_crops: int = 8  # besides the two global ones [paper: 8 or 10]; 0: no multi-crop
+    global_crop_scale: tuple[float, float] = (0.4, 1.0)  # shares of the area [paper: 0.4 1]
+    local_crop_scale: tuple[float, float] = (0.05, 0.4)  # shares of the area [paper: 0.05 0.4]
+    flip_probability: float = 0.5  # horizontal [paper: 0.5]
+    jitter_probability: float = 0.8  # of the next four together, in random order [paper: 0.8]
+    brightness: float = 0.4  # factor within 1 +- this [paper: 0.4]
+    contrast: float = 0.4  # factor within 1 +- this [paper: 0.4]
+    saturation: float = 0.2  # factor within 1 +- this [paper: 0.2]
+    hue: float = 0.1  # turn within +- this share of the colour circle [paper: 0.1]
+    grayscale_probability: float = 0.2  # [paper: 0.2]
+    # first global, second global, local crops [paper: 1 0.1 0.5]; 0 for images of 32 px or so
+    blur_probability: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels [paper: 0.1 2]
+    solarize_probability: tuple[float, float, float] = (
+        0.0,
+        0.2,
+        0.0,
+    )  # same order [paper: 0 0.2 0]
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB within 0..1 [ImageNet's]
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of RGB within 0..1 [ImageNet's]
+
+
+def resolve_crop_sizes(config: CropConfig, image_size: int, patch_size: int = 1) -> CropConfig:
+    """Fill in the crop sizes that are None, for images of `image_size` pixels (shorter side).
+
+    Photographs get the paper's 224 and 96, small images their own size and half of it, each
+    rounded up to whole patches. Raises ValueError for given sizes that are too small or that the
+    patch does not divide.
+    """
+    own = image_size // 8 * 8 if image_size >= 32 else max(image_size, 16)
+    global_size, local_size = (224, 96) if image_size >= 192 else (own, own // 2)
+    sizes = [config.global_crop_size, config.local_crop_size]
+    for i, default in enumerate((global_size, local_size)):
+        sizes[i] = (
+            sizes[i] if sizes[i] is not None else math.ceil(default / patch_size) * patch_size
+        )
+        if sizes[i] < 8 or sizes[i] % patch_size:
+            multiple = f" that the patch of {patch_size} px divides" if patch_size > 1 else ""
+            raise ValueError(f"need a crop size of at least 8 px{multiple}, got {sizes[i]}")
+    return replace(config, global_crop_size=sizes[0], local_crop_size=sizes[1])
+
+
+def draw_boxes(draws: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tensor:
+    """Draw boxes (n, 4) for images of sizes (n, 2) from draws (n, 22), as RandomResizedCrop does.
+
+    A box is top, left, height, width in the image's whole pixels. Ten tries of area and aspect
+    ratio are made at once, and the first that fits is taken; else the largest central box.
+    """
+    low, high = 3 / 4, 4 / 3  # aspect ratios, log-uniform
+    height, width = sizes.float().split(1, dim=1)
+    areas = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:, :10])
+    aspects = (math.log(low) + math.log(high / low) * draws[:, 10:20]).exp()
+    heights, widths = (areas / aspects).sqrt().round(), (areas * aspects).sqrt().round()
+    fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
+    first = (fits * torch.arange(10, 0, -1, device=draws.device)).argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1, keepdim=True)
+    largest_height = height.minimum((width / low).round())
+    largest_width = width.minimum((height * high).round())
+    box_height = heights.gather(1, first).where(found, largest_height)
+    box_width = widths.gather(1, first).where(found, largest_width)
+    spare = torch.cat([height - box_height, width - box_width], dim=1)
+    corner = (draws[:, 20:22] * (spare + 1)).where(found, spare / 2).floor()
+    return torch.cat([corner, box_height, box_width], dim=1).long()
+
+
+def boxes_on_canvas(boxes: Tensor, sizes: Tensor, canvas_size: int) -> Tensor:
+    """Map boxes (n, 4) in images of sizes (n, 2) to whole pixels of their square canvases."""
+    start = (boxes[:, :2] * canvas_size / sizes).round().clamp(max=canvas_size - 1)
+    end = ((boxes[:, :2] + boxes[:, 2:]) * canvas_size / sizes).round()
+    return torch.cat([start, (end - start).clamp(min=1)], dim=1).long()
+
+
+def _resize_matrix(start: Tensor, length: Tensor, canvas_size: int, size: int) -> Tensor:
+    """Weights (b, size, canvas_size) that resample pixels [start, start + length) to `size`.
+
+    Antialiased bicubic with a = -0.5: the weights of PIL and of torchvision's antialias=True.
+    """
+    start, length = start[:, None, None], length[:, None, None]
+    source = torch.arange(canvas_size, device=start.device)
+    target = torch.arange(size, device=start.device)[:, None]
+    scale = length / size
+    center = start + (target + 0.5) * scale
+    x = ((source + 0.5 - center) / scale.clamp(min=1)).abs()
+    near, far = (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    weights = weights * ((source >= start) & (source < start + length))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def resized_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Resize boxes (v, b, 4) of uint8 images (b, 3, s, s) to (v b, 3, size, size) in 0..1.
+
+    Equals torchvision's resized_crop(antialias=True, BICUBIC): on the CPU by its uint8 resize, box
+    by box; elsewhere as two batched matrix products, in float16 on a GPU (0.03 of 255 off).
+    """
+    if images.device.type == "cpu":
+        crops = torch.empty(*boxes.shape[:2], 3, size, size, dtype=torch.uint8)
+        for view, view_boxes in enumerate(boxes.tolist()):
+            for i, (top, left, height, width) in enumerate(view_boxes):
+                region = images[i, :, top : top + height, left : left + width]
+                crops[view, i] = TF.resize(region, [size, size], TF.InterpolationMode.BICUBIC)
+        return rearrange(crops, "v b c h w -> (v b) c h w") / 255
+    dtype = torch.float16 if images.device.type == "cuda" else torch.float32
+    canvases, crops = images.to(dtype), []
+    for top, left, height, width in rearrange(boxes, "v b side -> v side b"):
+        rows = _resize_matrix(top, height, images.shape[-1], size).to(dtype)
+        columns = _resize_matrix(left, width, images.shape[-1], size).to(dtype)
+        crops.append(einsum(rows, canvases, columns, "b i h, b c h w, b j w -> b c i j"))
+    return torch.cat(crops).float().div_(255).clamp_(0, 1)
+
+
+def _where(mask: Tensor, change: Callable[..., Tensor], images: Tensor, *params: Tensor) -> Tensor:
+    """Give change(images, *params) where mask (n,), and images elsewhere.
+
+    Only the masked rows are computed on the CPU, in place; elsewhere all are, since picking rows
+    would make the host wait for the device.
+    """
+    if images.device.type != "cpu":
+        return torch.where(mask[:, None, None, None], change(images, *params), images)
+    rows = mask.nonzero()[:, 0]
+    if len(rows):
+        images[rows] = change(images[rows], *(param[rows] for param in params))
+    return images
+
+
+def _grayscale(images: Tensor) -> Tensor:
+    return TF.rgb_to_grayscale(images, num_output_channels=3)
+
+
+def _blend(images: Tensor, factor: Tensor, kind: Tensor) -> Tensor:
+    """Brightness, contrast or saturation (kind 0, 1, 2): a mix with black, mean grey or grey."""
+    gray = TF.rgb_to_grayscale(images, num_output_channels=1)
+    kind, factor = kind[:, None, None, None], factor[:, None, None, None]
+    other = torch.where(kind == 1, gray.mean(dim=(1, 2, 3), keepdim=True), gray * (kind == 2))
+    return (factor * images + (1 - factor) * other).clamp_(0, 1)
+
+
+def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue (n,) of RGB images (n, 3, h, w) in 0..1 by a share of the colour circle."""
+    red, green, blue = images.unbind(dim=1)
+    value, chroma = images.amax(dim=1), images.amax(dim=1) - images.amin(dim=1)
+    divisor = torch.where(chroma > 0, chroma, 1.0)
+    hue = torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
+    hue = torch.where(value == red, (green - blue) / divisor, hue) + 6 * turn[:, None, None]
+    # HSV to RGB in one expression a channel
+    steps = [(hue + offset) % 6 for offset in (5, 3, 1)]
+    channels = [value - chroma * step.minimum(4 - step).clamp_(0, 1) for step in steps]
+    return torch.stack(channels, dim=1)
+
+
+def colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """Apply brightness, contrast, saturation and hue to images (n, 3, h, w) in 0..1, in place.
+
+    `factors` (n, 4) holds the three factors and the turn of the hue; `order` (n, 4) is each
+    sample's permutation of 0 to 3, in which the four are applied.
+    """
+    for kind in order.unbind(dim=1):
+        factor = factors.gather(1, kind[:, None])[:, 0]
+        images = _where(kind == 3, _turn_hue, images, factor)
+        images = _where(kind != 3, _blend, images, factor, kind)
+    return images
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Blur images (n, c, h, w) by sigma (n,) pixels, cut at `radius`; edges reflect."""
+    n, c, _, width = images.shape
+    radius = min(radius, width - 1)
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    weights = (-0.5 * (offsets / sigma[:, None]) ** 2).exp()
+    weights = repeat(weights / weights.sum(dim=1, keepdim=True), "n taps -> (n c) 1 1 taps", c=c)
+    padded = rearrange(F.pad(images, [radius] * 4, mode="reflect"), "n c h w -> 1 (n c) h w")
+    rows = F.conv2d(padded, weights, groups=n * c)
+    blurred = F.conv2d(rows, weights.mT, groups=n * c)
+    return rearrange(blurred, "1 (n c) h w -> n c h w", n=n)
+
+
+def _solarize(images: Tensor) -> Tensor:
+    return torch.where(images >= 128 / 255, 1 - images, images)
+
+
+# Where each random choice of a crop stands among its draws
+BOX, FLIP, JITTER, FACTORS, ORDER = slice(0, 22), 22, 23, slice(24, 28), slice(28, 32)
+GRAY, BLUR, SIGMA, SOLARIZE, NUM_DRAWS = 32, 33, 34, 35, 36
+
+
+class MultiCrop(nn.Module):
+    """Cut and augment uint8 images into two global and some local crops, on whatever device.
+
+    images (b, 3, s, s) are square canvases, sizes (b, 2) the true height and width in which boxes
+    are drawn (None: square), keys (b,) int64 what fixes a sample's randomness. Gives float32 crops
+    (b, 3, size, size), normalised, global ones first. Section 3.1; order as in the original.
+    """
+
+    def __init__(self, config: CropConfig) -> None:
+        super().__init__()
+        self.config = config = resolve_crop_sizes(config, image_size=224)
+        if config.num_local_crops < 0:
+            raise ValueError(f"need num_local_crops >= 0, got {config.num_local_crops}")
+        for low, high in (config.global_crop_scale, config.local_crop_scale):
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"need crop scales 0 < low <= high <= 1, got {low} {high}")
+        self.num_views = 2 + config.num_local_crops
+        constants = {
+            "jitter": [config.brightness, config.contrast, config.saturation, config.hue],
+            "blur": [*config.blur_probability[:2], *[config.blur_probability[2]] * self.num_views],
+            "solarize": [
+                *config.solarize_probability[:2],
+                *[config.solarize_probability[2]] * self.num_views,
+            ],
+            "mean": [[[value]] for value in config.mean],
+            "std": [[[value]] for value in config.std],
+        }
+        for name, values in constants.items():
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, sizes: Tensor | None, keys: Tensor) -> list[Tensor]:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != images.shape[-2]:
+            given = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise ValueError(f"need uint8 images (b, 3, s, s), got {given}")
+        if sizes is None:
+            sizes = torch.full((len(images), 2), images.shape[-1], device=images.device)
+        draws = uniforms(keys, self.num_views * NUM_DRAWS)
+        draws = rearrange(draws, "b (v draw) -> v b draw", v=self.num_views)
+        config = self.config
+        crops = self._crops(
+            images, sizes, draws, slice(0, 2), config.global_crop_size, config.global_crop_scale
+        )
+        if config.num_local_crops:
+            crops += self._crops(
+                images, sizes, draws, slice(2, self.num_views),
+                config.local_crop_size, config.local_crop_scale,
+            )  # fmt: skip
+        return crops
+
+    def _crops(
+        self, images: Tensor, sizes: Tensor, draws: Tensor, views: slice, size: int,
+        scale: tuple[float, float],
+    ) -> list[Tensor]:  # fmt: skip
+        config, num_views = self.config, views.stop - views.start
+        draws = rearrange(draws[views], "v b draw -> (v b) draw")
+        sizes = repeat(sizes, "b side -> (v b) side", v=num_views)
+        blur, solarize = (
+            repeat(probability[views], "v -> (v b)", b=len(images))
+            for probability in (self.blur, self.solarize)
+        )
+        boxes = boxes_on_canvas(draw_boxes(draws[:, BOX], sizes, scale), sizes, images.shape[-1])
+        pixels = resized_crops(
+            images, rearrange(boxes, "(v b) side -> v b side", v=num_views), size
+        )
+        pixels = _where(draws[:, FLIP] < config.flip_probability, TF.horizontal_flip, pixels)
+        factors = (2 * draws[:, FACTORS] - 1) * self.jitter
+        factors[:, :3] += 1
+        order = draws[:, ORDER].argsort(dim=1)
+        is_jittered = draws[:, JITTER] < config.jitter_probability
+        pixels = _where(is_jittered, colour_jitter, pixels, factors, order)
+        pixels = _where(draws[:, GRAY] < config.grayscale_probability, _grayscale, pixels)
+        sigma = torch.lerp(*draws.new_tensor(config.blur_sigma), draws[:, SIGMA])
+        radius = math.ceil(3 * config.blur_sigma[1])
+        pixels = _where(draws[:, BLUR] < blur, partial(gaussian_blur, radius=radius), pixels, sigma)
+        pixels = _where(draws[:, SOLARIZE] < solarize, _solarize, pixels)
+        return list(((pixels - self.mean) / self.std).chunk(num_views))
+
+
+# ---------------------------------------------------------------- patterns
+
+
+def draw_patterns(index: Tensor, size: int = 48) -> Tensor:
+    """Draw textures (n, 3, size, size) uint8 of ten classes; index % 10 is the class.
+
+    Stripes, checks, dots, rings, waves, grid, bricks, honeycomb, crosses, triangles. Angle, scale,
+    phase and near-grey colours are random in the index, so that only the structure tells the class.
+    """
+    draws = uniforms(hash_keys(index), 12)
+    angle, scale, right, down = rearrange(draws[:, :4], "n draw -> draw n 1 1")
+    angle, cells = 2 * math.pi * angle, 3 + 3 * scale
+    pixel = torch.arange(0.5, size) / size
+    x = cells * (pixel * angle.cos() - pixel[:, None] * angle.sin() + right)
+    y = cells * (pixel * angle.sin() + pixel[:, None] * angle.cos() + down)
+
+    def cell(position: Tensor, period: float = 1.0) -> Tensor:  # the offset from the nearest center
+        return (position / period - (position / period).round()) * period
+
+    u, v = cell(x), cell(y)
+    near, far, radius = u.abs().minimum(v.abs()), u.abs().maximum(v.abs()), u.hypot(v)
+    brick = cell(x + y.round() % 2, period=2.0)
+    row, shifted = cell(y, 3**0.5), cell(y - 3**0.5 / 2, 3**0.5)
+    shifted_u = cell(x - 0.5)
+    nearer = u.hypot(row) < shifted_u.hypot(shifted)
+    hex_x, hex_y = u.where(nearer, shifted_u).abs(), row.where(nearer, shifted).abs()
+    figures = [  # signed distances in cells, positive inside
+        0.25 - u.abs(),
+        (math.pi * x).sin() * (math.pi * y).sin() / 3,
+        0.3 - radius,
+        0.1 - (radius - 0.33).abs(),
+        0.25 - cell(x + 0.3 * (math.pi * y).sin()).abs(),
+        far - 0.38,
+        (v.abs() - 0.38).maximum(brick.abs() - 0.88),
+        hex_x.maximum(hex_x / 2 + hex_y * 3**0.5 / 2) - 0.4,
+        (0.42 - far).minimum(0.13 - near),
+        (v + 0.3).minimum(0.4 - v - 1.7 * u.abs()),
+    ]
+    figure = sum(f * (index % 10 == i)[:, None, None] for i, f in enumerate(figures))
+    figure = (0.5 + figure * size / cells).clamp(0, 1)[:, None]  # edges one pixel soft
+    tints = rearrange(draws[:, 6:12] - 0.5, "n (two c) -> two n c 1 1", two=2) / 10
+    levels = rearrange(draws[:, 4:6], "n two -> two n 1 1 1")
+    dark, light = 0.1 + 0.3 * levels[0] + tints[0], 0.5 + 0.4 * levels[1] + tints[1]
+    return (255 * torch.lerp(dark, light, figure)).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------- images
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+# name: torchvision class, then the keywords of what trains, what k-NN remembers and what tests it
+TORCHVISION_SETS = {
+    "cifar10": ("CIFAR10", {"train": True}, {"train": True}, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": True}, {"train": False}),
+    "mnist": ("MNIST", {"train": True}, {"train": True}, {"train": False}),
+    "fashion_mnist": ("FashionMNIST", {"train": True}, {"train": True}, {"train": False}),
+    "svhn": ("SVHN", {"split": "train"}, {"split": "train"}, {"split": "test"}),
+    "food101": ("Food101", {"split": "train"}, {"split": "train"}, {"split": "test"}),
+    "flowers102": ("Flowers102", {"split": "train"}, {"split": "train"}, {"split": "test"}),
+    "stl10": ("STL10", {"split": "train+unlabeled"}, {"split": "train"}, {"split": "test"}),
+    "imagenette": ("Imagenette", {"split": "train"}, {"split": "train"}, {"split": "val"}),
+}
+SPLITS = ("train", "memory", "test")
+
+
+class Sample(NamedTuple):
+    image: Tensor  # (3, s, s) uint8
+    size: Tensor  # (2,) int64, the true height and width
+    label: int  # -1 without classes
+    epoch: int
+    index: int
+
+
+class ImageDataset(Dataset):
+    """Read images[i], a path, PIL image or uint8 tensor (3, h, w), as `transform` lays it out.
+
+    An item is asked for by its index or by (epoch, index). `labels` is None without classes.
+    """
+
+    def __init__(self, images: Sequence, labels: np.ndarray | None, num_classes: int) -> None:
+        self.images, self.labels, self.num_classes = images, labels, num_classes
+        self.transform: Callable[[Tensor], Tensor] = torch.nn.Identity()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image = decode(self.images[index])
+        label = -1 if self.labels is None else int(self.labels[index])
+        size = torch.tensor(image.shape[1:])
+        return Sample(self.transform(image), size, label, epoch, index)
+
+    def typical_size(self) -> tuple[int, int]:
+        """Give the median shorter and longer side in pixels, of up to 64 images across the set."""
+        step = max(1, len(self) // 64)
+        sides = [sorted(decode(self.images[i]).shape[1:]) for i in range(0, len(self), step)]
+        short, long = np.median(sides, axis=0).astype(int).tolist()
+        return short, long
+
+
+def decode(image: bytes | Image.Image | tuple | Tensor) -> Tensor:
+    """Give (3, h, w) uint8 RGB of a path, a PIL image, (PIL image, label) or such a tensor.
+
+    Raises ValueError with the path where a file cannot be decoded.
+    """
+    if isinstance(image, Tensor):
+        return image
+    if isinstance(image, tuple):
+        image = image[0]
+    if isinstance(image, bytes):
+        path = os.fsdecode(image)
+        try:
+            if path.lower().endswith((".jpg", ".jpeg")):
+                data = torchvision.io.read_file(path)
+                return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError:  # not a JPEG after all, or one that PIL may read
+            pass
+        try:
+            image = ImageOps.exif_transpose(Image.open(path))
+            image.load()
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot decode {path}: {error}") from error
+    return TF.pil_to_tensor(image.convert("RGB"))
+
+
+def to_canvas(image: Tensor, size: int) -> Tensor:
+    """Resize (3, h, w) uint8 to the square canvas (3, size, size), whatever its aspect ratio."""
+    return TF.resize(image, [size, size], TF.InterpolationMode.BICUBIC)
+
+
+def center_crop(image: Tensor, resize: int, size: int) -> Tensor:
+    """Resize the shorter side of (3, h, w) uint8 to `resize`, then cut the central square."""
+    image = TF.resize(image, [resize], TF.InterpolationMode.BICUBIC)
+    return TF.center_crop(image, [size, size])
+
+
+def _scan(folder: Path) -> tuple[list[Path], list[str] | None]:
+    """Give a folder's images, and the class of each where they lie in sub-folders only."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise ValueError(f"no images in {folder}: need files like {', '.join(IMAGE_SUFFIXES[:4])}")
+    if any(path.parent == folder for path in paths):
+        return paths, None
+    return paths, [path.relative_to(folder).parts[0] for path in paths]
+
+
+def _folder(root: Path, split: str) -> ImageDataset:
+    train = root / "train" if (root / "train").is_dir() else root
+    test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    has_test = train != root and test is not None
+    paths, names = _scan(train)
+    classes = sorted(set(names or ()))
+    if split == "test" and has_test:
+        paths, names = _scan(test)
+        unknown = sorted(set(names or ()) - set(classes))
+        if unknown:
+            raise ValueError(f"{test} has classes that {train} lacks: {', '.join(unknown[:5])}")
+    labels = None if names is None else np.array([classes.index(name) for name in names])
+    images = np.array([os.fsencode(path) for path in paths])
+    if split != "train" and not has_test and labels is not None:
+        chosen = held_out(len(images)) == (split == "test")
+        images, labels = images[chosen], labels[chosen]
+    return ImageDataset(images, labels, len(classes))
+
+
+def held_out(num_images: int) -> np.ndarray:
+    """Give a boolean mask of a fixed tenth of the images, at least one."""
+    order = hash_keys(0, torch.arange(num_images)).argsort().numpy()
+    return np.isin(np.arange(num_images), order[: max(1, num_images // 10)])
+
+
+def _torchvision_set(name: str, split: str) -> ImageDataset:
+    class_name, *keywords = TORCHVISION_SETS[name]
+    make = getattr(torchvision.datasets, class_name)
+    try:
+        images = make("datasets", download=True, **keywords[SPLITS.index(split)])
+    except (OSError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{name} is not in datasets/ and did not download: {reason}") from error
+    names = ("targets", "labels", "_labels")
+    labels = next((getattr(images, name) for name in names if hasattr(images, name)), None)
+    labels = np.array([label for _, label in images._samples] if labels is None else labels)
+    return ImageDataset(images, labels, int(labels.max()) + 1)
+
+
+def build_dataset(data: str, split: str = "train", canvas_size: int | None = None) -> ImageDataset:
+    """Open `patterns`, a torchvision set by name, or a folder of images with or without classes.
+
+    Splits: `train`; `memory` and `test`, the labelled images that k-NN remembers and is tested on.
+    A folder with train/ and val/ or test/ has them so; of any other a fixed tenth is the test.
+    `canvas_size` resizes each image to a square canvas. Raises ValueError for unknown data, a
+    folder without images and, but for `train`, images without classes.
+    """
+    if data == "patterns":
+        num_images, first = (1000, 1 << 32) if split == "test" else (2000, 0)
+        index = torch.arange(first, first + num_images)
+        dataset = ImageDataset(draw_patterns(index), (index % 10).numpy(), num_classes=10)
+    elif data in TORCHVISION_SETS:
+        dataset = _torchvision_set(data, split)
+    elif Path(data).is_dir():
+        dataset = _folder(Path(data), split)
+    else:
+        known = ["patterns", *TORCHVISION_SETS]
+        close = difflib.get_close_matches(data, known, n=2)
+        hint = f" (close: {', '.join(close)})" if close else ""
+        raise ValueError(f"no such data {data!r}{hint}: need a folder or one of {', '.join(known)}")
+    if split != "train" and dataset.labels is None:
+        raise ValueError(f"{data} has no class folders: need labels for k-NN and linear probes")
+    if canvas_size is not None:
+        dataset.transform = partial(to_canvas, size=canvas_size)
+    return dataset

@@ -1,0 +1,482 @@
+"""Train DINO: a student learns from multi-crop views to match a teacher, its moving average.
+
+    accelerate launch dino_train.py                                      # quick start, minutes
+    accelerate launch dino_train.py --data /imagenet --arch dino_vits16
+    accelerate launch dino_train.py --config recipes/NAME.yaml --epochs 50
+    accelerate launch dino_train.py --resume runs/NAME
+
+Source: DINO, arXiv 2104.14294. Axes: b batch, v student views, t teacher views, d features,
+k output_dim.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import timm
+import torch
+import tyro
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import data
+from data import CropConfig, ImageDataset, MultiCrop, StepSampler, hash_keys
+from eval_knn import evaluation_splits, extract_features, knn_accuracy, normalized, run_command
+from losses import DinoLoss
+from models import DinoModel, ModelConfig, get_backbone, update_teacher_EMA
+from run_io import Monitor, Run, TrainingState, recipe_flags, stop_requests
+
+QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    # `patterns` (drawn by code), a folder of images with or without class folders, or a torchvision
+    # set: cifar10, cifar100, stl10, imagenette ... (downloaded to datasets/)
+    data: str = "patterns"
+    # pixels, side of the square that images are decoded to; None: their own size, at most 384
+    canvas_size: int | None = None
+    # pixels, shorter side before the center crop of an evaluation [paper: 256 for a crop of 224];
+    # None: in that proportion for photographs, no margin for small images
+    eval_resize: int | None = None
+    num_workers: int | None = None  # decoding processes; None: one less than cores, at most 16
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    epochs: int = 100  # [paper: 100 to 800]
+    batch_size: int = 64  # images a process [paper: 1024 over all]
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"  # [paper: adamw; lars for ResNet-50]
+    lr: float = 5e-4  # peak for 256 images, scaled by the whole batch / 256 [paper: 5e-4]
+    min_lr: float = 1e-6  # at the end, not scaled [paper: 1e-6]
+    warmup_epochs: float = 10  # of the learning rate, from 0 [paper: 10]
+    weight_decay: float = 0.04  # at the start; none on biases and 1-d parameters [paper: 0.04]
+    weight_decay_end: float = 0.4  # at the end, along a cosine [paper: 0.4]
+    clip_grad: float = 3.0  # norm of each parameter's gradient, at most; 0: off [paper: 0 to 3]
+    freeze_last_layer_epochs: int = 1  # raise it if the loss does not fall [paper: 1]
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    student_temp: float = 0.1  # [paper: 0.1]
+    warmup_teacher_temp: float = 0.04  # at first; lower it if the loss stays at ln K [paper: 0.04]
+    teacher_temp: float = 0.04  # after the warm-up; above 0.07 is unstable [paper: 0.04 to 0.07]
+    warmup_teacher_temp_epochs: int = 0  # [paper: 30, for a teacher_temp of 0.07]
+    teacher_momentum: float = (
+        0.996  # of the EMA, to 1 at the end; 0.9995 for batch 256 [paper: 0.996]
+    )
+    center_momentum: float = 0.9  # of the center's EMA [paper: 0.9]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    config: Path | None = None  # a YAML recipe, or a run's config.yaml; flags override it
+    output_dir: Path | None = None  # for the run's files; None: runs/DATA-ARCH, numbered
+    resume: bool = False  # go on with the run of --output-dir; also: --resume FOLDER
+    overwrite: bool = False  # delete the run that --output-dir holds
+    seed: int = 0  # of weights, order and crops
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: bf16 on a GPU, else no
+    save_every: int = 1000  # steps; also at the end
+    log_every: int = 10  # steps
+    knn_every: int = 10  # epochs; the teacher's k-NN, also before and after; 0: never
+    knn_images: int = 50_000  # training images that this k-NN remembers, at most
+    log_with: Literal["tensorboard", "wandb"] | None = None  # besides log.jsonl; if installed
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    crops: CropConfig = field(default_factory=CropConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.model
+
+
+def parse_config(args: Sequence[str]) -> Config:
+    """Build the Config of a command line: recipe, resumed run or quick start, then the flags.
+
+    Raises ValueError for a recipe or run that cannot be read; wrong flags exit with code 2.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    early.add_argument("--resume", nargs="?", const="", default=None)
+    early.add_argument("--output-dir", "--output_dir", type=Path)
+    known, flags = early.parse_known_args(args)
+    recipe, output_dir = known.config, Path(known.resume) if known.resume else known.output_dir
+    if known.resume is not None:
+        saved = output_dir and output_dir / "config.yaml"
+        if saved is None or not saved.is_file():
+            raise ValueError(f"no run to resume: need a folder with config.yaml, got {output_dir}")
+        recipe, flags = recipe or saved, [*flags, "--resume"]
+    elif recipe is None and not any(flag.split("=")[0] == "--data" for flag in flags):
+        recipe = QUICKSTART
+    if recipe is not None:
+        flags = [*recipe_flags(recipe, Config), *flags, "--config", str(recipe)]
+    if output_dir is not None:
+        flags += ["--output-dir", str(output_dir)]
+    speaks = os.environ.get("RANK", "0") == "0"
+    flat = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(Config, args=flags, description=__doc__, config=flat, console_outputs=speaks)
+
+
+ABOVE_ZERO = {
+    *("epochs", "batch_size", "lr", "student_temp", "warmup_teacher_temp", "teacher_temp", "std"),
+    *("patch_size", "image_size", "canvas_size", "eval_resize", "global_crop_size", "blur_sigma"),
+    *("projection_hidden_dim", "projection_bottleneck_dim", "projection_output_dim"),
+    *("local_crop_size", "save_every", "log_every", "knn_images"),
+}
+
+
+def check_values(config: Config) -> None:
+    """Raise ValueError for the first number out of its range, naming its flag."""
+    for section in fields(config):
+        for name, value in dataclasses.asdict(getattr(config, section.name)).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, int | float):
+                    continue
+                most = 1 if name.endswith(("probability", "momentum", "rate")) else math.inf
+                too_low = number <= 0 if name in ABOVE_ZERO else number < 0
+                if too_low or not number <= most or math.isinf(number):
+                    bounds = (">" if name in ABOVE_ZERO else ">=") + " 0"
+                    bounds += " and <= 1" if most == 1 else ""
+                    raise ValueError(f"need --{name.replace('_', '-')} {bounds}, got {number}")
+    tracker = config.run.log_with
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise ValueError(f"--log-with {tracker} needs that package: pip install {tracker}")
+
+
+def resolve(config: Config, dataset: ImageDataset) -> Config:
+    """Fill in what follows from the data, the architecture and the device where it is None.
+
+    Raises ValueError for sizes that do not fit each other.
+    """
+    check_values(config)
+    model, source = config.model, config.data
+    short, long = dataset.typical_size()
+    with torch.device("meta"):  # for its patch size alone: takes no memory
+        patch_size = get_backbone(model.arch, patch_size=model.patch_size).patch_size
+    crops = data.resolve_crop_sizes(config.crops, short, patch_size)
+    size = crops.global_crop_size
+    if model.image_size is None and not model.pretrained:
+        model = replace(model, image_size=size)
+    num_workers = source.num_workers
+    if num_workers is None:
+        in_memory = isinstance(dataset.images, Tensor)
+        num_workers = 0 if in_memory else min(16, max(1, (os.cpu_count() or 2) - 1))
+    source = replace(
+        source,
+        data=os.path.abspath(source.data) if os.path.isdir(source.data) else source.data,
+        canvas_size=source.canvas_size or min(long, 384),
+        eval_resize=source.eval_resize or (round(size * 8 / 7) if short >= 192 else size),
+        num_workers=num_workers,
+    )
+    if source.eval_resize < size:
+        raise ValueError(f"need --eval-resize >= the crop of {size} px, got {source.eval_resize}")
+    precision = config.run.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
+    run = replace(config.run, mixed_precision=precision)
+    return replace(config, model=model, data=source, crops=crops, run=run)
+
+
+# ---------------------------------------------------------------- schedules and optimizer
+
+
+def cosine_schedule(
+    step: int, total_steps: int, start: float, end: float, warmup_steps: int = 0
+) -> float:
+    """Give the value at `step`: linear from 0 to `start`, then half a cosine towards `end`.
+
+    The original's values: the warm-up reaches both its ends, as np.linspace does, so that `start`
+    stands twice; `end` would be reached at step `total_steps`, after the last.
+    """
+    if step < warmup_steps:
+        return start * step / max(1, warmup_steps - 1)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
+
+
+class Schedule(NamedTuple):
+    epoch: int
+    lr: float
+    weight_decay: float
+    teacher_momentum: float
+    teacher_temp: float
+
+
+def schedules(config: Config, step: int, steps_per_epoch: int, batch_size: int) -> Schedule:
+    """Give what step `step` (from 0) trains with; `batch_size` is over all processes."""
+    optim, teacher, epoch = config.optim, config.teacher, step // steps_per_epoch
+    total_steps = optim.epochs * steps_per_epoch
+    warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
+    peak = optim.lr * batch_size / 256  # the linear scaling rule; min_lr is not scaled
+    temp, warmup = teacher.teacher_temp, teacher.warmup_teacher_temp_epochs
+    if epoch < warmup:  # by epoch, and both ends reached, as in the original
+        low = teacher.warmup_teacher_temp
+        temp = low + (temp - low) * epoch / max(1, warmup - 1)
+    return Schedule(
+        epoch=epoch,
+        lr=cosine_schedule(step, total_steps, peak, optim.min_lr, warmup_steps),
+        weight_decay=cosine_schedule(step, total_steps, optim.weight_decay, optim.weight_decay_end),
+        teacher_momentum=cosine_schedule(step, total_steps, teacher.teacher_momentum, 1.0),
+        teacher_temp=temp,
+    )
+
+
+def build_optimizer(student: nn.Module, name: str) -> torch.optim.Optimizer:
+    """Build the optimizer with two groups; the first alone takes weight decay.
+
+    Biases and 1-d parameters are in the second: neither decayed nor adapted by LARS.
+    """
+    params = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in params if p.ndim > 1 and not name.endswith(".bias")]
+    others = [p for name, p in params if p.ndim <= 1 or name.endswith(".bias")]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    if name == "lars":
+        groups[0]["always_adapt"] = True  # timm would leave it out wherever the decay is 0
+        return timm.optim.Lars(groups, lr=0.0, momentum=0.9)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+@torch.no_grad()
+def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scale each parameter's gradient to a norm of at most `max_norm`, in place, as the original.
+
+    torch's clip_grad_norm_ has one norm over all of them instead.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))
+    torch._foreach_mul_(grads, list((max_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
+
+
+# ---------------------------------------------------------------- training
+
+
+class DinoSystem(nn.Module):
+    """Student and teacher as the one module that Accelerate prepares; all calls go through it."""
+
+    def __init__(self, student: DinoModel, teacher: DinoModel) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher.requires_grad_(False)
+
+    def forward(self, crops: list[Tensor] | Tensor, features_only: bool = False) -> tuple | Tensor:
+        """Give student logits (v, b, k), teacher logits (t, b, k) and teacher features (t, b, d).
+
+        The teacher sees the two global crops. `features_only`: the teacher's features of images.
+        """
+        if features_only:
+            return self.teacher.backbone(crops)
+        with torch.no_grad():
+            features, teacher_logits = self.teacher(crops[:2], return_backbone_features=True)
+        return self.student(crops), teacher_logits, features
+
+
+def teacher_knn(
+    model: nn.Module, splits: tuple[Dataset, Dataset], config: dict, accelerator: Accelerator
+) -> float:
+    """Give the k-NN top-1 in % (k 20) of the teacher, in eval mode meanwhile. A collective."""
+    model.eval()
+    tensors: list[Tensor] = []
+    for split in splits:
+        forward = lambda images: model(normalized(images, config), features_only=True)  # noqa: E731
+        tensors += extract_features(forward, split, accelerator, 256, config["data"]["num_workers"])
+    model.train()
+    return knn_accuracy(*tensors, ks=(20,))[20][0]
+
+
+def header(config: Config, accelerator: Accelerator, num_images: int, model: DinoModel) -> Table:
+    """Lay out what is about to be trained, on what, and how."""
+    optim, crops, world = config.optim, config.crops, accelerator.num_processes
+    batch, device = optim.batch_size * world, accelerator.device.type
+    backbone, head = (sum(p.numel() for p in part.parameters()) / 1e6 for part in model.children())
+    local = f" + {crops.num_local_crops} of {crops.local_crop_size}" * (crops.num_local_crops > 0)
+    rows = {
+        "arch": f"{config.model.arch}: {backbone:.2f} M parameters, {head:.2f} M in the head, "
+        f"K {config.model.projection_output_dim:,}",
+        "data": f"{config.data.data}: {num_images:,} images, "
+        f"crops 2 of {crops.global_crop_size}{local} px",
+        "device": f"{world} x {torch.cuda.get_device_name() if device == 'cuda' else device}, "
+        f"mixed precision: {accelerator.mixed_precision}",
+        "batch": f"{batch} images, {num_images // batch:,} steps an epoch, {optim.epochs} epochs",
+        "optimizer": f"{optim.optimizer}, lr {optim.lr * batch / 256:.3g} "
+        f"({optim.lr:g} x {batch} / 256)",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}[/]", text)
+    return table
+
+
+def train(config: Config) -> dict:
+    """Train as `config` says; gives the checkpoint's path and the last step, loss and k-NN.
+
+    Raises ValueError for what cannot be meant, before anything is written; FloatingPointError for a
+    loss that is not finite, with the last good checkpoint kept.
+    """
+    # ---- what is wrong fails here, before a file is written
+    dataset = data.build_dataset(config.data.data)
+    config = resolve(config, dataset)
+    dataset.transform = partial(data.to_canvas, size=config.data.canvas_size)
+    run, optim, seed = Run(config), config.optim, config.run.seed
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.run.mixed_precision,
+        log_with=config.run.log_with,
+        project_dir=run.folder,
+    )
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    batch_size = optim.batch_size * world
+    sampler = partial(StepSampler, len(dataset), optim.batch_size, seed, rank, world)
+    steps_per_epoch = sampler(range(0)).steps_per_epoch
+    total_steps = optim.epochs * steps_per_epoch
+    splits = None
+    if config.run.knn_every and dataset.labels is not None:
+        memory, test = evaluation_splits(run.config)
+        order = hash_keys(0, torch.arange(len(memory))).argsort()
+        splits = Subset(memory, order[: config.run.knn_images].tolist()), test
+
+    # ---- student, teacher, loss, optimizer
+    torch.manual_seed(seed)
+    student = DinoModel.from_config(config.model)
+    teacher = DinoModel.from_config(replace(config.model, drop_path_rate=0.0, pretrained=False))
+    teacher.load_state_dict(student.state_dict())
+    # channels last: 1.2 times faster for convolutions, no difference for ViTs
+    system = DinoSystem(student, teacher).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(student, optim.optimizer)
+    model, stepper = accelerator.prepare(system, optimizer)
+    model.train()  # the teacher too: its BatchNorm uses the batch, as in the original
+    multi_crop = MultiCrop(config.crops).to(device)
+    temp, momentum = config.teacher.student_temp, config.teacher.center_momentum
+    dino_loss = DinoLoss(config.model.projection_output_dim, temp, momentum).to(device)
+    last_layer = list(student.projection_head.last_layer.parameters())
+    state = TrainingState(system, dino_loss, optimizer)
+    start, metrics = run.load(state) if config.run.resume else (0, {})
+
+    # ---- files and terminal
+    monitor = Monitor(run, accelerator, start, total_steps)
+    say = monitor.console.print
+    say(header(config, accelerator, len(dataset), student))
+    if dataset.labels is None:
+        say("no class folders in the data: no k-NN during training")
+    if config.run.resume:
+        say(f"resumed {run.folder} after step {start:,} of {total_steps:,}")
+    if accelerator.is_main_process:
+        run.open(start)
+    if config.run.log_with:
+        accelerator.init_trackers("dino")
+
+    def evaluate(step: int) -> None:
+        metrics["knn_top1"] = teacher_knn(model, splits, run.config, accelerator)
+        metrics.setdefault("knn_top1_untrained", metrics["knn_top1"])
+        monitor.log(step, step / steps_per_epoch, {"knn_top1": metrics["knn_top1"]})
+        say(f"step {step:,}: k-NN top-1 {metrics['knn_top1']:.1f} %")
+
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler(range(start, total_steps)),
+        num_workers=config.data.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    step, last_loss = start, math.nan
+    with monitor.progress, stop_requests() as stop:
+        if splits and start == 0:
+            evaluate(0)
+        monitor.restart_clock()
+        for step, batch in enumerate(loader, start + 1):
+            # ---- algorithm 1
+            now = schedules(config, step - 1, steps_per_epoch, batch_size)
+            for group in optimizer.param_groups:
+                group["lr"] = now.lr
+            optimizer.param_groups[0]["weight_decay"] = now.weight_decay
+            images, sizes = (x.to(device, non_blocking=True) for x in (batch.image, batch.size))
+            keys = hash_keys(seed, batch.epoch, batch.index).to(device)
+            crops = multi_crop(images, sizes, keys)
+            # drop path draws from torch's generator: seeded by the step, a resumed run repeats it
+            torch.manual_seed(int(hash_keys(seed, step, rank)))
+            with accelerator.autocast():
+                student_logits, teacher_logits, features = model(crops)
+            loss = dino_loss(student_logits, teacher_logits, now.teacher_temp)
+            accelerator.backward(loss)
+            if optim.clip_grad:
+                accelerator.unscale_gradients(stepper)
+                clip_gradients(student.parameters(), optim.clip_grad)
+            if now.epoch < optim.freeze_last_layer_epochs:
+                for param in last_layer:
+                    param.grad = None
+            stepper.step()
+            stepper.zero_grad()
+            is_logged = step == total_steps or step % config.run.log_every == 0
+            if is_logged:  # with the center that the loss used
+                entropy = dino_loss.teacher_entropy(teacher_logits, now.teacher_temp)
+                spread = F.normalize(features.float(), dim=-1).std(dim=1).norm(dim=-1).mean()
+                more = {"teacher_entropy": entropy, "kl": loss - entropy, "feature_spread": spread}
+            if not accelerator.optimizer_step_was_skipped:  # by fp16, for gradients that overflow
+                dino_loss.update_center(teacher_logits)  # a collective
+                update_teacher_EMA(student, teacher, now.teacher_momentum)
+
+            # ---- log, evaluate, save
+            monitor.add(step, loss, batch_size)
+            is_last = step == total_steps or bool(stop)
+            is_saved = is_last or step % config.run.save_every == 0
+            knn_steps = config.run.knn_every * steps_per_epoch
+            is_evaluated = splits and (step == total_steps or step % knn_steps == 0)
+            if is_logged or is_saved or is_evaluated or device.type == "cpu":
+                last_loss = monitor.check_finite()
+            if is_logged:
+                monitor.log_step(step, step / steps_per_epoch, last_loss, now.lr, more)
+            if is_evaluated:
+                evaluate(step)
+            if is_saved and accelerator.is_main_process:
+                run.save(state, step, metrics)
+            if is_evaluated or is_saved:
+                monitor.restart_clock()
+            if is_last:
+                break
+    accelerator.end_training()
+    if step < total_steps:
+        say(f"stopped after step {step:,} of {total_steps:,}; to go on:")
+        say(f"  accelerate launch dino_train.py --resume {run.folder}", soft_wrap=True)
+        sys.exit(128 + stop[0])
+    result = {"folder": str(run.folder), "checkpoint": str(run.checkpoint), "step": step}
+    return result | {"loss": last_loss} | metrics
+
+
+def main() -> None:
+    config = parse_config(sys.argv[1:])
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    if config.run.config == QUICKSTART:
+        console.print("quick start: recipes/quickstart.yaml on embedded data; flags override it")
+    result = train(config)
+    table = Table.grid(padding=(0, 2))
+    if "knn_top1" in result:
+        before, after = result["knn_top1_untrained"], result["knn_top1"]
+        table.add_row("[bold]k-NN top-1[/]", f"{before:.1f} % untrained, {after:.1f} % trained")
+    table.add_row("[bold]checkpoint[/]", result["checkpoint"])
+    table.add_row("[bold]next[/]", f"python eval_knn.py {result['checkpoint']}")
+    table.add_row("", f"python eval_linear.py {result['checkpoint']}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)

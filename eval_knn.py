@@ -1,0 +1,220 @@
+"""Evaluate a frozen backbone by weighted k-nearest neighbours.
+
+    python eval_knn.py runs/quickstart/ckpt.safetensors
+    python eval_knn.py runs/vits16/ckpt.safetensors --data /imagenet --json-out knn.json
+
+Architecture, sizes, normalisation and data come from the checkpoint itself; --data overrides.
+Protocol of DINO (arXiv 2104.14294, appendix F.1): teacher backbone, cosine similarity, neighbours
+vote with weight exp(similarity / 0.07). One search serves every k.
+Axes: n train images, m test images, d features, c classes.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather
+from einops import rearrange
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms.v2 import functional as TF
+
+from data import ImageDataset, build_dataset, center_crop
+from models import load_checkpoint, load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    checkpoint: tyro.conf.Positional[Path]  # ckpt.safetensors of a run
+    data: str | None = None  # a folder or a data set's name; None: what the run trained on
+    student: bool = False  # evaluate the student, from state.safetensors beside the checkpoint
+    batch_size: int = 256  # images a forward pass
+    num_workers: int = 0  # processes that decode images; about the number of cores for photographs
+    json_out: Path | None = None  # write the results there
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    evaluation: EvalConfig
+    ks: tuple[int, ...] = (10, 20, 100, 200)  # numbers of neighbours [paper: 10 20 100 200]
+    temperature: float = 0.07  # of the votes [paper: 0.07]
+    features_out: Path | None = None  # write features and labels there, as safetensors
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    ks: Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+) -> dict[int, tuple[float, float]]:
+    """Classify test (m, d) by its nearest neighbours in train (n, d): {k: (top-1, top-5)} in %.
+
+    Cosine similarity; a neighbour votes for its class with exp(similarity / temperature). A k above
+    n uses all n. Features on any device, labels (n,) and (m,) int64.
+    """
+    if min(ks, default=0) < 1 or not len(train_features) or not len(test_features):
+        sizes = f"{len(train_features)} train and {len(test_features)} test images"
+        raise ValueError(f"need k >= 1 and images of both splits, got k {list(ks)}, {sizes}")
+    train_features = F.normalize(train_features.float(), dim=1)
+    test_features = F.normalize(test_features.float(), dim=1)
+    num_train, num_classes = (
+        len(train_features),
+        int(max(train_labels.max(), test_labels.max())) + 1,
+    )
+    ends = sorted({min(k, num_train) for k in ks})
+    # similarities of one chunk: 64 MiB suits a CPU's caches, 1 GiB a GPU
+    entries = 1 << 24 if train_features.device.type == "cpu" else 1 << 28
+    correct = {end: [0, 0] for end in ends}
+    for rows in torch.arange(len(test_features)).split(max(1, entries // num_train)):
+        similarity = test_features[rows] @ train_features.T
+        nearest, neighbours = similarity.topk(ends[-1], dim=1)
+        votes, classes = (nearest / temperature).exp(), train_labels[neighbours]
+        scores = torch.zeros(len(rows), num_classes, device=votes.device)
+        target = test_labels[rows][:, None]
+        for start, end in zip([0, *ends], ends, strict=False):  # each k adds to the one before
+            scores.scatter_add_(1, classes[:, start:end], votes[:, start:end])
+            hits = scores.topk(min(5, num_classes), dim=1).indices == target
+            correct[end][0] += int(hits[:, 0].sum())
+            correct[end][1] += int(hits.any(dim=1).sum())
+    percent = 100 / len(test_features)
+    return {k: tuple(percent * hits for hits in correct[min(k, num_train)]) for k in ks}
+
+
+@torch.no_grad()
+def extract_features(
+    forward: Callable[[Tensor], Tensor],
+    dataset: ImageDataset,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int,
+) -> tuple[Tensor, Tensor]:
+    """Give features (n, d) float32 and labels (n,) of all images, in the data's order.
+
+    `forward` maps uint8 images on the device to features. A collective: each process takes every
+    world-th image, and all of them get all features.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    # all processes must gather as many: the last image is repeated, and the cut below drops it
+    last = len(dataset) - 1
+    rows = [min(row, last) for row in range(rank, rank + world * (last // world + 1), world)]
+    features, labels = [], []
+    for batch in DataLoader(Subset(dataset, rows), batch_size, num_workers=num_workers):
+        with accelerator.autocast():
+            features.append(forward(batch.image.to(accelerator.device)).float())
+        labels.append(batch.label.to(accelerator.device))
+    of_ranks = gather((torch.cat(features), torch.cat(labels)))
+    features, labels = (rearrange(x, "(w i) ... -> (i w) ...", w=world) for x in of_ranks)
+    return features[: last + 1], labels[: last + 1]
+
+
+def evaluation_splits(config: dict) -> tuple[ImageDataset, ImageDataset]:
+    """Open the labelled images of a run's resolved config: those remembered, and those that test.
+
+    Images are center crops as the paper's evaluation has them. ValueError without classes.
+    """
+    splits = tuple(build_dataset(config["data"]["data"], split) for split in ("memory", "test"))
+    for split in splits:
+        size = config["crops"]["global_crop_size"]
+        split.transform = partial(center_crop, resize=config["data"]["eval_resize"], size=size)
+    return splits
+
+
+def normalized(images: Tensor, config: dict) -> Tensor:
+    """Turn uint8 images (b, 3, h, w) into what the backbone of a run was trained on."""
+    images = TF.to_dtype(images, torch.float32, scale=True)
+    return TF.normalize(images, config["crops"]["mean"], config["crops"]["std"])
+
+
+def checkpoint_features(options: EvalConfig, accelerator: Accelerator) -> tuple[list[Tensor], dict]:
+    """Give [train features, train labels, test features, test labels] and facts about them.
+
+    A collective. Raises ValueError for a checkpoint or data that cannot be used.
+    """
+    model, metadata = load_checkpoint(options.checkpoint)
+    if options.student:
+        state, _ = load_tensors(options.checkpoint.with_name("state.safetensors"))
+        prefix = "student."
+        model.load_state_dict(
+            {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+        )
+    if "config" not in metadata:
+        raise ValueError(f"{options.checkpoint} does not say how its images were prepared")
+    config = metadata["config"]
+    if options.data is not None:
+        config["data"]["data"] = options.data
+    backbone = model.backbone.to(accelerator.device)
+    tensors = []
+    for split in evaluation_splits(config):
+        tensors += extract_features(
+            lambda images: backbone(normalized(images, config)),
+            split, accelerator, options.batch_size, options.num_workers,
+        )  # fmt: skip
+    facts = {
+        "checkpoint": str(options.checkpoint),
+        "network": "student" if options.student else "teacher",
+        "arch": config["model"]["arch"],
+        "step": metadata.get("step"),
+        "data": config["data"]["data"],
+        "num_train": len(tensors[0]),
+        "num_test": len(tensors[2]),
+        "features": tensors[0].shape[1],
+    }
+    return tensors, facts
+
+
+def report(facts: dict, table: Table, results: dict, json_out: Path | None) -> None:
+    """Print the table under a line of facts, and write both to `json_out`."""
+    console = Console()
+    step = "" if facts["step"] is None else f" at step {facts['step']:,}"
+    console.print(
+        f"[bold]{facts['arch']}[/] {facts['network']}{step}: {facts['features']} features; "
+        f"{facts['data']}: {facts['num_train']:,} train, {facts['num_test']:,} test images"
+    )
+    console.print(table)
+    if json_out is not None:
+        json_out.write_text(json.dumps(facts | results, indent=2) + "\n")
+
+
+def run_command(function: Callable[[], object]) -> None:
+    """Run a script's main; wrong input ends it with one line and exit code 2."""
+    try:
+        function()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, FileNotFoundError, RuntimeError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+
+
+def main() -> None:
+    options = tyro.cli(KnnConfig, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    tensors, facts = checkpoint_features(options.evaluation, accelerator)
+    accuracies = knn_accuracy(*tensors, options.ks, options.temperature)
+    if not accelerator.is_main_process:
+        return
+    table = Table("k", "top-1 %", "top-5 %", title="weighted k-NN")
+    for k, (top1, top5) in accuracies.items():
+        table.add_row(str(k), f"{top1:.2f}", f"{top5:.2f}")
+    results = {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracies.items()}
+    results = {"temperature": options.temperature, "knn": results}
+    report(facts, table, results, options.evaluation.json_out)
+    if options.features_out is not None:
+        names = ("train_features", "train_labels", "test_features", "test_labels")
+        save_tensors(options.features_out, dict(zip(names, tensors, strict=True)), {})
+
+
+if __name__ == "__main__":
+    run_command(main)

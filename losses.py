@@ -1,0 +1,119 @@
+"""DINO's loss: cross-entropy of the centred, sharpened teacher and the student, over all views.
+
+    dino_loss = DinoLoss(output_dim=65536)
+    loss = dino_loss(student_logits, teacher_logits, teacher_temp=0.04)  # (v, b, k), (t, b, k)
+    dino_loss.update_center(teacher_logits)                              # after the center was used
+
+Stands alone: needs torch only. Source: DINO, arXiv 2104.14294, equations 1 to 4.
+Axes: v student views, t teacher views (the first t of the v), b batch, k output_dim.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+class _AllPairsCrossEntropy(torch.autograd.Function):
+    """Mean over t, v != t and b of H(teacher[t], student[v]), with its gradient in closed form.
+
+    Each teacher row sums to 1, so the t cross-entropies of one student row need one log-sum-exp and
+    one product with the summed targets. The gradient is formed in forward, block by block of rows:
+    beyond it, extra memory is a few blocks, not the pairwise loss's v softmaxes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        student: Tensor,
+        teacher: Tensor,
+        center: Tensor,
+        temps: tuple[float, float],
+    ) -> Tensor:
+        student_temp, teacher_temp = temps
+        num_views, batch, output_dim = student.shape
+        num_teachers = len(teacher)
+        num_pairs = num_teachers * (num_views - 1)
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=dtype, device=student.device)
+        # small enough for a CPU's caches; a GPU wants few and large kernels
+        block = max(1, (1 << 17 if student.device.type == "cpu" else 1 << 26) // output_dim)
+        for start in range(0, batch, block):
+            rows = slice(start, start + block)
+            targets = (teacher[:, rows].to(dtype) - center.to(dtype)) / teacher_temp
+            targets = targets.softmax(dim=-1)
+            summed = targets.sum(dim=0)
+            for view in range(num_views):
+                own = view < num_teachers  # a view is never compared with itself
+                others = summed - targets[view] if own else summed
+                num_others = num_teachers - own
+                logits = student[view, rows].to(dtype) / student_temp
+                log_norm = logits.logsumexp(dim=-1, keepdim=True)
+                total += num_others * log_norm.sum() - (others * logits).sum()
+                if grad is not None:
+                    softmax = logits.sub_(log_norm).exp_()
+                    row_grad = softmax.mul_(num_others).sub_(others)
+                    grad[view, rows] = row_grad.div_(student_temp * batch * num_pairs)
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return total / (batch * num_pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss.to(grad.dtype), None, None, None
+
+
+class DinoLoss(nn.Module):
+    """Centred cross-entropy of all pairs (teacher view, other student view).
+
+    Float32 (float64 for float64 logits), also under autocast. `center` (1, output_dim) is a buffer.
+    """
+
+    def __init__(
+        self, output_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9
+    ) -> None:
+        super().__init__()
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(1, output_dim))
+
+    def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
+        """Give the scalar loss of student (v, b, k) and teacher (t, b, k) logits; changes nothing.
+
+        The first t student views are the teacher's. Equals, with CE the batch mean:
+            mean(CE(softmax((teacher[i] - center) / teacher_temp), student[j] / student_temp)
+                 for i in range(t) for j in range(v) if i != j)
+        Raises ValueError for shapes that do not fit. The gradient reaches the student only.
+        """
+        k = self.center.shape[-1]
+        if student.ndim != 3 or teacher.ndim != 3 or student.shape[1:] != teacher.shape[1:]:
+            shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+            raise ValueError(f"need student (v, b, {k}) and teacher (t, b, {k}), got {shapes}")
+        if student.shape[-1] != k or not 1 <= len(teacher) <= len(student) or len(student) < 2:
+            views = f"{len(student)} and {len(teacher)} views of dimension {student.shape[-1]}"
+            raise ValueError(f"need v >= 2 and v >= t >= 1 views of dimension {k}, got {views}")
+        with torch.autocast(student.device.type, enabled=False):
+            temps = (self.student_temp, teacher_temp)
+            return _AllPairsCrossEntropy.apply(student, teacher.detach(), self.center, temps)
+
+    @torch.no_grad()
+    def teacher_entropy(self, teacher: Tensor, teacher_temp: float) -> Tensor:
+        """Give the mean entropy of teacher (t, b, k): ln(k) when uniform, 0 when one-hot.
+
+        The loss less this is the mean KL divergence from student to teacher.
+        """
+        log_targets = ((teacher.float() - self.center) / teacher_temp).log_softmax(dim=-1)
+        return -(log_targets.exp() * log_targets).sum(dim=-1).mean()
+
+    @torch.no_grad()
+    def update_center(self, teacher: Tensor) -> None:
+        """Move the center towards the mean of teacher (..., k), in place. Eq. 4; a collective."""
+        rows = teacher.flatten(end_dim=-2)
+        sum_and_count = torch.cat([rows.float().sum(dim=0), rows.new_tensor([len(rows)]).float()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sum_and_count)
+        mean = sum_and_count[:-1] / sum_and_count[-1]
+        self.center.lerp_(mean[None].to(self.center.dtype), 1 - self.center_momentum)
