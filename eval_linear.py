@@ -26,7 +26,7 @@ from eval_knn import EvalConfig, checkpoint_features, report, run_command
 @dataclass(frozen=True)
 class LinearConfig:
     evaluation: EvalConfig
-    # for a batch of 256 each; ResNets want the large ones, ViTs the small [paper: 0.001, ResNet 0.3]
+    # for a batch of 256; ResNets want the large ones, ViTs the small [paper: 0.001, ResNet-50 0.3]
     lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     epochs: int = 100  # [paper: 100]
     probe_batch_size: int = 256  # features a step [paper: 1024]
@@ -38,8 +38,8 @@ def train_probes(
 ) -> tuple[Tensor, Tensor]:
     """Train a linear classifier for each rate of lrs (r,) on features (n, d) and labels (n,).
 
-    Gives weights (r, c, d) and biases (r, c). The probes share batches but no gradient, so each ends
-    as if it were trained alone.
+    Gives weights (r, c, d) and biases (r, c). The probes share their batches and nothing else: each
+    ends as if trained alone.
     """
     generator = torch.Generator().manual_seed(config.seed)
     shape = (num_classes, features.shape[1])

@@ -112,7 +112,8 @@ class DinoLoss(nn.Module):
     def update_center(self, teacher: Tensor) -> None:
         """Move the center towards the mean of teacher (..., k), in place. Eq. 4; a collective."""
         rows = teacher.flatten(end_dim=-2)
-        sum_and_count = torch.cat([rows.float().sum(dim=0), rows.new_tensor([len(rows)]).float()])
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        sum_and_count = torch.cat([rows.sum(dim=0), rows.new_tensor([len(rows)])])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sum_and_count)
         mean = sum_and_count[:-1] / sum_and_count[-1]

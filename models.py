@@ -62,14 +62,14 @@ def _resnet(name: str, pretrained: bool, image_size: int | None) -> nn.Module:
         raise ValueError(f"{name} at {image_size} px has no published weights: need a torchvision "
                          "ResNet above 64 px")  # fmt: skip
     if name == "resnet10_half":  # one BasicBlock a stage, half the width
-        shape = {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)}
-        net = timm.create_model("resnet18", num_classes=0, **shape)
+        shape = {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_width": 16}
+        net = timm.create_model("resnet18", num_classes=0, stem_type="deep", **shape)
     else:
         net = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
         net.num_features, net.fc = net.fc.in_features, nn.Identity()
     if small:  # the ImageNet stem would leave 1 x 1 pixel of 32 x 32 for the last stage
         stride = 1 if image_size <= 32 else 2
-        net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+        net.conv1 = nn.Conv2d(3, net.bn1.num_features, 3, stride, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
     return net

@@ -1,0 +1,147 @@
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+
+from data import ImageDataset
+from eval_knn import extract_features, knn_accuracy
+
+
+def test_equals_the_original(parity: dict) -> None:
+    names = ("train_features", "train_labels", "test_features", "test_labels")
+    ks = parity["knn.ks"].tolist()
+    accuracies = knn_accuracy(*(parity[f"knn.{name}"] for name in names), ks=ks)
+    for i, k in enumerate(ks):
+        expected = parity["knn.top1"][i].item(), parity["knn.top5"][i].item()
+        assert accuracies[k] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_classes", [2, 8])
+def test_equals_brute_force(num_classes: int) -> None:
+    train, test = torch.randn(60, 5), torch.randn(33, 5)
+    labels, targets = torch.randint(num_classes, (60,)), torch.randint(num_classes, (33,))
+    accuracies = knn_accuracy(train, labels, test, targets, ks=(1, 7, 500), temperature=0.3)
+    for k, (top1, top5) in accuracies.items():
+        hits = [0, 0]
+        for image, target in zip(test, targets.tolist(), strict=True):
+            similarity = F.cosine_similarity(image[None], train).tolist()
+            nearest = sorted(range(60), key=lambda i: -similarity[i])[:k]
+            votes: Counter = Counter()
+            for i in nearest:
+                votes[labels[i].item()] += math.exp(similarity[i] / 0.3)
+            ranked = [label for label, _ in votes.most_common(5)]
+            hits[0] += ranked[0] == target
+            # classes without a vote fill up the five where there are no more than five
+            hits[1] += target in ranked or (num_classes <= 5)
+        assert top1 == pytest.approx(100 * hits[0] / 33)
+        if k > 20 or num_classes <= 5:
+            assert top5 == pytest.approx(100 * hits[1] / 33)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = torch.randn(300, 8), torch.randn(50, 8)
+    labels, targets = torch.randint(4, (300,)), torch.randint(4, (50,))
+    whole = knn_accuracy(train, labels, test, targets)
+    parts = [knn_accuracy(train, labels, x, y) for x, y in zip(test, targets, strict=True)
+             for x, y in [(x[None], y[None])]]  # fmt: skip
+    for k, (top1, top5) in whole.items():
+        assert top1 == pytest.approx(sum(part[k][0] for part in parts) / 50)
+        assert top5 == pytest.approx(sum(part[k][1] for part in parts) / 50)
+
+
+def test_works_with_fewer_images_than_k_and_one_class() -> None:
+    features, labels = torch.randn(3, 4), torch.zeros(3, dtype=torch.int64)
+    assert knn_accuracy(features, labels, features[:1], labels[:1]) == dict.fromkeys(
+        (10, 20, 100, 200), (100.0, 100.0)
+    )
+
+
+def test_scale_of_features_does_not_matter() -> None:
+    train, test = torch.randn(50, 4), torch.randn(20, 4)
+    labels, targets = torch.randint(3, (50,)), torch.randint(3, (20,))
+    scaled = train * torch.rand(50, 1) * 100, labels, test / 7, targets
+    assert knn_accuracy(train, labels, test, targets) == knn_accuracy(*scaled)
+
+
+def test_impossible_k_is_named() -> None:
+    x, y = torch.randn(5, 2), torch.zeros(5, dtype=torch.int64)
+    for ks in ((), (0,), (-1, 5)):
+        with pytest.raises(ValueError, match="need k >= 1"):
+            knn_accuracy(x, y, x, y, ks=ks)
+
+
+def test_features_come_in_order_whatever_the_batch() -> None:
+    images = torch.randint(256, (23, 3, 4, 4), dtype=torch.uint8)
+    dataset = ImageDataset(images, torch.arange(23).numpy(), num_classes=23)
+    accelerator = Accelerator(cpu=True)
+    for batch_size, num_workers in ((5, 0), (100, 2)):
+        features, labels = extract_features(
+            lambda x: x.flatten(1), dataset, accelerator, batch_size, num_workers
+        )
+        torch.testing.assert_close(features, images.flatten(1).float())
+        assert labels.tolist() == list(range(23))
+
+
+def test_json_and_features_hold_what_the_table_shows(
+    tmp_path: Path, tiny_run: Path, script
+) -> None:
+    from safetensors.torch import load_file
+
+    result = script(
+        "eval_knn.py", tiny_run / "ckpt.safetensors", "--json-out", tmp_path / "knn.json",
+        "--features-out", tmp_path / "f.safetensors", "--ks", "5", "20",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "knn.json").read_text())
+    tensors = load_file(tmp_path / "f.safetensors")
+    names = ("train_features", "train_labels", "test_features", "test_labels")
+    again = knn_accuracy(*(tensors[name] for name in names), ks=(5, 20))
+    assert report["num_train"] == len(tensors["train_labels"]) == 2000
+    assert report["knn"]["5"]["top1"] == pytest.approx(again[5][0])
+    assert f"{again[20][0]:.2f}" in result.stdout
+    # the run's own evaluation is the same number
+    last = [json.loads(line) for line in (tiny_run / "log.jsonl").read_text().splitlines()][-1]
+    assert report["knn"]["20"]["top1"] == pytest.approx(last["knn_top1"])
+
+
+def test_student_is_another_network(tmp_path: Path, tiny_run: Path, script) -> None:
+    tops = []
+    for flag in ([], ["--student"]):
+        out = tmp_path / "out.json"
+        result = script("eval_knn.py", tiny_run / "ckpt.safetensors", "--json-out", out, *flag)
+        assert result.returncode == 0, result.stderr
+        tops.append(json.loads(out.read_text()))
+    assert [top["network"] for top in tops] == ["teacher", "student"]
+    assert tops[0]["knn"] != tops[1]["knn"]
+
+
+@pytest.mark.parametrize("name", ["eval_knn.py", "eval_linear.py"])
+def test_wrong_checkpoint_is_one_line_and_code_2(name: str, tmp_path: Path, script) -> None:
+    import pickle
+
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps([1]))
+    for file, said in (("none.safetensors", "no such"), ("text.safetensors", "truncated"),
+                       ("pickle.pth", "pickle")):  # fmt: skip
+        result = script(name, tmp_path / file, "--json-out", tmp_path / "out.json")
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: ") and said in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert not (tmp_path / "out.json").exists()
+
+
+def test_data_of_another_kind_or_without_classes_is_refused(
+    tmp_path: Path, tiny_run: Path, script
+) -> None:
+    from torchvision.io import write_jpeg
+
+    write_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8), str(tmp_path / "a.jpg"))
+    for data, said in ((tmp_path, "no class folders"), (tmp_path / "none", "no such data")):
+        result = script("eval_knn.py", tiny_run / "ckpt.safetensors", "--data", data)
+        assert result.returncode == 2 and said in result.stderr
+        assert result.stderr.count("\n") == 1

@@ -1,0 +1,127 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from losses import DinoLoss
+
+
+def plain_loss(student: Tensor, teacher: Tensor, center: Tensor, temps: tuple) -> Tensor:
+    """The definition: a double loop over views, as in algorithm 1 of the paper."""
+    terms = []
+    for i, j in itertools.product(range(len(teacher)), range(len(student))):
+        if i != j:
+            targets = ((teacher[i] - center) / temps[1]).softmax(dim=-1)
+            terms.append(
+                -(targets * (student[j] / temps[0]).log_softmax(dim=-1)).sum(dim=-1).mean()
+            )
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("views", [(2, 2), (10, 2), (3, 1), (4, 3)])
+@pytest.mark.parametrize("output_dim", [2, 300])
+@pytest.mark.parametrize("temps", [(0.1, 0.04), (1.0, 0.5)])
+def test_loss_and_gradient_equal_the_double_loop(
+    batch: int, views: tuple[int, int], output_dim: int, temps: tuple[float, float]
+) -> None:
+    student = torch.randn(views[0], batch, output_dim, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(views[1], batch, output_dim, dtype=torch.float64)
+    loss = DinoLoss(output_dim, student_temp=temps[0]).double()
+    loss.center.normal_()
+    value = loss(student, teacher, temps[1])
+    (3 * value).backward()
+    grad, student.grad = student.grad, None
+    expected = plain_loss(student, teacher, loss.center, temps)
+    (3 * expected).backward()
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grad, student.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_blocks_of_rows_do_not_change_the_loss() -> None:
+    output_dim = 40_000  # three rows a block on the CPU
+    student, teacher = torch.randn(3, 8, output_dim), torch.randn(2, 8, output_dim)
+    loss = DinoLoss(output_dim)
+    expected = plain_loss(student.double(), teacher.double(), loss.center, (0.1, 0.04))
+    torch.testing.assert_close(loss(student, teacher, 0.04).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_loss_with_center_equals_the_original_over_steps(parity: dict) -> None:
+    loss = DinoLoss(20).double()
+    temps = parity["loss.teacher_temps"]
+    for step, epoch in enumerate(parity["loss.epochs"].tolist()):
+        student = parity["loss.student"][step].requires_grad_()
+        teacher = parity["loss.teacher"][step]
+        torch.testing.assert_close(loss.center, parity["loss.centers"][step])
+        value = loss(student, teacher, temps[epoch].item())
+        value.backward()
+        torch.testing.assert_close(value, parity["loss.values"][step], rtol=1e-10, atol=0)
+        torch.testing.assert_close(student.grad, parity["loss.student_grads"][step])
+        loss.update_center(teacher)
+    torch.testing.assert_close(loss.center, parity["loss.centers"][-1], rtol=1e-6, atol=1e-7)
+
+
+def test_forward_is_pure_and_spares_the_teacher() -> None:
+    loss = DinoLoss(5)
+    teacher = torch.randn(2, 3, 5, requires_grad=True)
+    student = torch.randn(4, 3, 5, requires_grad=True)
+    before = teacher.detach().clone(), student.detach().clone()
+    values = [loss(student, teacher, 0.04) for _ in range(2)]
+    values[0].backward()
+    assert values[0] == values[1]
+    assert teacher.grad is None
+    assert (loss.center == 0).all()
+    torch.testing.assert_close((teacher.detach(), student.detach()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_huge_logits_stay_finite_under_autocast(dtype: torch.dtype) -> None:
+    student = (1e4 * torch.randn(4, 3, 50)).to(dtype).requires_grad_()
+    teacher = (1e4 * torch.randn(2, 3, 50)).to(dtype)
+    loss = DinoLoss(50)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(student, teacher, 0.04)
+        entropy = loss.teacher_entropy(teacher, 0.04)
+        loss.update_center(teacher)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert all(x.isfinite().all() for x in (value, entropy, student.grad, loss.center))
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    student, teacher, loss = torch.randn(4, 6, 64), torch.randn(2, 6, 64), DinoLoss(64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(student, teacher, 0.04)
+    torch.testing.assert_close(value, loss(student, teacher, 0.04), rtol=0, atol=0)
+
+
+def test_center_is_the_moving_average_of_batch_means() -> None:
+    loss = DinoLoss(3, center_momentum=0.75)
+    expected = torch.zeros(1, 3)
+    for _ in range(4):
+        teacher = torch.randn(2, 5, 3)
+        loss.update_center(teacher)
+        expected = 0.75 * expected + 0.25 * teacher.mean(dim=(0, 1))
+    torch.testing.assert_close(loss.center, expected)
+    assert "center" in loss.state_dict()
+
+
+def test_entropy_tells_uniform_from_one_hot() -> None:
+    loss = DinoLoss(16)
+    uniform, one_hot = torch.zeros(2, 3, 16), torch.zeros(2, 3, 16)
+    one_hot[..., 4] = 100
+    assert loss.teacher_entropy(uniform, 0.04).item() == pytest.approx(math.log(16))
+    assert loss.teacher_entropy(one_hot, 0.04).item() == pytest.approx(0, abs=1e-6)
+    assert loss(uniform, uniform, 0.04).item() == pytest.approx(math.log(16))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [((4, 3, 5), (2, 3, 6)), ((4, 3, 5), (2, 2, 5)), ((3, 5), (3, 5)), ((1, 3, 5), (1, 3, 5)),
+     ((2, 3, 5), (3, 3, 5)), ((4, 3, 6), (2, 3, 6))],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_are_named(student: tuple, teacher: tuple) -> None:
+    with pytest.raises(ValueError, match="need"):
+        DinoLoss(5)(torch.zeros(student), torch.zeros(teacher), 0.04)
