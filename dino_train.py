@@ -430,7 +430,11 @@ def train(config: Config) -> dict:
             if is_logged:  # with the center that the loss used
                 entropy = dino_loss.teacher_entropy(teacher_logits, now.teacher_temp)
                 spread = F.normalize(features.float(), dim=-1).std(dim=1).norm(dim=-1).mean()
-                more = {"teacher_entropy": entropy, "kl": loss - entropy, "feature_spread": spread}
+                more = {
+                    "teacher_entropy": entropy,
+                    "kl": loss.detach() - entropy,
+                    "feature_spread": spread,
+                }
             if not accelerator.optimizer_step_was_skipped:  # by fp16, for gradients that overflow
                 dino_loss.update_center(teacher_logits)  # a collective
                 update_teacher_EMA(student, teacher, now.teacher_momentum)

@@ -45,7 +45,7 @@ def train_probes(
     shape = (num_classes, features.shape[1])
     weight = (0.01 * torch.randn(shape, generator=generator)).to(features)
     weight = weight.expand(len(lrs), *shape).clone()
-    bias = torch.zeros(weight.shape[:2], device=features.device)
+    bias = torch.zeros_like(weight[..., 0])
     velocities = torch.zeros_like(weight), torch.zeros_like(bias)
     for epoch in range(config.epochs):
         order = hash_keys(config.seed, epoch, torch.arange(len(labels))).argsort()

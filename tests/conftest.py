@@ -1,13 +1,17 @@
-import os
-import subprocess
+import io
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from eval_knn import run_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,16 +27,27 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def run_script(*args: object, **kwargs: object) -> subprocess.CompletedProcess:
-    """Run a script of the project as its user does, on the CPU and one thread."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / str(args[0])), *map(str, args[1:])]
-    options = {"capture_output": True, "text": True, "check": False, "env": env} | kwargs
-    return subprocess.run(command, **options)
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_script(name: str, *args: object) -> Result:
+    """Run a script's main in this process, which saves the seconds that its imports take."""
+    main, out, err = import_module(name).main, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        try:
+            run_command(main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    return Result(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session")
-def script() -> Callable[..., subprocess.CompletedProcess]:
+def script() -> Callable[..., Result]:
     return run_script
 
 
@@ -48,6 +63,6 @@ TINY_FLAGS = (
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short finished run on the embedded data."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    result = run_script("dino_train.py", *TINY_FLAGS, "--output-dir", folder)
+    result = run_script("dino_train", *TINY_FLAGS, "--output-dir", folder)
     assert result.returncode == 0, result.stderr
     return folder

@@ -93,7 +93,7 @@ def test_json_and_features_hold_what_the_table_shows(
     from safetensors.torch import load_file
 
     result = script(
-        "eval_knn.py", tiny_run / "ckpt.safetensors", "--json-out", tmp_path / "knn.json",
+        "eval_knn", tiny_run / "ckpt.safetensors", "--json-out", tmp_path / "knn.json",
         "--features-out", tmp_path / "f.safetensors", "--ks", "5", "20",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -113,14 +113,14 @@ def test_student_is_another_network(tmp_path: Path, tiny_run: Path, script) -> N
     tops = []
     for flag in ([], ["--student"]):
         out = tmp_path / "out.json"
-        result = script("eval_knn.py", tiny_run / "ckpt.safetensors", "--json-out", out, *flag)
+        result = script("eval_knn", tiny_run / "ckpt.safetensors", "--json-out", out, *flag)
         assert result.returncode == 0, result.stderr
         tops.append(json.loads(out.read_text()))
     assert [top["network"] for top in tops] == ["teacher", "student"]
     assert tops[0]["knn"] != tops[1]["knn"]
 
 
-@pytest.mark.parametrize("name", ["eval_knn.py", "eval_linear.py"])
+@pytest.mark.parametrize("name", ["eval_knn", "eval_linear"])
 def test_wrong_checkpoint_is_one_line_and_code_2(name: str, tmp_path: Path, script) -> None:
     import pickle
 
@@ -142,6 +142,6 @@ def test_data_of_another_kind_or_without_classes_is_refused(
 
     write_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8), str(tmp_path / "a.jpg"))
     for data, said in ((tmp_path, "no class folders"), (tmp_path / "none", "no such data")):
-        result = script("eval_knn.py", tiny_run / "ckpt.safetensors", "--data", data)
+        result = script("eval_knn", tiny_run / "ckpt.safetensors", "--data", data)
         assert result.returncode == 2 and said in result.stderr
         assert result.stderr.count("\n") == 1

@@ -1,0 +1,466 @@
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as TF
+
+import data
+from data import CropConfig, MultiCrop, StepSampler, build_dataset, hash_keys, uniforms
+
+CONFIG = CropConfig(global_crop_size=32, local_crop_size=16, num_local_crops=3)
+
+
+def photos(batch: int = 4, size: int = 40) -> Tensor:
+    """Smooth random images (b, 3, size, size) uint8."""
+    coarse = torch.rand(batch, 3, 6, 6)
+    images = TF.resize(coarse, [size, size], InterpolationMode.BICUBIC).clamp(0, 1)
+    return (255 * images).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------- randomness
+
+
+def splitmix64(state: int, num: int) -> list[int]:
+    """The published generator, in Python's integers."""
+    mask, out = (1 << 64) - 1, []
+    for _ in range(num):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        out.append(z ^ (z >> 31))
+    return out
+
+
+def test_uniforms_are_splitmix64() -> None:
+    keys = torch.tensor([0, 1, -5, 1 << 62])
+    for key, row in zip(keys.tolist(), uniforms(keys, 6), strict=True):
+        assert row.tolist() == [(bits >> 40) / (1 << 24) for bits in splitmix64(key, 6)]
+
+
+def test_uniforms_are_uniform_and_independent() -> None:
+    draws = uniforms(hash_keys(0, 3, torch.arange(20_000)), 8)
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    torch.testing.assert_close(draws.mean(dim=0), torch.full((8,), 0.5), atol=0.01, rtol=0)
+    correlation = torch.corrcoef(torch.cat([draws.T, draws[1:].T[:, :1].expand(8, 20_000)]))[:8, :8]
+    assert (correlation - torch.eye(8)).abs().max() < 0.03
+    neighbours = torch.corrcoef(torch.stack([draws[1:, 0], draws[:-1, 0]]))[0, 1]
+    assert abs(neighbours) < 0.03
+
+
+def test_keys_depend_on_each_part_and_on_their_order() -> None:
+    keys = {
+        hash_keys(*parts).item() for parts in [(0, 1, 2), (0, 2, 1), (1, 0, 2), (0, 1), (0, 1, 3)]
+    }
+    assert len(keys) == 5
+
+
+# ---------------------------------------------------------------- sampler
+
+
+def flat(sampler: StepSampler) -> list[tuple[int, int]]:
+    return [item for batch in sampler for item in batch]
+
+
+def test_every_epoch_is_another_permutation() -> None:
+    batches = flat(StepSampler(12, 4, 0, 0, 1, range(6)))
+    epochs = [[i for epoch, i in batches if epoch == e] for e in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
+    assert epochs[0] != epochs[1] != list(range(12))
+    assert flat(StepSampler(12, 4, 1, 0, 1, range(3))) != batches[:12]
+
+
+def test_sampler_starts_at_any_step() -> None:
+    whole = list(StepSampler(14, 4, 0, 0, 1, range(9)))
+    for start in range(9):
+        assert list(StepSampler(14, 4, 0, 0, 1, range(start, 9))) == whole[start:]
+
+
+def test_ranks_cut_one_global_order() -> None:
+    whole = list(StepSampler(27, 6, 5, 0, 1, range(8)))
+    ranks = [list(StepSampler(27, 2, 5, rank, 3, range(8))) for rank in range(3)]
+    assert [[*a, *b, *c] for a, b, c in zip(*ranks, strict=True)] == whole
+
+
+def test_batch_larger_than_the_data_is_named() -> None:
+    with pytest.raises(ValueError, match="need a batch of at most 10 images, the data; got 6 x 2"):
+        StepSampler(10, 6, 0, 0, 2, range(1))
+
+
+# ---------------------------------------------------------------- crops
+
+
+@pytest.mark.parametrize("size", [8, 24, 60])
+def test_crop_equals_torchvisions_resized_crop(size: int) -> None:
+    images = photos(5)
+    boxes = torch.tensor(
+        [[0, 0, 40, 40], [3, 5, 20, 31], [39, 39, 1, 1], [10, 0, 7, 40], [0, 8, 24, 24]]
+    )
+    crops = data.resized_crops(images, boxes[None], size)
+    for image, box, crop in zip(images, boxes.tolist(), crops, strict=True):
+        expected = TF.resized_crop(
+            image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True
+        )
+        torch.testing.assert_close((crop * 255).round().to(torch.uint8), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [8, 24, 60])
+def test_crop_by_matrices_equals_torchvisions_float_crop(size: int) -> None:
+    images = photos(4)
+    boxes = torch.tensor([[0, 0, 40, 40], [3, 5, 20, 31], [10, 0, 7, 40], [38, 2, 2, 9]])
+    crops = data.crops_by_matrices(images, boxes[None], size, torch.float32)
+    for image, box, crop in zip(images, boxes.tolist(), crops, strict=True):
+        expected = TF.resized_crop(
+            image.float(), *box, [size, size], InterpolationMode.BICUBIC, antialias=True
+        )
+        torch.testing.assert_close(crop * 255, expected.clamp(0, 255), rtol=0, atol=2e-3)
+
+
+def test_box_statistics_match_random_resized_crop() -> None:
+    num, scale, ratio = 20_000, (0.1, 0.7), (3 / 4, 4 / 3)
+    for height, width in ((50, 50), (30, 90), (200, 20)):
+        draws = uniforms(hash_keys(torch.arange(num)), 22)
+        sizes = torch.tensor([height, width]).expand(num, 2)
+        boxes = data.draw_boxes(draws, sizes, scale).double()
+        image = torch.zeros(1, height, width)
+        expected = torch.tensor(
+            [RandomResizedCrop.get_params(image, scale, ratio) for _ in range(num)]
+        ).double()
+        assert (boxes[:, :2] >= 0).all()
+        assert (boxes[:, :2] + boxes[:, 2:] <= sizes).all()
+        spread = expected.std(dim=0)
+        # five standard errors of the difference of the means
+        tolerance = 5 * spread * math.sqrt(2 / num) + 1e-9
+        assert ((boxes.mean(dim=0) - expected.mean(dim=0)).abs() <= tolerance).all()
+        torch.testing.assert_close(boxes.std(dim=0), spread, rtol=0.05, atol=0.05)
+
+
+def test_boxes_map_to_the_canvas_in_proportion() -> None:
+    sizes = torch.tensor([[100, 400], [300, 300], [2, 2000]])
+    boxes = torch.tensor([[10, 100, 50, 200], [0, 0, 300, 300], [1, 1990, 1, 10]])
+    mapped = data.boxes_on_canvas(boxes, sizes, 200)
+    assert mapped.tolist() == [[20, 50, 100, 100], [0, 0, 200, 200], [100, 199, 100, 1]]
+
+
+# ---------------------------------------------------------------- colour
+
+
+def test_each_colour_change_equals_torchvisions() -> None:
+    images = photos(6, 20) / 255
+    factors = torch.linspace(0.6, 1.4, 6)
+    turns = torch.linspace(-0.1, 0.1, 6)
+    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    params = [factors, factors, factors, turns]
+    for kind, change in enumerate(adjust):
+        # the neutral value of the other three
+        values = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(6, 1)
+        values[:, kind] = params[kind]
+        result = data.colour_jitter(images.clone(), values, torch.arange(4).repeat(6, 1))
+        for image, value, mine in zip(images, params[kind].tolist(), result, strict=True):
+            torch.testing.assert_close(mine, change(image, value), rtol=0, atol=2e-6)
+
+
+def test_jitter_follows_each_samples_own_order() -> None:
+    images = photos(6, 20) / 255
+    order = torch.stack([torch.randperm(4) for _ in range(6)])
+    factors = torch.cat([torch.rand(6, 3) + 0.5, torch.rand(6, 1) * 0.2 - 0.1], dim=1)
+    result = data.colour_jitter(images.clone(), factors, order)
+    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    for image, kinds, values, mine in zip(
+        images, order.tolist(), factors.tolist(), result, strict=True
+    ):
+        for kind in kinds:
+            image = adjust[kind](image, values[kind])
+        torch.testing.assert_close(mine, image, rtol=0, atol=1e-5)
+
+
+def test_blur_equals_torchvisions() -> None:
+    images, sigmas = photos(5, 30) / 255, torch.tensor([0.1, 0.5, 1.0, 1.7, 2.0])
+    for image, sigma, mine in zip(
+        images, sigmas, data.gaussian_blur(images, sigmas, 6), strict=True
+    ):
+        expected = TF.gaussian_blur(image, [13, 13], [sigma.item()] * 2)
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6)
+
+
+def neutral(**changes: object) -> CropConfig:
+    """One view of each kind of the whole image, changed by nothing but `changes`."""
+    off = {
+        "global_crop_size": 40, "local_crop_size": 40, "num_local_crops": 1,
+        "global_crop_scale": (1.0, 1.0), "local_crop_scale": (1.0, 1.0), "flip_probability": 0.0,
+        "jitter_probability": 0.0, "grayscale_probability": 0.0, "blur_probability": (0.0,) * 3,
+        "solarize_probability": (0.0,) * 3, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0),
+    }  # fmt: skip
+    return CropConfig(**off | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, lambda x: x),
+        ({"flip_probability": 1.0}, TF.horizontal_flip),
+        ({"grayscale_probability": 1.0}, lambda x: TF.rgb_to_grayscale(x, 3)),
+        ({"solarize_probability": (1.0, 1.0, 1.0)}, lambda x: TF.solarize(x, 128 / 255)),
+        (
+            {"blur_probability": (1.0, 1.0, 1.0), "blur_sigma": (1.5, 1.5)},
+            lambda x: TF.gaussian_blur(x, [11, 11], [1.5, 1.5]),
+        ),
+        (
+            {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)},
+            lambda x: TF.normalize(x, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]),
+        ),
+    ],
+    ids=["none", "flip", "grayscale", "solarize", "blur", "normalise"],
+)
+def test_each_change_alone_equals_torchvisions(changes: dict, expected: object) -> None:
+    images = photos(3)
+    for crop in MultiCrop(neutral(**changes))(images, None, hash_keys(torch.arange(3))):
+        torch.testing.assert_close(crop, expected(images / 255), rtol=0, atol=1e-5)
+
+
+def test_probabilities_are_those_of_the_config() -> None:
+    images = photos(1).expand(4000, 3, 40, 40)[:, :, :8, :8].contiguous()
+    config = neutral(
+        global_crop_size=8, local_crop_size=8, solarize_probability=(0.0, 0.2, 0.7),
+        flip_probability=0.5, grayscale_probability=0.25,
+    )  # fmt: skip
+    crops = MultiCrop(config)(images, None, hash_keys(torch.arange(4000)))
+    plain = images[0] / 255
+    for crop, solarized in zip(crops, (0.0, 0.2, 0.7), strict=True):
+        gray = (crop[:, 0] == crop[:, 1]).flatten(1).all(dim=1).float().mean()
+        assert gray.item() == pytest.approx(0.25, abs=0.03)
+        kept = [(crop == x).flatten(1).all(dim=1) for x in (plain, TF.horizontal_flip(plain))]
+        assert kept[0].float().mean().item() == pytest.approx(
+            0.75 * 0.5 * (1 - solarized), abs=0.03
+        )
+        assert kept[1].float().mean().item() == pytest.approx(
+            0.75 * 0.5 * (1 - solarized), abs=0.03
+        )
+
+
+# ---------------------------------------------------------------- multi-crop
+
+
+def test_gives_global_crops_first_normalised_and_all_different() -> None:
+    images = photos(1).expand(3, 3, 40, 40)
+    crops = MultiCrop(CONFIG)(images, None, hash_keys(torch.arange(3)))
+    assert [tuple(crop.shape) for crop in crops] == [(3, 3, 32, 32)] * 2 + [(3, 3, 16, 16)] * 3
+    assert all(crop.dtype == torch.float32 for crop in crops)
+    for same_size in (crops[:2], crops[2:]):
+        rows = torch.cat(same_size).flatten(1)
+        distance = torch.cdist(rows, rows) + 1e9 * torch.eye(len(rows))
+        assert distance.min() > 1e-3
+
+
+def test_crops_depend_on_the_key_alone() -> None:
+    images, keys = photos(6), hash_keys(7, 2, torch.arange(6))
+    sizes = torch.tensor([[80, 40], [40, 40], [33, 90], [500, 375], [40, 41], [10, 10]])
+    multi_crop = MultiCrop(CONFIG)
+    whole = multi_crop(images, sizes, keys)
+    order = torch.tensor([4, 0, 5])
+    part = multi_crop(images[order], sizes[order], keys[order])
+    for crop, again in zip(whole, part, strict=True):
+        torch.testing.assert_close(crop[order], again, rtol=0, atol=0)
+    fewer = MultiCrop(CropConfig(32, 16, num_local_crops=1))(images, sizes, keys)
+    for crop, again in zip(whole, fewer, strict=False):
+        torch.testing.assert_close(crop, again, rtol=0, atol=0)
+    other = multi_crop(images, sizes, hash_keys(7, 3, torch.arange(6)))
+    assert not any(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+
+
+def test_images_are_left_as_they_were() -> None:
+    images = photos(2)
+    before = images.clone()
+    MultiCrop(CONFIG)(images, None, torch.arange(2))
+    assert torch.equal(images, before)
+
+
+def test_the_device_path_gives_the_crops_of_the_cpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices and masks, as on a GPU, against native resizes and picked rows, as on the CPU."""
+    images, keys = photos(8, 64), hash_keys(torch.arange(8))
+    sizes = torch.tensor([[300, 200]] * 8)
+    expected = MultiCrop(CONFIG)(images, sizes, keys)
+    monkeypatch.setattr(data, "_on_cpu", lambda images: False)
+    for crop, cpu_crop in zip(MultiCrop(CONFIG)(images, sizes, keys), expected, strict=True):
+        # the uint8 resize rounds: half a level, which contrast and solarising can enlarge
+        difference = (crop - cpu_crop).abs()
+        assert difference.mean() < 0.01
+        assert difference.quantile(0.99) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CropConfig(4), "need a crop size of at least 8 px, got 4"),
+        (CropConfig(num_local_crops=-1), "need num_local_crops >= 0, got -1"),
+        (
+            CropConfig(global_crop_scale=(0.5, 0.2)),
+            "need crop scales 0 < low <= high <= 1, got 0.5 0.2",
+        ),
+    ],
+)
+def test_wrong_config_is_named(config: CropConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultiCrop(config)
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9, dtype=torch.uint8)]
+)
+def test_wrong_images_are_named(images: Tensor) -> None:
+    with pytest.raises(ValueError, match="need uint8 images"):
+        MultiCrop(CONFIG)(images, None, torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch", "sizes"),
+    [(500, 1, (224, 96)), (500, 14, (224, 98)), (48, 1, (48, 24)), (48, 16, (48, 32)),
+     (32, 4, (32, 16)), (28, 1, (28, 14)), (96, 1, (96, 48)), (160, 16, (160, 80))],
+)  # fmt: skip
+def test_crop_sizes_follow_from_the_images(image_size: int, patch: int, sizes: tuple) -> None:
+    config = data.resolve_crop_sizes(CropConfig(), image_size, patch)
+    assert (config.global_crop_size, config.local_crop_size) == sizes
+
+
+def test_crop_size_that_the_patch_does_not_divide_is_named() -> None:
+    with pytest.raises(ValueError, match=r"need a crop size .*patch of 16 px divides, got 100"):
+        data.resolve_crop_sizes(CropConfig(local_crop_size=100), 224, 16)
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_patterns_are_the_same_at_any_time_and_differ() -> None:
+    whole = data.draw_patterns(torch.arange(40))
+    assert whole.shape == (40, 3, 48, 48)
+    assert whole.dtype == torch.uint8
+    assert torch.equal(data.draw_patterns(torch.tensor([31, 7])), whole[[31, 7]])
+    assert len(whole.flatten(1).unique(dim=0)) == 40
+    train, test = build_dataset("patterns"), build_dataset("patterns", "test")
+    assert (len(train), len(test), train.num_classes) == (2000, 1000, 10)
+    assert np.bincount(train.labels).tolist() == [200] * 10
+    both = torch.cat([train.images, test.images]).flatten(1).unique(dim=0)
+    assert len(both) == 3000
+
+
+def write_images(folder: Path, num: int, size: tuple[int, int] = (20, 30)) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(num):
+        pixels = np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def test_folder_with_train_and_val(tmp_path: Path) -> None:
+    for name, num in (("train/b", 3), ("train/a", 2), ("val/b", 1), ("val/a", 4)):
+        write_images(tmp_path / name, num)
+    train, memory, test = (build_dataset(str(tmp_path), split) for split in data.SPLITS)
+    assert train.labels.tolist() == memory.labels.tolist() == [0, 0, 1, 1, 1]
+    assert test.labels.tolist() == [0, 0, 0, 0, 1]
+    assert train.num_classes == 2
+
+
+def test_any_other_folder_holds_out_a_fixed_tenth(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", 15)
+    write_images(tmp_path / "b", 15)
+    train, memory, test = (build_dataset(str(tmp_path), split) for split in data.SPLITS)
+    assert (len(train), len(memory), len(test)) == (30, 27, 3)
+    assert set(memory.images) | set(test.images) == set(train.images)
+    assert build_dataset(str(tmp_path), "test").images.tolist() == test.images.tolist()
+
+
+def test_folder_without_classes_trains_and_has_no_test(tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    dataset = build_dataset(str(tmp_path), canvas_size=16)
+    assert (len(dataset), dataset.labels, dataset[2].label) == (4, None, -1)
+    assert dataset[2].image.shape == (3, 16, 16)
+    assert dataset[2].size.tolist() == [20, 30]
+    with pytest.raises(ValueError, match="no class folders"):
+        build_dataset(str(tmp_path), "test")
+
+
+def test_wrong_data_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such data 'cifr10'.*close: cifar10"):
+        build_dataset("cifr10")
+    with pytest.raises(ValueError, match=r"no images in .*: need files like \.jpg"):
+        build_dataset(str(tmp_path))
+    write_images(tmp_path / "train/a", 1)
+    write_images(tmp_path / "val/other", 1)
+    with pytest.raises(ValueError, match=r"has classes that .* lacks: other"):
+        build_dataset(str(tmp_path), "test")
+
+
+def test_torchvision_set_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="cifar10 is not in datasets/ and did not download"):
+        build_dataset("cifar10")
+    folder = tmp_path / "datasets" / "cifar-10-batches-py"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for i, name in enumerate(names):
+        rows = {"data": np.full((4, 3072), i, np.uint8), "labels": [0, 1, 2, i]}
+        (folder / name).write_bytes(pickle.dumps(rows))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    train, test = build_dataset("cifar10"), build_dataset("cifar10", "test")
+    assert (len(train), len(test)) == (20, 4)
+    assert train[5].image.unique().tolist() == [1]
+    assert test.labels.tolist() == [0, 1, 2, 5]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "LA", "1"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_decodes_as_pillow_does(mode: str, suffix: str, tmp_path: Path) -> None:
+    image = Image.fromarray(photos(1, 40)[0].permute(1, 2, 0).numpy()).convert(mode)
+    path = tmp_path / f"image.{suffix}"
+    try:
+        image.save(path)
+    except OSError:
+        return  # no such combination exists
+    decoded = data.decode(str(path).encode())
+    expected = TF.pil_to_tensor(Image.open(path).convert("RGB"))
+    assert (decoded.float() - expected.float()).abs().mean() < 2
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.fromarray(photos(1, 40)[0].permute(1, 2, 0).numpy()[:20])
+    for suffix in ("jpg", "png"):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was held upright
+        path = tmp_path / f"image.{suffix}"
+        image.save(path, exif=exif)
+        assert data.decode(str(path).encode()).shape == (3, 40, 20)
+
+
+def test_unreadable_file_is_named(tmp_path: Path) -> None:
+    for content in (b"", b"not an image", b"\xff\xd8\xff\xe0 cut"):
+        (tmp_path / "bad.jpg").write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot decode .*bad\.jpg"):
+            data.decode(str(tmp_path / "bad.jpg").encode())
+
+
+def test_center_crop_is_the_papers_evaluation(tmp_path: Path) -> None:
+    image = photos(1, 64)[0][:, :48]
+    expected = TF.center_crop(TF.resize(image, [40], InterpolationMode.BICUBIC), [32, 32])
+    assert torch.equal(data.center_crop(image, 40, 32), expected)
+
+
+def test_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+    write_images(tmp_path, 11)
+    dataset = build_dataset(str(tmp_path), canvas_size=24)
+    multi_crop, seen = MultiCrop(CONFIG), []
+    for num_workers in (0, 2):
+        sampler = StepSampler(11, 4, 3, 0, 1, range(1, 5))
+        for batch in DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers):
+            keys = hash_keys(3, batch.epoch, batch.index)
+            seen.append([*multi_crop(batch.image, batch.size, keys), batch.index])
+    for first, second in zip(seen[:4], seen[4:], strict=True):
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
