@@ -98,21 +98,18 @@ class CropConfig:
     num_local_crops: int = 8  # besides the two global ones [paper: 8 or 10]; 0: no multi-crop
     global_crop_scale: tuple[float, float] = (0.4, 1.0)  # shares of the area [paper: 0.4 1]
     local_crop_scale: tuple[float, float] = (0.05, 0.4)  # shares of the area [paper: 0.05 0.4]
-    flip_probability: float = 0.5  # horizontal [paper: 0.5]
+    flip_probability: float = 0.5  # of a horizontal flip [paper: 0.5]
     jitter_probability: float = 0.8  # of the next four together, in random order [paper: 0.8]
     brightness: float = 0.4  # factor within 1 +- this [paper: 0.4]
     contrast: float = 0.4  # factor within 1 +- this [paper: 0.4]
     saturation: float = 0.2  # factor within 1 +- this [paper: 0.2]
     hue: float = 0.1  # turn within +- this share of the colour circle [paper: 0.1]
-    grayscale_probability: float = 0.2  # [paper: 0.2]
-    # first global, second global, local crops [paper: 1 0.1 0.5]; 0 for images of 32 px or so
+    grayscale_probability: float = 0.2  # of losing all colour [paper: 0.2]
+    # for first global, second global, local crops [paper: 1 0.1 0.5]; 0 for images of 32 px or so
     blur_probability: tuple[float, float, float] = (1.0, 0.1, 0.5)
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels [paper: 0.1 2]
-    solarize_probability: tuple[float, float, float] = (
-        0.0,
-        0.2,
-        0.0,
-    )  # same order [paper: 0 0.2 0]
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # spread of the blur in pixels [paper: 0.1 2]
+    # of inverting the light half, for the same three kinds [paper: 0 0.2 0]
+    solarize_probability: tuple[float, float, float] = (0.0, 0.2, 0.0)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB within 0..1 [ImageNet's]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of RGB within 0..1 [ImageNet's]
 
@@ -379,7 +376,7 @@ def draw_patterns(index: Tensor, size: int = 48) -> Tensor:
     """
     draws = uniforms(hash_keys(index), 12)
     angle, scale, right, down = rearrange(draws[:, :4], "n draw -> draw n 1 1")
-    angle, cells = 2 * math.pi * angle, 3 + 3 * scale
+    angle, cells = math.pi / 2 * (angle - 0.5), 3 + 2.5 * scale
     pixel = torch.arange(0.5, size) / size
     x = cells * (pixel * angle.cos() - pixel[:, None] * angle.sin() + right)
     y = cells * (pixel * angle.sin() + pixel[:, None] * angle.cos() + down)
@@ -408,9 +405,9 @@ def draw_patterns(index: Tensor, size: int = 48) -> Tensor:
     ]
     figure = sum(f * (index % 10 == i)[:, None, None] for i, f in enumerate(figures))
     figure = (0.5 + figure * size / cells).clamp(0, 1)[:, None]  # edges one pixel soft
-    tints = rearrange(draws[:, 6:12] - 0.5, "n (two c) -> two n c 1 1", two=2) / 10
-    levels = rearrange(draws[:, 4:6], "n two -> two n 1 1 1")
-    dark, light = 0.1 + 0.3 * levels[0] + tints[0], 0.5 + 0.4 * levels[1] + tints[1]
+    levels = 0.1 * rearrange(draws[:, 4:6], "n two -> two n 1 1 1")
+    tints = 0.04 * rearrange(draws[:, 6:12] - 0.5, "n (two c) -> two n c 1 1", two=2)
+    dark, light = 0.2 + levels[0] + tints[0], 0.65 + levels[1] + tints[1]
     return (255 * torch.lerp(dark, light, figure)).round().to(torch.uint8)
 
 

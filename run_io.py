@@ -83,8 +83,10 @@ class TrainingState:
         self.loss.center.copy_(tensors.pop("loss.center"))
         for name in [name for name in tensors if name.startswith("optimizer.")]:
             param, key = name.removeprefix("optimizer.").rsplit(".", 1)
-            value = tensors.pop(name).to(params[param].device)
-            self.optimizer.state[params[param]][key] = value
+            value, param = tensors.pop(name), params[param]
+            if value.shape == param.shape:  # fused optimizers need the parameter's strides as well
+                value = torch.empty_like(param, dtype=value.dtype).copy_(value)
+            self.optimizer.state[param][key] = value.to(param.device)
         self.system.load_state_dict(tensors)
 
 

@@ -101,7 +101,7 @@ def test_json_and_features_hold_what_the_table_shows(
     tensors = load_file(tmp_path / "f.safetensors")
     names = ("train_features", "train_labels", "test_features", "test_labels")
     again = knn_accuracy(*(tensors[name] for name in names), ks=(5, 20))
-    assert report["num_train"] == len(tensors["train_labels"]) == 2000
+    assert report["num_train"] == len(tensors["train_labels"]) == 72
     assert report["knn"]["5"]["top1"] == pytest.approx(again[5][0])
     assert f"{again[20][0]:.2f}" in result.stdout
     # the run's own evaluation is the same number

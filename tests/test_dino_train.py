@@ -1,0 +1,588 @@
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+import dino_train
+from data import MultiCrop, StepSampler, build_dataset, hash_keys
+from dino_train import (
+    Config,
+    build_optimizer,
+    check_values,
+    clip_gradients,
+    cosine_schedule,
+    parse_config,
+    schedules,
+    train,
+)
+from models import DinoModel, DinoProjectionHead, load_checkpoint
+from run_io import Monitor
+
+
+@pytest.fixture
+def tiny(tiny_flags: list[str]) -> Callable[..., Config]:
+    """The Config of a tiny run into a folder, with more flags."""
+    return lambda folder, *flags: parse_config(
+        [*tiny_flags, "--output-dir", str(folder), *map(str, flags)]
+    )
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_log(folder) if "loss" in line}
+
+
+def write_images(folder: Path, num: int, size: int = 32) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(num):
+        pixels = np.random.default_rng(i).integers(0, 255, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+
+
+# ---------------------------------------------------------------- parity with the original
+
+
+@pytest.mark.parametrize(
+    "name", ["lr", "weight_decay", "momentum", "no_warmup_short", "warmup_one_step"]
+)
+def test_cosine_schedule_equals_the_original_at_every_step(name: str, parity: dict) -> None:
+    start, end, epochs, niter, warmup = parity[f"schedule.{name}.args"].tolist()
+    expected = parity[f"schedule.{name}.values"].tolist()
+    total, warmup_steps = int(epochs * niter), int(warmup * niter)
+    values = [cosine_schedule(step, total, start, end, warmup_steps) for step in range(total)]
+    assert values == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+def test_teacher_temperature_equals_the_original_by_epoch(parity: dict) -> None:
+    config = Config()
+    teacher = replace(config.teacher, teacher_temp=0.07, warmup_teacher_temp_epochs=3)
+    config = replace(config, teacher=teacher, optim=replace(config.optim, epochs=6))
+    temps = [schedules(config, 5 * epoch + 4, 5, 64).teacher_temp for epoch in range(6)]
+    assert temps == pytest.approx(parity["loss.teacher_temps"].tolist())
+
+
+def test_learning_rate_is_scaled_by_the_whole_batch() -> None:
+    config = Config()
+    warm = schedules(config, 10 * 7 - 1, 7, 1024)
+    assert warm.lr == pytest.approx(5e-4 * 4)
+    assert schedules(config, 0, 7, 1024).lr == 0
+    assert (warm.weight_decay, warm.teacher_momentum) != (0.04, 0.996)
+    assert schedules(config, 699, 7, 1024).teacher_momentum == pytest.approx(1, abs=1e-7)
+
+
+def test_weight_decay_groups_equal_the_originals() -> None:
+    with safe_open(ROOT / "tests" / "parity.safetensors", "pt") as file:
+        groups = json.loads(file.metadata()["param_groups"])
+    head = DinoProjectionHead(24, 16, 8, 40, norm_last_layer=False)
+    names = {param: name for name, param in head.named_parameters()}
+    renamed = {"last_layer.weight_v": "last_layer.weight", "last_layer.weight_g": "last_layer.gain"}
+    optimizer = build_optimizer(head, "adamw")
+    for group, key in zip(optimizer.param_groups, ("regularized", "not_regularized"), strict=True):
+        expected = {renamed.get(name, name) for name in groups[key]}
+        assert {names[param] for param in group["params"]} == expected
+    assert optimizer.param_groups[1]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("case", ["resnet_recipe", "large_decay"])
+def test_lars_equals_the_original_over_steps(case: str, parity: dict) -> None:
+    lr, weight_decay = parity[f"lars.{case}.args"].tolist()
+    holder = nn.ParameterList(parity[f"lars.{case}.initial.{i}"].clone() for i in range(3))
+    optimizer = build_optimizer(holder, "lars")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+    for step in range(len(parity[f"lars.{case}.grads.0"])):
+        for i, param in enumerate(holder):
+            param.grad = parity[f"lars.{case}.grads.{i}"][step].clone()
+        optimizer.step()
+    for i, param in enumerate(holder):
+        final = parity[f"lars.{case}.final.{i}"]
+        torch.testing.assert_close(param.detach(), final, rtol=1e-6, atol=1e-7)
+
+
+def test_lars_leaves_a_gradient_alone_where_a_norm_is_zero() -> None:
+    holder = nn.ParameterList([torch.zeros(2, 2), torch.ones(2, 2)])
+    optimizer = build_optimizer(holder, "lars")
+    optimizer.param_groups[0] |= {"lr": 1.0, "weight_decay": 0.0}
+    holder[0].grad, holder[1].grad = torch.full((2, 2), 3.0), torch.zeros(2, 2)
+    optimizer.step()
+    assert (holder[0] == -3).all()
+    assert (holder[1] == 1).all()
+
+
+def test_clipping_equals_the_original_for_each_parameter(parity: dict) -> None:
+    grads = [parity[f"clip.grads.{i}"] for i in range(3)]
+    params = [nn.Parameter(torch.zeros_like(grad)) for grad in grads] + [
+        nn.Parameter(torch.ones(2))
+    ]
+    for param, grad in zip(params, grads, strict=False):
+        param.grad = grad.clone()
+    clip_gradients(params, 0.5)
+    for i in range(3):
+        torch.testing.assert_close(params[i].grad, parity[f"clip.clipped.{i}"])
+    assert params[3].grad is None
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def test_steps_equal_algorithm_1_written_out(
+    tmp_path: Path, tiny: Callable[..., Config], image_folder: Path
+) -> None:
+    """The whole run against a plain one: pairs of views, unfused AdamW, EMA by hand."""
+    flags = (
+        "--freeze-last-layer-epochs",
+        0,
+        "--knn-every",
+        0,
+        "--clip-grad",
+        0.01,
+        "--log-every",
+        1,
+    )
+    config = tiny(tmp_path / "run", *flags, "--batch-size", 40, "--save-every", 1)
+    train(config)
+    student, teacher = (
+        DinoModel.from_config(replace(config.model, image_size=16)).train() for _ in range(2)
+    )
+    torch.manual_seed(config.run.seed)
+    student = DinoModel.from_config(student.config).train()
+    teacher.load_state_dict(student.state_dict())
+    groups = [
+        {"params": [p for p in student.parameters() if p.ndim > 1]},
+        {"params": [p for p in student.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    dataset = build_dataset(str(image_folder))
+    multi_crop = MultiCrop(replace(config.crops, global_crop_size=16, local_crop_size=8))
+    center, seen = torch.zeros(1, 16), []
+    for step, batch in enumerate(StepSampler(80, 40, config.run.seed, 0, 1, range(4))):
+        now = schedules(config, step, 2, 40)
+        optimizer.param_groups[0]["weight_decay"] = now.weight_decay
+        for group in optimizer.param_groups:
+            group["lr"] = now.lr
+        images = torch.stack([dataset[key].image for key in batch])
+        keys = [hash_keys(config.run.seed, epoch, index) for epoch, index in batch]
+        crops = multi_crop(images, None, torch.stack(keys))
+        with torch.no_grad():
+            targets = teacher(crops[:2])
+        logits = student(crops)
+        terms = [
+            -(((targets[t] - center) / 0.04).softmax(-1) * (logits[v] / 0.1).log_softmax(-1)).sum(
+                -1
+            )
+            for t in range(2)
+            for v in range(3)
+            if t != v
+        ]
+        loss = torch.stack(terms).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for param in student.parameters():
+            param.grad *= min(1.0, 0.01 / (param.grad.norm().item() + 1e-6))
+        optimizer.step()
+        center = 0.9 * center + 0.1 * targets.mean(dim=(0, 1))
+        with torch.no_grad():
+            for mine, other in zip(teacher.parameters(), student.parameters(), strict=True):
+                mine.copy_(now.teacher_momentum * mine + (1 - now.teacher_momentum) * other)
+        seen.append(loss.item())
+    assert list(losses(tmp_path / "run").values()) == pytest.approx(seen, rel=1e-4)
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    torch.testing.assert_close(state["loss.center"], center, rtol=1e-3, atol=1e-5)
+    for name, tensor in teacher.state_dict().items():
+        torch.testing.assert_close(state[f"teacher.{name}"], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_run_leaves_its_files_and_log_lines(tiny_run: Path) -> None:
+    names = sorted(path.name for path in tiny_run.iterdir())
+    assert names == ["ckpt.safetensors", "config.yaml", "log.jsonl", "state.safetensors"]
+    log = read_log(tiny_run)
+    assert log[0].keys() == {"step", "epoch", "knn_top1"}
+    assert log[0]["step"] == 0
+    steps = [line for line in log if "loss" in line]
+    assert {"step", "epoch", "loss", "lr", "images_per_second"} <= steps[0].keys()
+    assert {"teacher_entropy", "kl", "feature_spread"} <= steps[0].keys()
+    assert steps[0]["kl"] + steps[0]["teacher_entropy"] == pytest.approx(steps[0]["loss"], rel=1e-5)
+    assert [line["step"] for line in steps] == [10, 20]
+    assert log[-1]["step"] == 20
+    assert 0 <= log[-1]["knn_top1"] <= 100
+
+
+def test_checkpoint_is_the_teacher_with_its_recipe(tiny_run: Path) -> None:
+    model, metadata = load_checkpoint(tiny_run / "ckpt.safetensors")
+    state = load_file(tiny_run / "state.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[f"teacher.{name}"])
+    assert any(
+        not torch.equal(tensor, state[f"student.{name}"])
+        for name, tensor in model.state_dict().items()
+    )
+    assert metadata["step"] == 20
+    assert Path(metadata["config"]["data"]["data"]).is_dir()
+    assert metadata["metrics"]["knn_top1"] == read_log(tiny_run)[-1]["knn_top1"]
+
+
+def test_same_seed_same_losses_bit_for_bit(tmp_path: Path, tiny: Callable[..., Config]) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(tiny(tmp_path / name, "--seed", seed, "--log-every", 5, "--knn-every", 0))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_config_file_of_a_run_reproduces_it(tmp_path: Path, tiny_run: Path) -> None:
+    args = ["--config", str(tiny_run / "config.yaml"), "--output-dir", str(tmp_path / "again")]
+    train(parse_config(args))
+    assert losses(tmp_path / "again") == losses(tiny_run)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, stop_step: int, number: int) -> None:
+    add = Monitor.add
+
+    def add_and_signal(self: Monitor, step: int, *args: object) -> None:
+        add(self, step, *args)
+        if step == stop_step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Monitor, "add", add_and_signal)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_resumed_run_equals_uninterrupted_run(
+    optimizer: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tiny: Callable[..., Config],
+) -> None:
+    flags = (
+        "--optimizer",
+        optimizer,
+        "--log-every",
+        7,
+        "--knn-every",
+        0,
+        "--freeze-last-layer-epochs",
+        0,
+    )
+    train(tiny(tmp_path / "whole", *flags))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9, signal.SIGTERM)
+        with pytest.raises(SystemExit) as stopped:
+            train(tiny(tmp_path / "cut", *flags))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert f"accelerate launch dino_train.py --resume {tmp_path / 'cut'}" in capsys.readouterr().out
+    train(parse_config(["--resume", str(tmp_path / "cut")]))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, cut = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert any("momentum_buffer" in name or "exp_avg_sq" in name for name in whole)
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_from_its_last_save(
+    tmp_path: Path, tiny: Callable[..., Config], tiny_flags: list[str]
+) -> None:
+    flags = [*tiny_flags, "--save-every", "5", "--log-every", "1", "--knn-every", "0"]
+    train(tiny(tmp_path / "whole", "--save-every", 5, "--log-every", 1, "--knn-every", 0))
+    script = [sys.executable, str(ROOT / "dino_train.py")]
+    command = [*script, *flags, "--output-dir", str(tmp_path / "cut")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "cut" / "state.safetensors").exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    train(parse_config(["--resume", "--output-dir", str(tmp_path / "cut")]))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert [line["step"] for line in read_log(tmp_path / "cut")] == list(range(1, 21))
+
+
+def test_drop_path_repeats_on_resume_and_vit_trains_on_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    write_images(tmp_path / "images", 8)
+    common = [
+        "--data", tmp_path / "images", "--arch", "vit_tiny_patch16_224", "--drop-path-rate", 0.5,
+        "--batch-size", 2, "--epochs", 1, "--log-every", 1, "--num-local-crops", 1,
+        "--projection-output-dim", 32, "--num-workers", 1,
+    ]  # fmt: skip
+
+    def config(name: str) -> Config:
+        return parse_config([*map(str, common), "--output-dir", str(tmp_path / name)])
+
+    result = train(config("whole"))
+    assert "no class folders in the data: no k-NN" in capsys.readouterr().out
+    assert "knn_top1" not in result
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 2, signal.SIGINT)
+        train(config("cut"))
+    train(parse_config(["--resume", str(tmp_path / "cut")]))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 4
+
+
+def test_last_layer_waits_in_the_first_epochs(tmp_path: Path, tiny: Callable[..., Config]) -> None:
+    key = "student.projection_head.last_layer.weight"
+    flags = ("--knn-every", 0, "--batch-size", 40, "--epochs", 1)
+    for name, epochs in (("frozen", 1), ("free", 0)):
+        train(tiny(tmp_path / name, *flags, "--freeze-last-layer-epochs", epochs))
+    torch.manual_seed(0)
+    initial = DinoModel.from_config(
+        replace(tiny(tmp_path / "none").model, image_size=16)
+    ).projection_head.last_layer.weight
+    frozen, free = (
+        load_file(tmp_path / name / "state.safetensors")[key] for name in ("frozen", "free")
+    )
+    assert torch.equal(frozen, initial)
+    assert not torch.equal(free, initial)
+
+
+def test_bf16_trains_with_a_float32_loss(tmp_path: Path, tiny_flags: list[str]) -> None:
+    # 48 px, since bfloat16 convolutions of 1 x 1 pixel have broken gradients on some CPUs
+    flags = ["--mixed-precision", "bf16", "--knn-every", "0", "--batch-size", "40"]
+    flags += ["--global-crop-size", "48", "--local-crop-size", "48"]
+    script = [sys.executable, str(ROOT / "dino_train.py")]
+    command = [*script, *tiny_flags, *flags, "--output-dir", str(tmp_path / "bf16")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "mixed precision: bf16" in result.stdout
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "bf16").values())
+    state = load_file(tmp_path / "bf16" / "state.safetensors")
+    assert {x.dtype for x in state.values()} == {torch.float32, torch.int64}
+
+
+def test_output_is_plain_and_has_no_progress_bar_where_it_is_no_terminal(
+    tmp_path: Path, script, tiny_flags: list[str]
+) -> None:
+    result = script("dino_train", *tiny_flags, "--output-dir", tmp_path / "run")
+    assert "\x1b" not in result.stdout
+    assert "ETA" not in result.stdout
+    for said in ("resnet10_half", "1 x cpu", "8 images, 10 steps", "k-NN top-1", "eval_knn.py"):
+        assert said in result.stdout
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def test_quick_start_applies_without_data_and_config_only(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text())
+    quick = parse_config([])
+    assert quick.model.arch == recipe["model"]["arch"]
+    assert quick.optim.epochs == recipe["optim"]["epochs"]
+    other = parse_config(["--arch", "resnet50"])
+    assert other.model.arch == "resnet50"
+    assert other.optim == quick.optim
+    (tmp_path / "c.yaml").write_text("optim: {epochs: 3}\n")
+    plain = Config()
+    for args in (["--data", "patterns"], ["--data=patterns"]):
+        config = parse_config(args)
+        assert (config.model, config.optim, config.crops) == (plain.model, plain.optim, plain.crops)
+    assert parse_config(["--config", str(tmp_path / "c.yaml")]).model == plain.model
+
+
+def test_yaml_gives_the_config_and_flags_override_it(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model:\n  projection_hidden_dim: 1024\n  projection_bottleneck_dim: 256\n"
+        "  projection_output_dim: 4096\n  use_weight_norm: true\n  norm_last_layer: false\n"
+        "optim:\n  lr: 1e-3\ncrops:\n  global_crop_scale: [0.25, 1]\n  local_crop_size: null\n"
+    )
+    config = parse_config(["--config", str(path), "--projection-output-dim", "2048"])
+    assert config.model.projection_hidden_dim == 1024
+    assert config.model.projection_bottleneck_dim == 256
+    assert config.model.projection_output_dim == 2048
+    assert config.model.use_weight_norm is True
+    assert config.model.norm_last_layer is False
+    assert config.optim.lr == 1e-3
+    assert config.crops.global_crop_scale == (0.25, 1.0)
+    assert config.crops.local_crop_size is None
+    config = replace(config, model=replace(config.model, arch="resnet10_half", image_size=32))
+    model = DinoModel.from_config(config.model_config)
+    assert model.projection_head.last_layer.weight.shape == (2048, 256)
+
+
+def test_field_names_are_unique_since_flags_are_flat() -> None:
+    names = [f.name for section in fields(Config) for f in fields(section.default_factory)]
+    assert len(names) == len(set(names))
+
+
+def test_help_explains_every_flag(capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(["--help"])
+    assert stopped.value.code == 0
+    text = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().out)
+    # a flag, its kind of value, its explanation and its default
+    shown = dict(re.findall(r" --([a-z0-9-]+)(?:,| [A-Z{]) ?(.*?)\(default: ", text))
+    for section in fields(Config):
+        for f in fields(section.default_factory):
+            explanation = shown[f.name.replace("_", "-")]
+            assert len(re.findall(r"[a-z]{2,}", explanation)) > 2, f.name
+    assert text.count("[paper:") > 25
+
+
+# ---------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--arch", "resnet51"], "unknown arch 'resnet51'; close matches: resnet"),
+        (["--data", "no/such/folder"], "no such data 'no/such/folder'"),
+        (["--data", "EMPTY"], "no images in"),
+        (["--arch", "dino_vits16", "--global-crop-size", "50"], "patch of 16 px divides, got 50"),
+        (["--batch-size", "81"], "need a batch of at most 80 images, the data; got 81"),
+        (["--batch-size", "0"], "need --batch-size > 0, got 0"),
+        (["--epochs", "-1"], "need --epochs > 0, got -1"),
+        (["--local-crop-size", "-96"], "need --local-crop-size > 0, got -96"),
+        (["--num-local-crops", "-1"], "need --num-local-crops >= 0, got -1"),
+        (["--lr", "nan"], "need --lr > 0, got nan"),
+        (["--teacher-momentum", "1.5"], "need --teacher-momentum >= 0 and <= 1, got 1.5"),
+        (["--projection-output-dim", "0"], "need --projection-output-dim > 0, got 0"),
+        (["--global-crop-scale", "0.9", "0.2"], "need crop scales 0 < low <= high <= 1"),
+        (["--eval-resize", "9"], "need --eval-resize >= the crop of 16 px, got 9"),
+        (["--log-with", "wandb"], "--log-with wandb needs that package"),
+        (["--config", "none.yaml"], "cannot read none.yaml"),
+        (["--config", "UNKNOWN"], "unknown key 'archh'; close matches: arch"),
+        (["--config", "SECTION"], "unknown key 'modle'; close matches: model"),
+        (["--config", "LIST"], "need sections model, data, crops"),
+        (["--resume", "no/such/run"], "no run to resume"),
+        (["--epochs", "many"], "--epochs"),
+        (["--nonsense", "1"], "--nonsense"),
+    ],
+)
+def test_wrong_input_is_one_line_with_code_2_and_writes_nothing(
+    flags: list[str],
+    said: str,
+    tmp_path: Path,
+    script,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_flags: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("u.yaml").write_text("model: {archh: resnet50}\n")
+    Path("s.yaml").write_text("modle: {arch: resnet50}\n")
+    Path("l.yaml").write_text("- 1\n- 2\n")
+    names = {"EMPTY": "empty", "UNKNOWN": "u.yaml", "SECTION": "s.yaml", "LIST": "l.yaml"}
+    flags = [names.get(flag, flag) for flag in flags]
+    if "wandb" in flags:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    before = sorted(tmp_path.rglob("*"))
+    result = script("dino_train", *tiny_flags, "--output-dir", "out", *flags)
+    assert result.returncode == 2
+    assert said in result.stderr
+    if result.stderr.startswith("error: "):
+        assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folder_that_holds_a_run_is_refused_unless_told(
+    tmp_path: Path, tiny_run: Path, script, tiny: Callable[..., Config], tiny_flags: list[str]
+) -> None:
+    before = {path: path.read_bytes() for path in tiny_run.iterdir()}
+    result = script("dino_train", *tiny_flags, "--output-dir", tiny_run)
+    assert result.returncode == 2
+    assert (
+        "already holds a run (config.yaml): need --resume, --overwrite or another" in result.stderr
+    )
+    assert {path: path.read_bytes() for path in tiny_run.iterdir()} == before
+    folder = tmp_path / "run"
+    train(tiny(folder, "--knn-every", 0))
+    (folder / "notes.txt").write_text("mine")
+    first = losses(folder)
+    train(tiny(folder, "--knn-every", 0, "--overwrite", "--seed", 9))
+    assert losses(folder) != first
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_resume_with_another_model_or_data_is_refused(
+    tmp_path: Path, script, tiny: Callable[..., Config]
+) -> None:
+    folder = tmp_path / "run"
+    train(tiny(folder, "--knn-every", 0))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for flags, said in (
+        (["--projection-output-dim", "32"], "--projection-output-dim 32: it has 16"),
+        (["--lr", "0.5"], "--lr 0.5: it has 0.01"),
+        (["--arch", "resnet18"], "--arch resnet18: it has resnet10_half"),
+    ):
+        result = script("dino_train", "--resume", folder, *flags)
+        assert result.returncode == 2
+        assert said in result.stderr
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_more_epochs_go_on_from_a_finished_run(tmp_path: Path, tiny: Callable[..., Config]) -> None:
+    folder = tmp_path / "run"
+    train(tiny(folder, "--knn-every", 0))
+    result = train(parse_config(["--resume", str(folder), "--epochs", "3"]))
+    assert result["step"] == 30
+    assert max(losses(folder)) == 30
+
+
+def test_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_checkpoint(
+    tmp_path: Path, script, tiny_flags: list[str]
+) -> None:
+    folder = tmp_path / "run"
+    flags = ("--lr", "1e36", "--clip-grad", "0", "--save-every", "1", "--knn-every", "0")
+    flags += ("--freeze-last-layer-epochs", "0")
+    result = script("dino_train", *tiny_flags, *flags, "--output-dir", folder)
+    assert result.returncode == 1
+    match = re.search(
+        r"error: the loss is (nan|inf) at step (\d+): .*ckpt.safetensors is kept", result.stderr
+    )
+    assert match, result.stderr
+    _, metadata = load_checkpoint(folder / "ckpt.safetensors")
+    assert metadata["step"] == int(match[2]) - 1
+
+
+def test_numbers_in_range_pass() -> None:
+    check_values(Config())
+    check_values(parse_config([]))
+
+
+def test_system_trains_the_student_alone() -> None:
+    config = replace(parse_config([]).model, image_size=16)
+    system = dino_train.DinoSystem(DinoModel.from_config(config), DinoModel.from_config(config))
+    crops = [torch.randn(4, 3, 16, 16) for _ in range(3)]
+    student_logits, teacher_logits, features = system.train()(crops)
+    assert student_logits.shape[:2] == (3, 4)
+    assert teacher_logits.shape[:2] == features.shape[:2] == (2, 4)
+    student_logits.sum().backward()
+    assert all(p.grad is None and not p.requires_grad for p in system.teacher.parameters())
+    assert all(p.grad is not None for p in system.student.parameters())
+    # the teacher normalises by its batch, and keeps statistics of its own
+    assert system.teacher.backbone.bn1.training
+    assert system.teacher.backbone.bn1.num_batches_tracked == 1
+    assert F.normalize(features, dim=-1).isfinite().all()
+
+
+def test_second_interrupt_stops_at_once() -> None:
+    with dino_train.stop_requests() as stop, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+        assert stop == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
