@@ -1,4 +1,4 @@
-"""What a run reads and writes: recipes, its folder, saved state, log and terminal.
+"""What a run writes and reads back: its folder, saved state, log and terminal.
 
 runs/NAME/config.yaml         the resolved configuration; --config reproduces the run
 runs/NAME/log.jsonl           one line a logged step and evaluation
@@ -7,7 +7,6 @@ runs/NAME/state.safetensors   all that an exact resume needs
 """
 
 import dataclasses
-import difflib
 import itertools
 import json
 import math
@@ -29,38 +28,6 @@ from losses import DinoLoss
 from models import load_tensors, save_checkpoint, save_tensors
 
 
-def recipe_flags(path: Path, config_class: type) -> list[str]:
-    """Read a YAML recipe, {section: {field: value}}, as the flags that say the same.
-
-    Sections and fields are those of the dataclass. Raises ValueError for a file that is none, and
-    for unknown keys, with close matches.
-    """
-    try:
-        recipe = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    known = {
-        section.name: [field.name for field in dataclasses.fields(section.default_factory)]
-        for section in dataclasses.fields(config_class)
-    }
-    if not isinstance(recipe, dict) or not all(isinstance(x, dict) for x in recipe.values()):
-        raise ValueError(f"{path}: need sections {', '.join(known)} with keys under them")
-    flags = []
-    for section, values in recipe.items():
-        for name in [section] if section not in known else values:
-            names = known.get(section, known)
-            if name not in names:
-                close = ", ".join(difflib.get_close_matches(str(name), names)) or "none"
-                raise ValueError(f"{path}: unknown key {name!r}; close matches: {close}")
-        for name, value in values.items():
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                flags.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                flags += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
-
-
 @dataclass(frozen=True)
 class TrainingState:
     """All that a step changes: with the step's number, all that an exact resume needs."""
@@ -68,6 +35,7 @@ class TrainingState:
     system: nn.Module  # with .student and .teacher
     loss: DinoLoss
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None  # fp16's
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the state by name, the optimizer's by its parameter's name."""
@@ -75,19 +43,26 @@ class TrainingState:
         tensors = {**self.system.state_dict(), "loss.center": self.loss.center}
         for param, values in self.optimizer.state.items():
             tensors |= {f"optimizer.{names[param]}.{key}": x for key, x in values.items()}
-        return tensors
+        scaling = self.scaler.state_dict() if self.scaler else {}
+        return tensors | {f"scaler.{key}": torch.tensor(x) for key, x in scaling.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave, in place."""
         params = dict(self.system.student.named_parameters())
-        self.loss.center.copy_(tensors.pop("loss.center"))
-        for name in [name for name in tensors if name.startswith("optimizer.")]:
-            param, key = name.removeprefix("optimizer.").rsplit(".", 1)
-            value, param = tensors.pop(name), params[param]
+        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "scaler": {}, "loss": {}}
+        for name in [name for name in tensors if name.split(".")[0] in parts]:
+            part, key = name.split(".", 1)
+            parts[part][key] = tensors.pop(name)
+        self.system.load_state_dict(tensors)
+        self.loss.load_state_dict(parts["loss"])
+        for name, value in parts["optimizer"].items():
+            name, key = name.rsplit(".", 1)
+            param = params[name]
             if value.shape == param.shape:  # fused optimizers need the parameter's strides as well
                 value = torch.empty_like(param, dtype=value.dtype).copy_(value)
             self.optimizer.state[param][key] = value.to(param.device)
-        self.system.load_state_dict(tensors)
+        if self.scaler:
+            self.scaler.load_state_dict({key: x.item() for key, x in parts["scaler"].items()})
 
 
 class Run:

@@ -1,0 +1,177 @@
+"""Every setting of a run, its recipes and its command line.
+
+`python dino_train.py --help` shows the comments below as the flags' help; a flag is a field's name.
+ModelConfig stands in models.py and CropConfig in data.py, which work without this file.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import tyro
+import yaml
+
+from data import CropConfig
+from models import ModelConfig
+
+QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    # `patterns` (drawn by code), a folder of images with or without class folders, or a torchvision
+    # set: cifar10, cifar100, stl10, imagenette ... (downloaded to datasets/)
+    data: str = "patterns"
+    # pixels, side of the square that images are decoded to; None: their own size, at most 384
+    canvas_size: int | None = None
+    # pixels, shorter side before the center crop of an evaluation [paper: 256 for a crop of 224];
+    # None: in that proportion for photographs, no margin for small images
+    eval_resize: int | None = None
+    num_workers: int | None = None  # decoding processes; None: one less than cores, at most 16
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    epochs: int = 100  # passes over the data [paper: 100 to 800]
+    batch_size: int = 64  # images a process [paper: 1024 over all]
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"  # [paper: adamw; lars for ResNet-50]
+    lr: float = 5e-4  # peak for 256 images, scaled by the whole batch / 256 [paper: 5e-4]
+    min_lr: float = 1e-6  # at the end, not scaled [paper: 1e-6]
+    warmup_epochs: float = 10  # of the learning rate, from 0 [paper: 10]
+    weight_decay: float = 0.04  # at the start; none on biases and 1-d parameters [paper: 0.04]
+    weight_decay_end: float = 0.4  # at the end, along a cosine [paper: 0.4]
+    clip_grad: float = 3.0  # norm of each parameter's gradient, at most; 0: off [paper: 0 to 3]
+    # epochs in which the head's last layer waits; raise it if the loss does not fall [paper: 1]
+    freeze_last_layer_epochs: int = 1
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    student_temp: float = 0.1  # softens the student's softmax [paper: 0.1]
+    warmup_teacher_temp: float = 0.04  # at first; lower it if the loss stays at ln K [paper: 0.04]
+    teacher_temp: float = 0.04  # after the warm-up; above 0.07 is unstable [paper: 0.04 to 0.07]
+    # epochs, linear from one temperature to the other [paper: 30, for a teacher_temp of 0.07]
+    warmup_teacher_temp_epochs: int = 0
+    # of the EMA at first, 1 at the end; 0.9995 for batch 256, less for short runs [paper: 0.996]
+    teacher_momentum: float = 0.996
+    center_momentum: float = 0.9  # of the center's EMA [paper: 0.9]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    config: Path | None = None  # a YAML recipe, or a run's config.yaml; flags override it
+    output_dir: Path | None = None  # for the run's files; None: runs/DATA-ARCH, numbered
+    resume: bool = False  # go on with the run of --output-dir; also: --resume FOLDER
+    overwrite: bool = False  # delete the run that --output-dir holds
+    seed: int = 0  # of weights, order and crops
+    # of the networks; loss, center and EMA are float32; None: bf16 on a GPU, else no
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    save_every: int = 1000  # steps between saved states; also at the end
+    log_every: int = 10  # steps between lines of log.jsonl
+    knn_every: int = 10  # epochs; the teacher's k-NN, also before and after; 0: never
+    knn_images: int = 50_000  # training images that this k-NN remembers, at most
+    log_with: Literal["tensorboard", "wandb"] | None = None  # a tracker besides log.jsonl
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    crops: CropConfig = field(default_factory=CropConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.model
+
+
+def recipe_flags(path: Path) -> list[str]:
+    """Read a YAML recipe, {section: {field: value}}, as the flags that say the same.
+
+    Raises ValueError for a file that is none, and for unknown keys, with close matches.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    known = {s.name: [f.name for f in fields(s.default_factory)] for s in fields(Config)}
+    if not isinstance(recipe, dict) or not all(isinstance(x, dict) for x in recipe.values()):
+        raise ValueError(f"{path}: need sections {', '.join(known)} with keys under them")
+    flags = []
+    for section, values in recipe.items():
+        for name in [section] if section not in known else values:
+            names = known.get(section, known)
+            if name not in names:
+                close = ", ".join(difflib.get_close_matches(str(name), names)) or "none"
+                raise ValueError(f"{path}: unknown key {name!r}; close matches: {close}")
+        for name, value in values.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                flags += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+ABOVE_ZERO = {
+    *("epochs", "batch_size", "lr", "student_temp", "warmup_teacher_temp", "teacher_temp", "std"),
+    *("patch_size", "image_size", "canvas_size", "eval_resize", "global_crop_size", "blur_sigma"),
+    *("projection_hidden_dim", "projection_bottleneck_dim", "projection_output_dim"),
+    *("local_crop_size", "save_every", "log_every", "knn_images"),
+}
+
+
+def check_values(config: Config) -> None:
+    """Raise ValueError for the first number out of its range, naming its flag."""
+    for section in fields(config):
+        for name, value in dataclasses.asdict(getattr(config, section.name)).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, int | float):
+                    continue
+                most = 1 if name.endswith(("probability", "momentum", "rate")) else math.inf
+                too_low = number <= 0 if name in ABOVE_ZERO else number < 0
+                if too_low or not number <= most or math.isinf(number):
+                    bounds = (">" if name in ABOVE_ZERO else ">=") + " 0"
+                    bounds += " and <= 1" if most == 1 else ""
+                    raise ValueError(f"need --{name.replace('_', '-')} {bounds}, got {number}")
+    tracker = config.run.log_with
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise ValueError(f"--log-with {tracker} needs that package: pip install {tracker}")
+
+
+def parse_config(args: Sequence[str], description: str | None = None) -> Config:
+    """Build the Config of a command line: recipe, resumed run or quick start, then the flags.
+
+    Raises ValueError for a recipe or run that cannot be read; wrong flags exit with code 2.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    early.add_argument("--resume", nargs="?", const="", default=None)
+    early.add_argument("--output-dir", "--output_dir", type=Path)
+    known, flags = early.parse_known_args(args)
+    recipe, output_dir = known.config, Path(known.resume) if known.resume else known.output_dir
+    if known.resume is not None:
+        saved = output_dir and output_dir / "config.yaml"
+        if saved is None or not saved.is_file():
+            raise ValueError(f"no run to resume: need a folder with config.yaml, got {output_dir}")
+        recipe, flags = recipe or saved, [*flags, "--resume"]
+    elif recipe is None and not any(flag.split("=")[0] == "--data" for flag in flags):
+        recipe = QUICKSTART
+    if recipe is not None:
+        flags = [*recipe_flags(recipe), *flags, "--config", str(recipe)]
+    if output_dir is not None:
+        flags += ["--output-dir", str(output_dir)]
+    speaks = os.environ.get("RANK", "0") == "0"
+    flat = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(
+        Config, args=flags, description=description, config=flat, console_outputs=speaks
+    )
