@@ -8,18 +8,18 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 import yaml
 
-from data import CropConfig
-from models import ModelConfig
+from data import CropConfig, ImageDataset, resolve_crop_sizes
+from models import ModelConfig, get_backbone
 
 QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
 
@@ -122,6 +122,7 @@ def recipe_flags(path: Path) -> list[str]:
     return flags
 
 
+SHARES = ("probability", "momentum", "rate", "brightness", "contrast", "saturation", "hue")
 ABOVE_ZERO = {
     *("epochs", "batch_size", "lr", "student_temp", "warmup_teacher_temp", "teacher_temp", "std"),
     *("patch_size", "image_size", "canvas_size", "eval_resize", "global_crop_size", "blur_sigma"),
@@ -137,15 +138,68 @@ def check_values(config: Config) -> None:
             for number in value if isinstance(value, tuple) else (value,):
                 if not isinstance(number, int | float):
                     continue
-                most = 1 if name.endswith(("probability", "momentum", "rate")) else math.inf
+                most = 1 if name.endswith(SHARES) else 1 << 62 if name == "seed" else 1e38
                 too_low = number <= 0 if name in ABOVE_ZERO else number < 0
-                if too_low or not number <= most or math.isinf(number):
+                if too_low or not number <= most:
                     bounds = (">" if name in ABOVE_ZERO else ">=") + " 0"
-                    bounds += " and <= 1" if most == 1 else ""
+                    bounds += f" and <= {most}" if number > 0 else ""
                     raise ValueError(f"need --{name.replace('_', '-')} {bounds}, got {number}")
+    if config.run.overwrite and config.run.output_dir is None:
+        raise ValueError("--overwrite needs the --output-dir whose run it deletes")
     tracker = config.run.log_with
     if tracker and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"--log-with {tracker} needs that package: pip install {tracker}")
+
+
+def default_precision() -> str:
+    """Give what --mixed-precision is where neither it nor accelerate launch says."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no" or not torch.cuda.is_available() or "ACCELERATE_USE_CPU" in os.environ:
+        return launched
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def resolve(config: Config, dataset: ImageDataset) -> Config:
+    """Fill in what follows from data, architecture and device where it is None.
+
+    Raises ValueError for values out of range and for sizes that do not fit each other.
+    """
+    check_values(config)
+    model, source = config.model, config.data
+    short, long = dataset.typical_size()
+    with torch.device("meta"):  # shapes alone: neither memory nor time
+        patch_size = get_backbone(model.arch, patch_size=model.patch_size).patch_size
+        crops = resolve_crop_sizes(config.crops, short, patch_size)
+        size = crops.global_crop_size
+        if model.image_size is None and not model.pretrained:
+            model = replace(model, image_size=size)
+        sizes = {"patch_size": model.patch_size, "image_size": model.image_size}
+        backbone = get_backbone(model.arch, **sizes).eval()
+        for crop_size in (size, crops.local_crop_size):
+            try:
+                backbone(torch.empty(1, 3, crop_size, crop_size))
+            except Exception as error:
+                reason = str(error).split("\n")[0]
+                message = f"{model.arch} does not take crops of {crop_size} px: {reason}"
+                raise ValueError(message) from error
+    num_workers = source.num_workers
+    if num_workers is None:
+        in_memory = isinstance(dataset.images, torch.Tensor)
+        num_workers = 0 if in_memory else min(16, max(1, (os.cpu_count() or 2) - 1))
+    source = replace(
+        source,
+        data=os.path.abspath(source.data) if os.path.isdir(source.data) else source.data,
+        canvas_size=source.canvas_size or min(long, 384),
+        eval_resize=source.eval_resize or (round(size * 8 / 7) if short >= 192 else size),
+        num_workers=num_workers,
+    )
+    if source.eval_resize < size:
+        raise ValueError(f"need --eval-resize >= the crop of {size} px, got {source.eval_resize}")
+    precision = config.run.mixed_precision or default_precision()
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--mixed-precision fp16 needs a GPU, got none: need bf16 or no")
+    run = replace(config.run, mixed_precision=precision)
+    return replace(config, model=model, data=source, crops=crops, run=run)
 
 
 def parse_config(args: Sequence[str], description: str | None = None) -> Config:

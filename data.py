@@ -26,7 +26,6 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as TF
 
 # ---------------------------------------------------------------- randomness without state
@@ -46,8 +45,7 @@ def hash_keys(*parts: int | Tensor) -> Tensor:
     """Hash integers and int64 tensors that broadcast, say (seed, epoch, index), to int64 keys."""
     key = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        part = torch.as_tensor(part, dtype=torch.int64)
-        key = _mix(key.to(part.device) + GOLDEN + part)
+        key = _mix(key + GOLDEN + part)
     return key
 
 
@@ -122,16 +120,17 @@ def resolve_crop_sizes(config: CropConfig, image_size: int, patch_size: int = 1)
     patch does not divide.
     """
     own = image_size // 8 * 8 if image_size >= 32 else max(image_size, 16)
-    global_size, local_size = (224, 96) if image_size >= 192 else (own, own // 2)
-    sizes = [config.global_crop_size, config.local_crop_size]
-    for i, default in enumerate((global_size, local_size)):
-        sizes[i] = (
-            sizes[i] if sizes[i] is not None else math.ceil(default / patch_size) * patch_size
-        )
-        if sizes[i] < 8 or sizes[i] % patch_size:
+    global_size, local_size = config.global_crop_size, config.local_crop_size
+    if global_size is None:
+        global_size = math.ceil((224 if image_size >= 192 else own) / patch_size) * patch_size
+    if local_size is None:
+        local_size = 96 if global_size >= 192 else max(8, global_size // 2)
+        local_size = math.ceil(local_size / patch_size) * patch_size
+    for size in (global_size, local_size):
+        if size < 8 or size % patch_size:
             multiple = f" that the patch of {patch_size} px divides" if patch_size > 1 else ""
-            raise ValueError(f"need a crop size of at least 8 px{multiple}, got {sizes[i]}")
-    return replace(config, global_crop_size=sizes[0], local_crop_size=sizes[1])
+            raise ValueError(f"need a crop size of at least 8 px{multiple}, got {size}")
+    return replace(config, global_crop_size=global_size, local_crop_size=local_size)
 
 
 def draw_boxes(draws: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tensor:
@@ -302,14 +301,14 @@ class MultiCrop(nn.Module):
         for low, high in (config.global_crop_scale, config.local_crop_scale):
             if not 0 < low <= high <= 1:
                 raise ValueError(f"need crop scales 0 < low <= high <= 1, got {low} {high}")
+        if not 0 < config.blur_sigma[0] <= config.blur_sigma[1]:
+            raise ValueError(f"need blur_sigma 0 < low <= high, got {config.blur_sigma}")
         self.num_views = 2 + config.num_local_crops
+        blur, solarize = config.blur_probability, config.solarize_probability
         constants = {
             "jitter": [config.brightness, config.contrast, config.saturation, config.hue],
-            "blur": [*config.blur_probability[:2], *[config.blur_probability[2]] * self.num_views],
-            "solarize": [
-                *config.solarize_probability[:2],
-                *[config.solarize_probability[2]] * self.num_views,
-            ],
+            "blur": [*blur[:2], *[blur[2]] * config.num_local_crops],
+            "solarize": [*solarize[:2], *[solarize[2]] * config.num_local_crops],
             "mean": [[[value]] for value in config.mean],
             "std": [[[value]] for value in config.std],
         }
@@ -326,15 +325,11 @@ class MultiCrop(nn.Module):
         draws = uniforms(keys, self.num_views * NUM_DRAWS)
         draws = rearrange(draws, "b (v draw) -> v b draw", v=self.num_views)
         config = self.config
-        crops = self._crops(
-            images, sizes, draws, slice(0, 2), config.global_crop_size, config.global_crop_scale
-        )
+        kinds = [(slice(0, 2), config.global_crop_size, config.global_crop_scale)]
         if config.num_local_crops:
-            crops += self._crops(
-                images, sizes, draws, slice(2, self.num_views),
-                config.local_crop_size, config.local_crop_scale,
-            )  # fmt: skip
-        return crops
+            local = slice(2, self.num_views)
+            kinds.append((local, config.local_crop_size, config.local_crop_scale))
+        return [crop for kind in kinds for crop in self._crops(images, sizes, draws, *kind)]
 
     def _crops(
         self, images: Tensor, sizes: Tensor, draws: Tensor, views: slice, size: int,
@@ -358,7 +353,8 @@ class MultiCrop(nn.Module):
         is_jittered = draws[:, JITTER] < config.jitter_probability
         pixels = _where(is_jittered, colour_jitter, pixels, factors, order)
         pixels = _where(draws[:, GRAY] < config.grayscale_probability, _grayscale, pixels)
-        sigma = torch.lerp(*draws.new_tensor(config.blur_sigma), draws[:, SIGMA])
+        low, high = config.blur_sigma
+        sigma = low + (high - low) * draws[:, SIGMA]
         radius = math.ceil(3 * config.blur_sigma[1])
         pixels = _where(draws[:, BLUR] < blur, partial(gaussian_blur, radius=radius), pixels, sigma)
         pixels = _where(draws[:, SOLARIZE] < solarize, _solarize, pixels)
@@ -376,7 +372,7 @@ def draw_patterns(index: Tensor, size: int = 48) -> Tensor:
     """
     draws = uniforms(hash_keys(index), 12)
     angle, scale, right, down = rearrange(draws[:, :4], "n draw -> draw n 1 1")
-    angle, cells = math.pi / 2 * (angle - 0.5), 3 + 2.5 * scale
+    angle, cells = math.pi / 4 * (angle - 0.5), 3 + 2.5 * scale
     pixel = torch.arange(0.5, size) / size
     x = cells * (pixel * angle.cos() - pixel[:, None] * angle.sin() + right)
     y = cells * (pixel * angle.sin() + pixel[:, None] * angle.cos() + down)
@@ -420,9 +416,7 @@ TORCHVISION_SETS = {
     "cifar100": ("CIFAR100", {"train": True}, {"train": True}, {"train": False}),
     "mnist": ("MNIST", {"train": True}, {"train": True}, {"train": False}),
     "fashion_mnist": ("FashionMNIST", {"train": True}, {"train": True}, {"train": False}),
-    "svhn": ("SVHN", {"split": "train"}, {"split": "train"}, {"split": "test"}),
     "food101": ("Food101", {"split": "train"}, {"split": "train"}, {"split": "test"}),
-    "flowers102": ("Flowers102", {"split": "train"}, {"split": "train"}, {"split": "test"}),
     "stl10": ("STL10", {"split": "train+unlabeled"}, {"split": "train"}, {"split": "test"}),
     "imagenette": ("Imagenette", {"split": "train"}, {"split": "train"}, {"split": "val"}),
 }
@@ -443,8 +437,8 @@ class ImageDataset(Dataset):
     An item is asked for by its index or by (epoch, index). `labels` is None without classes.
     """
 
-    def __init__(self, images: Sequence, labels: np.ndarray | None, num_classes: int) -> None:
-        self.images, self.labels, self.num_classes = images, labels, num_classes
+    def __init__(self, images: Sequence, labels: np.ndarray | None) -> None:
+        self.images, self.labels = images, labels
         self.transform: Callable[[Tensor], Tensor] = torch.nn.Identity()
 
     def __len__(self) -> int:
@@ -474,19 +468,21 @@ def decode(image: bytes | Image.Image | tuple | Tensor) -> Tensor:
         return image
     if isinstance(image, tuple):
         image = image[0]
-    if isinstance(image, bytes):
+    if isinstance(image, bytes):  # np.bytes_ too: an array of paths is one block for all workers
         path = os.fsdecode(image)
         try:
             if path.lower().endswith((".jpg", ".jpeg")):
-                data = torchvision.io.read_file(path)
-                return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError:  # not a JPEG after all, or one that PIL may read
+                io = torchvision.io
+                return io.decode_jpeg(io.read_file(path), "RGB", apply_exif_orientation=True)
+        except (RuntimeError, AttributeError):  # no JPEG after all, or a torchvision without it
             pass
         try:
             image = ImageOps.exif_transpose(Image.open(path))
             image.load()
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot decode {path}: {error}") from error
+        if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return TF.pil_to_tensor(image.convert("RGB"))
 
 
@@ -501,33 +497,43 @@ def center_crop(image: Tensor, resize: int, size: int) -> Tensor:
     return TF.center_crop(image, [size, size])
 
 
-def _scan(folder: Path) -> tuple[list[Path], list[str] | None]:
+def _scan(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Give a folder's images, and the class of each where they lie in sub-folders only."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
+    walk = os.walk(folder, followlinks=True)
+    paths = np.array(
+        sorted(
+            os.path.join(parent, file)
+            for parent, _, files in walk
+            for file in files
+            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
+        )
+    )
+    if not len(paths):
         raise ValueError(f"no images in {folder}: need files like {', '.join(IMAGE_SUFFIXES[:4])}")
-    if any(path.parent == folder for path in paths):
-        return paths, None
-    return paths, [path.relative_to(folder).parts[0] for path in paths]
+    names = [os.path.relpath(path, folder).split(os.sep) for path in paths]
+    if any(len(name) == 1 for name in names):
+        return np.char.encode(paths, "utf-8", "surrogateescape"), None
+    return np.char.encode(paths, "utf-8", "surrogateescape"), np.array([name[0] for name in names])
 
 
 def _folder(root: Path, split: str) -> ImageDataset:
     train = root / "train" if (root / "train").is_dir() else root
     test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     has_test = train != root and test is not None
-    paths, names = _scan(train)
-    classes = sorted(set(names or ()))
+    images, names = _scan(train)
+    classes = None if names is None else np.unique(names)
     if split == "test" and has_test:
-        paths, names = _scan(test)
-        unknown = sorted(set(names or ()) - set(classes))
-        if unknown:
+        images, names = _scan(test)
+        unknown = [] if names is None or classes is None else np.setdiff1d(names, classes)
+        if len(unknown):
             raise ValueError(f"{test} has classes that {train} lacks: {', '.join(unknown[:5])}")
-    labels = None if names is None else np.array([classes.index(name) for name in names])
-    images = np.array([os.fsencode(path) for path in paths])
-    if split != "train" and not has_test and labels is not None:
+    if names is None or classes is None:
+        return ImageDataset(images, None)
+    labels = np.searchsorted(classes, names)
+    if split != "train" and not has_test:
         chosen = held_out(len(images)) == (split == "test")
         images, labels = images[chosen], labels[chosen]
-    return ImageDataset(images, labels, len(classes))
+    return ImageDataset(images, labels)
 
 
 def held_out(num_images: int) -> np.ndarray:
@@ -547,7 +553,7 @@ def _torchvision_set(name: str, split: str) -> ImageDataset:
     names = ("targets", "labels", "_labels")
     labels = next((getattr(images, name) for name in names if hasattr(images, name)), None)
     labels = np.array([label for _, label in images._samples] if labels is None else labels)
-    return ImageDataset(images, labels, int(labels.max()) + 1)
+    return ImageDataset(images, labels)
 
 
 def build_dataset(data: str, split: str = "train", canvas_size: int | None = None) -> ImageDataset:
@@ -561,7 +567,7 @@ def build_dataset(data: str, split: str = "train", canvas_size: int | None = Non
     if data == "patterns":
         num_images, first = (1000, 1 << 32) if split == "test" else (2000, 0)
         index = torch.arange(first, first + num_images)
-        dataset = ImageDataset(draw_patterns(index), (index % 10).numpy(), num_classes=10)
+        dataset = ImageDataset(draw_patterns(index), (index % 10).numpy())
     elif data in TORCHVISION_SETS:
         dataset = _torchvision_set(data, split)
     elif Path(data).is_dir():
@@ -572,7 +578,9 @@ def build_dataset(data: str, split: str = "train", canvas_size: int | None = Non
         hint = f" (close: {', '.join(close)})" if close else ""
         raise ValueError(f"no such data {data!r}{hint}: need a folder or one of {', '.join(known)}")
     if split != "train" and dataset.labels is None:
-        raise ValueError(f"{data} has no class folders: need labels for k-NN and linear probes")
+        raise ValueError(f"no class folders in the {split} images of {data}: k-NN needs labels")
+    if not len(dataset):
+        raise ValueError(f"no images are left to {split} with in {data}: need at least 2")
     if canvas_size is not None:
         dataset.transform = partial(to_canvas, size=canvas_size)
     return dataset

@@ -11,6 +11,7 @@ k output_dim.
 
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,51 +21,19 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import data
-from config import QUICKSTART, Config, check_values, parse_config
-from data import ImageDataset, MultiCrop, StepSampler, hash_keys
-from eval_knn import evaluation_splits, extract_features, knn_accuracy, normalized, run_command
+from config import QUICKSTART, Config, parse_config, resolve
+from data import MultiCrop, StepSampler, hash_keys
+from eval_knn import evaluation_splits, extract_features, knn_accuracy, normalized
 from losses import DinoLoss
-from models import DinoModel, get_backbone, update_teacher_EMA
-from run_io import Monitor, Run, TrainingState, stop_requests
-
-
-def resolve(config: Config, dataset: ImageDataset) -> Config:
-    """Fill in what follows from the data, the architecture and the device where it is None.
-
-    Raises ValueError for sizes that do not fit each other.
-    """
-    check_values(config)
-    model, source = config.model, config.data
-    short, long = dataset.typical_size()
-    with torch.device("meta"):  # for its patch size alone: takes no memory
-        patch_size = get_backbone(model.arch, patch_size=model.patch_size).patch_size
-    crops = data.resolve_crop_sizes(config.crops, short, patch_size)
-    size = crops.global_crop_size
-    if model.image_size is None and not model.pretrained:
-        model = replace(model, image_size=size)
-    num_workers = source.num_workers
-    if num_workers is None:
-        in_memory = isinstance(dataset.images, Tensor)
-        num_workers = 0 if in_memory else min(16, max(1, (os.cpu_count() or 2) - 1))
-    source = replace(
-        source,
-        data=os.path.abspath(source.data) if os.path.isdir(source.data) else source.data,
-        canvas_size=source.canvas_size or min(long, 384),
-        eval_resize=source.eval_resize or (round(size * 8 / 7) if short >= 192 else size),
-        num_workers=num_workers,
-    )
-    if source.eval_resize < size:
-        raise ValueError(f"need --eval-resize >= the crop of {size} px, got {source.eval_resize}")
-    precision = config.run.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
-    run = replace(config.run, mixed_precision=precision)
-    return replace(config, model=model, data=source, crops=crops, run=run)
-
+from models import DinoModel, update_teacher_EMA
+from run_io import Monitor, Run, TrainingState, run_command, stop_requests
 
 # ---------------------------------------------------------------- schedules and optimizer
 
@@ -193,6 +162,20 @@ def teacher_knn(
     return knn_accuracy(*tensors, ks=(20,))[20][0]
 
 
+def feature_spread(features: Tensor) -> Tensor:
+    """Give the deviation over the batch of features (t, b, d) of length 1: 0 when they collapse."""
+    directions = F.normalize(features.float(), dim=-1)
+    return directions.std(dim=1, correction=0).norm(dim=-1).mean()
+
+
+def use_all_cores(accelerator: Accelerator) -> None:
+    """Give a CPU process its share of the cores, where accelerate launch has set one thread."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+
+
 def header(config: Config, accelerator: Accelerator, num_images: int, model: DinoModel) -> Table:
     """Lay out what is about to be trained, on what, and how."""
     optim, crops, world = config.optim, config.crops, accelerator.num_processes
@@ -212,7 +195,7 @@ def header(config: Config, accelerator: Accelerator, num_images: int, model: Din
     }
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/]", text)
+        table.add_row(f"[bold]{name}[/]", escape(text))
     return table
 
 
@@ -233,16 +216,20 @@ def train(config: Config) -> dict:
         log_with=config.run.log_with,
         project_dir=run.folder,
     )
+    use_all_cores(accelerator)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     batch_size = optim.batch_size * world
     sampler = partial(StepSampler, len(dataset), optim.batch_size, seed, rank, world)
     steps_per_epoch = sampler(range(0)).steps_per_epoch
     total_steps = optim.epochs * steps_per_epoch
-    splits = None
-    if config.run.knn_every and dataset.labels is not None:
-        memory, test = evaluation_splits(run.config)
-        order = hash_keys(0, torch.arange(len(memory))).argsort()
-        splits = Subset(memory, order[: config.run.knn_images].tolist()), test
+    splits, why_no_knn = None, "--knn-every 0"
+    if config.run.knn_every:
+        try:
+            memory, test = evaluation_splits(run.config)
+            order = hash_keys(0, torch.arange(len(memory))).argsort()
+            splits = Subset(memory, order[: config.run.knn_images].tolist()), test
+        except ValueError as error:
+            why_no_knn = str(error)
 
     # ---- student, teacher, loss, optimizer
     torch.manual_seed(seed)
@@ -265,8 +252,13 @@ def train(config: Config) -> dict:
     monitor = Monitor(run, accelerator, start, total_steps)
     say = monitor.console.print
     say(header(config, accelerator, len(dataset), student))
-    if dataset.labels is None:
-        say("no class folders in the data: no k-NN during training")
+    if splits is None:
+        say(f"no k-NN during training: {why_no_knn}", markup=False)
+    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+        epochs = getattr(optim, name, None) or getattr(config.teacher, name, 0)
+        if epochs > optim.epochs:
+            flag = f"--{name.replace('_', '-')} {epochs:g}"
+            say(f"warning: {flag} is longer than the run of {optim.epochs} epochs")
     if config.run.resume:
         say(f"resumed {run.folder} after step {start:,} of {total_steps:,}")
     if accelerator.is_main_process:
@@ -298,7 +290,8 @@ def train(config: Config) -> dict:
                 group["lr"] = now.lr
             optimizer.param_groups[0]["weight_decay"] = now.weight_decay
             images, sizes = (x.to(device, non_blocking=True) for x in (batch.image, batch.size))
-            keys = hash_keys(seed, batch.epoch, batch.index).to(device)
+            places = (x.to(device, non_blocking=True) for x in (batch.epoch, batch.index))
+            keys = hash_keys(seed, *places)
             crops = multi_crop(images, sizes, keys)
             # drop path draws from torch's generator: seeded by the step, a resumed run repeats it
             torch.manual_seed(int(hash_keys(seed, step, rank)))
@@ -317,20 +310,13 @@ def train(config: Config) -> dict:
             is_logged = step == total_steps or step % config.run.log_every == 0
             if is_logged:  # with the center that the loss used
                 entropy = dino_loss.teacher_entropy(teacher_logits, now.teacher_temp)
-                spread = (
-                    F.normalize(features.float(), dim=-1)
-                    .std(dim=1, correction=0)
-                    .norm(dim=-1)
-                    .mean()
-                )
                 more = {
                     "teacher_entropy": entropy,
                     "kl": loss.detach() - entropy,
-                    "feature_spread": spread,
+                    "feature_spread": feature_spread(features),
                 }
-            if not accelerator.optimizer_step_was_skipped:  # by fp16, for gradients that overflow
-                dino_loss.update_center(teacher_logits)  # a collective
-                update_teacher_EMA(student, teacher, now.teacher_momentum)
+            dino_loss.update_center(teacher_logits)  # a collective
+            update_teacher_EMA(student, teacher, now.teacher_momentum)
 
             # ---- log, evaluate, save
             monitor.add(step, loss, batch_size)
@@ -345,7 +331,7 @@ def train(config: Config) -> dict:
             if is_evaluated:
                 evaluate(step)
             if is_saved and accelerator.is_main_process:
-                run.save(state, step, metrics)
+                run.save(state, step, step / steps_per_epoch, metrics)
             if is_evaluated or is_saved:
                 monitor.restart_clock()
             if is_last:
@@ -353,7 +339,8 @@ def train(config: Config) -> dict:
     accelerator.end_training()
     if step < total_steps:
         say(f"stopped after step {step:,} of {total_steps:,}; to go on:")
-        say(f"  accelerate launch dino_train.py --resume {run.folder}", soft_wrap=True)
+        folder = shlex.quote(str(run.folder))
+        say(f"  accelerate launch dino_train.py --resume {folder}", soft_wrap=True, markup=False)
         sys.exit(128 + stop[0])
     result = {"folder": str(run.folder), "checkpoint": str(run.checkpoint), "step": step}
     return result | {"loss": last_loss} | metrics
@@ -365,14 +352,14 @@ def main() -> None:
     if config.run.config == QUICKSTART:
         console.print("quick start: recipes/quickstart.yaml on embedded data; flags override it")
     result = train(config)
-    table = Table.grid(padding=(0, 2))
+    checkpoint, rows = shlex.quote(result["checkpoint"]), {}
     if "knn_top1" in result:
         before, after = result["knn_top1_untrained"], result["knn_top1"]
-        table.add_row("[bold]k-NN top-1[/]", f"{before:.1f} % untrained, {after:.1f} % trained")
-    table.add_row("[bold]checkpoint[/]", result["checkpoint"])
-    table.add_row("[bold]next[/]", f"python eval_knn.py {result['checkpoint']}")
-    table.add_row("", f"python eval_linear.py {result['checkpoint']}")
-    console.print(table)
+        rows["k-NN top-1"] = f"{before:.1f} % untrained, {after:.1f} % trained"
+    rows |= {"checkpoint": result["checkpoint"], "next": f"python eval_knn.py {checkpoint}"}
+    rows[""] = f"python eval_linear.py {checkpoint}"
+    for name, text in rows.items():  # no table: it would cut long paths
+        console.print(f"[bold]{name:10}[/]  {escape(text)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

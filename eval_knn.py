@@ -1,6 +1,6 @@
 """Evaluate a frozen backbone by weighted k-nearest neighbours.
 
-    python eval_knn.py runs/quickstart/ckpt.safetensors
+    python eval_knn.py runs/patterns-resnet10_half/ckpt.safetensors
     python eval_knn.py runs/vits16/ckpt.safetensors --data /imagenet --json-out knn.json
 
 Architecture, sizes, normalisation and data come from the checkpoint itself; --data overrides.
@@ -10,7 +10,6 @@ Axes: n train images, m test images, d features, c classes.
 """
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from data import ImageDataset, build_dataset, center_crop
 from models import load_checkpoint, load_tensors, save_tensors
+from run_io import run_command
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class KnnConfig:
     features_out: Path | None = None  # write features and labels there, as safetensors
 
 
+def check_votes(ks: Sequence[int], temperature: float) -> None:
+    """Raise ValueError for numbers of neighbours or a temperature that cannot be meant."""
+    if min(ks, default=0) < 1 or not temperature > 0:
+        raise ValueError(f"need k >= 1 and a temperature > 0, got k {list(ks)}, {temperature}")
+
+
 @torch.no_grad()
 def knn_accuracy(
     train_features: Tensor,
@@ -64,9 +70,7 @@ def knn_accuracy(
     Cosine similarity; a neighbour votes for its class with exp(similarity / temperature). A k above
     n uses all n. Features on any device, labels (n,) and (m,) int64.
     """
-    if min(ks, default=0) < 1 or not len(train_features) or not len(test_features):
-        sizes = f"{len(train_features)} train and {len(test_features)} test images"
-        raise ValueError(f"need k >= 1 and images of both splits, got k {list(ks)}, {sizes}")
+    check_votes(ks, temperature)
     train_features = F.normalize(train_features.float(), dim=1)
     test_features = F.normalize(test_features.float(), dim=1)
     num_train, num_classes = (
@@ -80,7 +84,9 @@ def knn_accuracy(
     for rows in torch.arange(len(test_features)).split(max(1, entries // num_train)):
         similarity = test_features[rows] @ train_features.T
         nearest, neighbours = similarity.topk(ends[-1], dim=1)
-        votes, classes = (nearest / temperature).exp(), train_labels[neighbours]
+        # less the nearest's similarity, which ranks alike and cannot overflow
+        votes = ((nearest - nearest[:, :1]) / temperature).exp()
+        classes = train_labels[neighbours]
         scores = torch.zeros(len(rows), num_classes, device=votes.device)
         target = test_labels[rows][:, None]
         for start, end in zip([0, *ends], ends, strict=False):  # each k adds to the one before
@@ -111,8 +117,7 @@ def extract_features(
     rows = [min(row, last) for row in range(rank, rank + world * (last // world + 1), world)]
     features, labels = [], []
     for batch in DataLoader(Subset(dataset, rows), batch_size, num_workers=num_workers):
-        with accelerator.autocast():
-            features.append(forward(batch.image.to(accelerator.device)).float())
+        features.append(forward(batch.image.to(accelerator.device)).float())
         labels.append(batch.label.to(accelerator.device))
     of_ranks = gather((torch.cat(features), torch.cat(labels)))
     features, labels = (rearrange(x, "(w i) ... -> (i w) ...", w=world) for x in of_ranks)
@@ -142,6 +147,8 @@ def checkpoint_features(options: EvalConfig, accelerator: Accelerator) -> tuple[
 
     A collective. Raises ValueError for a checkpoint or data that cannot be used.
     """
+    if options.json_out is not None and not options.json_out.parent.is_dir():
+        raise ValueError(f"no such folder for the results: {options.json_out.parent}")
     model, metadata = load_checkpoint(options.checkpoint)
     if options.student:
         state, _ = load_tensors(options.checkpoint.with_name("state.safetensors"))
@@ -149,9 +156,9 @@ def checkpoint_features(options: EvalConfig, accelerator: Accelerator) -> tuple[
         model.load_state_dict(
             {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
         )
-    if "config" not in metadata:
+    config = metadata.get("config", {})
+    if not {"model", "data", "crops"} <= config.keys():
         raise ValueError(f"{options.checkpoint} does not say how its images were prepared")
-    config = metadata["config"]
     if options.data is not None:
         config["data"]["data"] = options.data
     backbone = model.backbone.to(accelerator.device)
@@ -187,19 +194,12 @@ def report(facts: dict, table: Table, results: dict, json_out: Path | None) -> N
         json_out.write_text(json.dumps(facts | results, indent=2) + "\n")
 
 
-def run_command(function: Callable[[], object]) -> None:
-    """Run a script's main; wrong input ends it with one line and exit code 2."""
-    try:
-        function()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, FileNotFoundError, RuntimeError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-
-
 def main() -> None:
     options = tyro.cli(KnnConfig, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    check_votes(options.ks, options.temperature)
+    out = options.features_out
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"no such folder for the features: {out.parent}")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     tensors, facts = checkpoint_features(options.evaluation, accelerator)
     accuracies = knn_accuracy(*tensors, options.ks, options.temperature)
@@ -211,9 +211,9 @@ def main() -> None:
     results = {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracies.items()}
     results = {"temperature": options.temperature, "knn": results}
     report(facts, table, results, options.evaluation.json_out)
-    if options.features_out is not None:
+    if out is not None:
         names = ("train_features", "train_labels", "test_features", "test_labels")
-        save_tensors(options.features_out, dict(zip(names, tensors, strict=True)), {})
+        save_tensors(out, dict(zip(names, tensors, strict=True)), {})
 
 
 if __name__ == "__main__":

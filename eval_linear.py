@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data import hash_keys
-from eval_knn import EvalConfig, checkpoint_features, report, run_command
+from eval_knn import EvalConfig, checkpoint_features, report
+from run_io import run_command
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ def train_probes(
     return weight, bias
 
 
+def check_probes(config: LinearConfig) -> None:
+    """Raise ValueError for settings that cannot be meant."""
+    if min(config.lrs, default=0) <= 0 or config.epochs < 1 or config.probe_batch_size < 1:
+        given = f"lrs {config.lrs}, epochs {config.epochs}, batch {config.probe_batch_size}"
+        raise ValueError(f"need lrs > 0, epochs >= 1 and a batch >= 1, got {given}")
+
+
 def linear_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
@@ -69,13 +77,8 @@ def linear_accuracy(
     test_labels: Tensor,
     config: LinearConfig,
 ) -> dict[float, tuple[float, float]]:
-    """Give {learning rate: (top-1, top-5)} in % on the test features, one probe a rate.
-
-    Raises ValueError for a configuration without rates, epochs or batch.
-    """
-    if min(config.lrs, default=0) <= 0 or config.epochs < 1 or config.probe_batch_size < 1:
-        given = f"lrs {config.lrs}, epochs {config.epochs}, batch {config.probe_batch_size}"
-        raise ValueError(f"need lrs > 0, epochs >= 1 and a batch >= 1, got {given}")
+    """Give {learning rate: (top-1, top-5)} in % on the test features, one probe a rate."""
+    check_probes(config)
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     lrs = torch.tensor(config.lrs, device=train_features.device) * config.probe_batch_size / 256
     weight, bias = train_probes(train_features, train_labels, num_classes, lrs, config)
@@ -90,6 +93,7 @@ def linear_accuracy(
 
 def main() -> None:
     options = tyro.cli(LinearConfig, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    check_probes(options)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     tensors, facts = checkpoint_features(options.evaluation, accelerator)
     if not accelerator.is_main_process:

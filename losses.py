@@ -35,7 +35,9 @@ class _AllPairsCrossEntropy(torch.autograd.Function):
         num_teachers = len(teacher)
         num_pairs = num_teachers * (num_views - 1)
         dtype = torch.promote_types(student.dtype, torch.float32)
-        grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        # float16 could not hold the gradient times a loss scale
+        grad_dtype = dtype if student.dtype == torch.float16 else student.dtype
+        grad = torch.empty_like(student, dtype=grad_dtype) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=dtype, device=student.device)
         # small enough for a CPU's caches; a GPU wants few and large kernels
         block = max(1, (1 << 17 if student.device.type == "cpu" else 1 << 26) // output_dim)

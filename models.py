@@ -104,7 +104,7 @@ def get_backbone(
     It has `.output_dim`, `.patch_size` (1 for convolutional networks; must divide h and w) and the
     parameter names of torchvision or timm. ResNets for an `image_size` up to 64 px get a 3x3 stem
     without max-pool, of stride 1 up to 32 px and 2 above. Raises ValueError for an unknown name
-    (with close matches) or option, RuntimeError where published weights cannot be loaded.
+    (with close matches) or option, OSError where published weights cannot be loaded.
     """
     is_resnet = name in RESNETS or name == "resnet10_half"
     if not is_resnet and name not in TIMM_NAMES and not timm.is_model(name):
@@ -122,14 +122,17 @@ def get_backbone(
         else:
             timm_name = TIMM_NAMES.get(name, name)
             net = _timm(timm_name, pretrained, drop_path_rate, **sizes)
-    except (OSError, RuntimeError) as error:  # what hubs and URLs raise; never random weights
+    except (OSError, RuntimeError) as error:  # what hubs and URLs raise
+        if not pretrained:
+            raise
         reason = str(error).split("\n")[0]
-        raise RuntimeError(f"cannot load the published weights of {name}: {reason}") from error
+        raise OSError(f"cannot load the published weights of {name}: {reason}") from error
     if name in TIMM_NAMES and not pretrained:
         nn.init.trunc_normal_(net.cls_token, std=0.02)  # the original's; timm's is 1e-6
     net.output_dim = getattr(net, "head_hidden_size", None) or net.num_features
-    patch = getattr(getattr(net, "patch_embed", None), "patch_size", 1)
-    net.patch_size = patch[0] if isinstance(patch, tuple) else patch
+    embed = getattr(net, "patch_embed", None)
+    stride = getattr(getattr(embed, "proj", None), "stride", getattr(embed, "patch_size", 1))
+    net.patch_size = stride[0] if isinstance(stride, tuple) else stride
     return net
 
 
@@ -204,16 +207,10 @@ class DinoModel(nn.Module):
             rate = 0.1 if config.arch in TIMM_NAMES else 0.0
         sizes = {"patch_size": config.patch_size, "image_size": config.image_size}
         backbone = get_backbone(config.arch, config.pretrained, drop_path_rate=rate, **sizes)
-        head = DinoProjectionHead(
-            backbone.output_dim,
-            config.projection_hidden_dim,
-            config.projection_bottleneck_dim,
-            config.projection_output_dim,
-            config.use_weight_norm,
-            config.norm_last_layer,
-            config.use_bn,
-        )
-        model = cls(backbone, head)
+        dims = config.projection_hidden_dim, config.projection_bottleneck_dim
+        kind = config.use_weight_norm, config.norm_last_layer, config.use_bn
+        output_dim = config.projection_output_dim
+        model = cls(backbone, DinoProjectionHead(backbone.output_dim, *dims, output_dim, *kind))
         model.config = config
         return model
 
@@ -285,15 +282,17 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file: (tensors, metadata). Errors as load_checkpoint's."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if start == b"PK" or start[:1] == b"\x80":
-        raise ValueError(f"{path} is a pickle, which can run code: need a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start == b"PK" or start[:1] == b"\x80":
+            reason = "is a pickle, which can run code: need a .safetensors file"
+        else:
+            reason = f"is truncated or not a safetensors file: {error}"
+        raise ValueError(f"{path} {reason}") from error
 
 
 def save_checkpoint(path: str | Path, model: DinoModel, metadata: dict) -> None:
@@ -307,16 +306,18 @@ def load_checkpoint(path: str | Path) -> tuple[DinoModel, dict]:
     """Rebuild what `save_checkpoint` wrote: (model in eval mode on the CPU, metadata).
 
     Nothing is unpickled. Raises FileNotFoundError, or ValueError for a file that is truncated, not
-    safetensors, or without our metadata.
+    safetensors, or not as save_checkpoint writes it.
     """
     tensors, texts = load_tensors(path)
     if not {"model_config", "metadata"} <= texts.keys():
         raise ValueError(f"{path} lacks the metadata of save_checkpoint: cannot tell its model")
-    fields = json.loads(texts["model_config"])
-    if fields is None:
-        raise ValueError(f"{path} has a custom backbone: build it, then load the file's tensors")
-    config = ModelConfig(**fields)
-    model = DinoModel.from_config(dataclasses.replace(config, pretrained=False))
-    model.config = config
-    model.load_state_dict(tensors)
-    return model.eval(), json.loads(texts["metadata"])
+    try:
+        fields, metadata = json.loads(texts["model_config"]), json.loads(texts["metadata"])
+        if fields is None:
+            raise ValueError("it has a custom backbone: build it, then load the file's tensors")
+        model = DinoModel.from_config(ModelConfig(**fields | {"pretrained": False}))
+        model.load_state_dict(tensors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot rebuild the model of {path}: {reason}") from error
+    return model.eval(), metadata

@@ -11,8 +11,9 @@ import itertools
 import json
 import math
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,12 @@ from torch import Tensor, nn
 
 from losses import DinoLoss
 from models import load_tensors, save_checkpoint, save_tensors
+
+# what a resumed run may have otherwise
+CHANGEABLE = {
+    *("epochs", "num_workers", "eval_resize", "save_every", "log_every"),
+    *("knn_every", "knn_images", "log_with"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class Run:
         names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
         unused = (path for name in names if not (path := Path("runs", name)).exists())
         self.folder = config.run.output_dir or next(unused)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"need a folder for --output-dir, got the file {self.folder}")
         names = ("config.yaml", "log.jsonl", "ckpt.safetensors", "state.safetensors")
         files = [self.folder / name for name in names]
         self.config_file, self.log_file, self.checkpoint, self.state_file = files
@@ -92,15 +101,30 @@ class Run:
         for file in self.stale:
             file.unlink()
         self.config_file.write_text(yaml.safe_dump(self.config, sort_keys=False))
-        lines = self.log_file.read_text().splitlines() if step else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.log_file.write_text("".join(line + "\n" for line in kept))
+        kept = []
+        for line in self.log_file.read_text().splitlines() if step else []:
+            try:
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+            except ValueError:  # a line that a kill cut off
+                break
+        self.log_file.write_text("".join(kept))
 
-    def save(self, state: TrainingState, step: int, metrics: dict) -> None:
-        """Write the state after `step` steps, and the teacher with all that evaluating it needs."""
-        metadata = {"config": self.config, "step": step, "metrics": metrics}
-        save_tensors(self.state_file, state.tensors(), {"metadata": json.dumps(metadata)})
+    def save(self, state: TrainingState, step: int, epoch: float, metrics: dict) -> None:
+        """Write the state after `step` steps, and the teacher with all that evaluating it needs.
+
+        Raises FloatingPointError before a file is touched where a weight is not finite.
+        """
+        metadata = {"config": self.config, "step": step, "epoch": epoch, "metrics": metrics}
+        tensors = state.tensors()
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise FloatingPointError(f"{name} is not finite after step {step:,}; {self.kept()}")
+        save_tensors(self.state_file, tensors, {"metadata": json.dumps(metadata)})
         save_checkpoint(self.checkpoint, state.system.teacher, metadata)
+
+    def kept(self) -> str:
+        exists = self.checkpoint.exists()
+        return f"{self.checkpoint} is kept" if exists else "no checkpoint was saved yet"
 
     def load(self, state: TrainingState) -> tuple[int, dict]:
         """Restore what `save` wrote: (step, metrics); (0, {}) where nothing was saved yet.
@@ -111,10 +135,10 @@ class Run:
             return 0, {}
         tensors, texts = load_tensors(self.state_file)
         metadata = json.loads(texts["metadata"])
-        for section in ("model", "data", "crops", "optim", "teacher"):
-            for name, value in self.config[section].items():
+        for section, values in self.config.items():
+            for name, value in values.items():
                 saved = metadata["config"][section].get(name)
-                if saved != value and name not in ("epochs", "num_workers"):
+                if saved != value and name not in CHANGEABLE:
                     given = f"--{name.replace('_', '-')} {value}"
                     raise ValueError(f"cannot resume {self.folder} with {given}: it has {saved}")
         state.load(tensors)
@@ -165,9 +189,8 @@ class Monitor:
         values = torch.stack(list(self.losses.values())).tolist()
         for step, value in zip(self.losses, values, strict=True):
             if not math.isfinite(value):
-                path = self.run.checkpoint
-                kept = f"{path} is kept" if path.exists() else "no checkpoint was saved yet"
-                raise FloatingPointError(f"the loss is {value} at step {step:,}: {kept}")
+                said = f"the loss is {value} at step {step:,}"
+                raise FloatingPointError(f"{said}; {self.run.kept()}")
         self.losses.clear()
         return values[-1]
 
@@ -188,3 +211,15 @@ def stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run a script's main; wrong input ends it with one line and code 2, a broken loss with 1."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        # a worker's error arrives as its whole traceback, whose last line is the message
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)

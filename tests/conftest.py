@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from data import draw_patterns
-from eval_knn import run_command
+from run_io import run_command
 
 ROOT = Path(__file__).parent.parent
 

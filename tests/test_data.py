@@ -299,6 +299,7 @@ def test_the_device_path_gives_the_crops_of_the_cpu_path(monkeypatch: pytest.Mon
     ("config", "message"),
     [
         (CropConfig(4), "need a crop size of at least 8 px, got 4"),
+        (CropConfig(blur_sigma=(2.0, 0.1)), "need blur_sigma 0 < low <= high"),
         (CropConfig(num_local_crops=-1), "need num_local_crops >= 0, got -1"),
         (
             CropConfig(global_crop_scale=(0.5, 0.2)),
@@ -329,6 +330,12 @@ def test_crop_sizes_follow_from_the_images(image_size: int, patch: int, sizes: t
     assert (config.global_crop_size, config.local_crop_size) == sizes
 
 
+def test_local_crops_follow_from_a_given_global_size() -> None:
+    for global_size, local_size in ((96, 48), (64, 32), (256, 96)):
+        config = data.resolve_crop_sizes(CropConfig(global_crop_size=global_size), 500, 1)
+        assert config.local_crop_size == local_size
+
+
 def test_crop_size_that_the_patch_does_not_divide_is_named() -> None:
     with pytest.raises(ValueError, match=r"need a crop size .*patch of 16 px divides, got 100"):
         data.resolve_crop_sizes(CropConfig(local_crop_size=100), 224, 16)
@@ -344,7 +351,7 @@ def test_patterns_are_the_same_at_any_time_and_differ() -> None:
     assert torch.equal(data.draw_patterns(torch.tensor([31, 7])), whole[[31, 7]])
     assert len(whole.flatten(1).unique(dim=0)) == 40
     train, test = build_dataset("patterns"), build_dataset("patterns", "test")
-    assert (len(train), len(test), train.num_classes) == (2000, 1000, 10)
+    assert (len(train), len(test)) == (2000, 1000)
     assert np.bincount(train.labels).tolist() == [200] * 10
     both = torch.cat([train.images, test.images]).flatten(1).unique(dim=0)
     assert len(both) == 3000
@@ -363,7 +370,6 @@ def test_folder_with_train_and_val(tmp_path: Path) -> None:
     train, memory, test = (build_dataset(str(tmp_path), split) for split in data.SPLITS)
     assert train.labels.tolist() == memory.labels.tolist() == [0, 0, 1, 1, 1]
     assert test.labels.tolist() == [0, 0, 0, 0, 1]
-    assert train.num_classes == 2
 
 
 def test_any_other_folder_holds_out_a_fixed_tenth(tmp_path: Path) -> None:
@@ -383,6 +389,29 @@ def test_folder_without_classes_trains_and_has_no_test(tmp_path: Path) -> None:
     assert dataset[2].size.tolist() == [20, 30]
     with pytest.raises(ValueError, match="no class folders"):
         build_dataset(str(tmp_path), "test")
+
+
+def test_linked_folders_are_followed_and_hidden_files_left_out(tmp_path: Path) -> None:
+    write_images(tmp_path / "store" / "x", 3)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "cat").symlink_to(tmp_path / "store" / "x")
+    (tmp_path / "store" / "x" / "._0.png").write_text("not an image")
+    dataset = build_dataset(str(tmp_path / "set"))
+    assert len(dataset) == 3
+    assert dataset[1].image.shape == (3, 20, 30)
+
+
+def test_one_image_leaves_none_to_remember(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", 1)
+    with pytest.raises(ValueError, match="no images are left to memory with"):
+        build_dataset(str(tmp_path), "memory")
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    decoded = data.decode(str(tmp_path / "ramp.png").encode())
+    assert decoded[0].flatten().tolist() == [value >> 8 for value in ramp.flatten().tolist()]
 
 
 def test_wrong_data_are_named(tmp_path: Path) -> None:

@@ -21,19 +21,21 @@ from torch import nn
 from torch.nn import functional as F
 
 import dino_train
+from config import check_values
 from data import MultiCrop, StepSampler, build_dataset, hash_keys
 from dino_train import (
     Config,
     build_optimizer,
-    check_values,
     clip_gradients,
     cosine_schedule,
     parse_config,
     schedules,
     train,
 )
+from eval_knn import knn_accuracy
+from losses import DinoLoss
 from models import DinoModel, DinoProjectionHead, load_checkpoint
-from run_io import Monitor
+from run_io import Monitor, Run, TrainingState
 
 
 @pytest.fixture
@@ -332,7 +334,7 @@ def test_drop_path_repeats_on_resume_and_vit_trains_on_a_folder(
         return parse_config([*map(str, common), "--output-dir", str(tmp_path / name)])
 
     result = train(config("whole"))
-    assert "no class folders in the data: no k-NN" in capsys.readouterr().out
+    assert "no k-NN during training: no class folders" in capsys.readouterr().out
     assert "knn_top1" not in result
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 2, signal.SIGINT)
@@ -459,6 +461,11 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture, monkeypatch) ->
         (["--num-local-crops", "-1"], "need --num-local-crops >= 0, got -1"),
         (["--lr", "nan"], "need --lr > 0, got nan"),
         (["--teacher-momentum", "1.5"], "need --teacher-momentum >= 0 and <= 1, got 1.5"),
+        (["--brightness", "3"], "need --brightness >= 0 and <= 1, got 3"),
+        (["--seed", str(1 << 64)], "need --seed >= 0 and <= "),
+        (["--arch", "mixer_s16_224"], "mixer_s16_224 does not take crops of 16 px"),
+        (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a GPU"),
+        (["--output-dir", "u.yaml"], "need a folder for --output-dir, got the file u.yaml"),
         (["--projection-output-dim", "0"], "need --projection-output-dim > 0, got 0"),
         (["--global-crop-scale", "0.9", "0.2"], "need crop scales 0 < low <= high <= 1"),
         (["--eval-resize", "9"], "need --eval-resize >= the crop of 16 px, got 9"),
@@ -527,6 +534,7 @@ def test_resume_with_another_model_or_data_is_refused(
     for flags, said in (
         (["--projection-output-dim", "32"], "--projection-output-dim 32: it has 16"),
         (["--lr", "0.5"], "--lr 0.5: it has 0.01"),
+        (["--seed", "7"], "--seed 7: it has 0"),
         (["--arch", "resnet18"], "--arch resnet18: it has resnet10_half"),
     ):
         result = script("dino_train", "--resume", folder, *flags)
@@ -557,6 +565,61 @@ def test_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_checkpoint(
     assert match, result.stderr
     _, metadata = load_checkpoint(folder / "ckpt.safetensors")
     assert metadata["step"] == int(match[2]) - 1
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, tiny) -> None:
+    config = tiny(tmp_path / "run", "--knn-every", 0)
+    train(config)
+    run = Run(replace(config, run=replace(config.run, resume=True)))
+    model = DinoModel.from_config(replace(config.model, image_size=16))
+    system = dino_train.DinoSystem(model, DinoModel.from_config(model.config))
+    optimizer = build_optimizer(model, "sgd")
+    state = TrainingState(system, DinoLoss(16), optimizer, scaler=None)
+    before = {path: path.read_bytes() for path in run.folder.iterdir()}
+    with torch.no_grad():
+        model.projection_head.mlp[0].bias[3] = math.nan
+    with pytest.raises(FloatingPointError, match=r"mlp\.0\.bias is not finite .*kept"):
+        run.save(state, 21, 2.1, {})
+    assert {path: path.read_bytes() for path in run.folder.iterdir()} == before
+
+
+def test_log_cut_off_by_a_kill_does_not_hinder_resuming(tmp_path: Path, tiny) -> None:
+    folder = tmp_path / "run"
+    train(tiny(folder, "--knn-every", 0))
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": 21, "lo')
+    train(parse_config(["--resume", str(folder), "--epochs", "3"]))
+    assert [line["step"] for line in read_log(folder)] == [10, 20, 30]
+
+
+def test_train_folder_with_classes_and_flat_val_trains_without_knn(
+    tmp_path: Path, tiny_flags: list[str], script
+) -> None:
+    write_images(tmp_path / "set" / "train" / "a", 16)
+    write_images(tmp_path / "set" / "val", 4)
+    flags = ("--data", tmp_path / "set", "--output-dir", tmp_path / "[odd] name")
+    result = script("dino_train", *tiny_flags, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "no k-NN during training: no class folders in the test images" in result.stdout
+    assert f"eval_knn.py '{tmp_path}/[odd] name/ckpt.safetensors'" in result.stdout
+
+
+def test_warm_up_longer_than_the_run_is_said(tmp_path: Path, tiny_flags: list[str], script) -> None:
+    flags = ("--warmup-epochs", 5, "--knn-every", 0, "--output-dir", tmp_path / "run")
+    result = script("dino_train", *tiny_flags, *flags)
+    assert "warning: --warmup-epochs 5 is longer than the run of 2 epochs" in result.stdout
+
+
+@pytest.mark.slow
+def test_quick_start_learns_within_minutes_and_beats_raw_pixels(tmp_path: Path) -> None:
+    result = train(parse_config(["--output-dir", str(tmp_path / "run")]))
+    assert result["knn_top1"] - result["knn_top1_untrained"] >= 20
+    memory, test = (build_dataset("patterns", split) for split in ("memory", "test"))
+    for mean in (0, memory.images.float().mean(dim=0)):
+        pixels = [(split.images.float() - mean).flatten(1) for split in (memory, test)]
+        labels = [torch.from_numpy(split.labels) for split in (memory, test)]
+        accuracies = knn_accuracy(pixels[0], labels[0], pixels[1], labels[1], ks=(1, 20))
+        assert result["knn_top1"] > max(top1 for top1, _ in accuracies.values())
 
 
 def test_numbers_in_range_pass() -> None:

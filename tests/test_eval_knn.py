@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from data import ImageDataset
@@ -68,8 +69,18 @@ def test_scale_of_features_does_not_matter() -> None:
     assert knn_accuracy(train, labels, test, targets) == knn_accuracy(*scaled)
 
 
-def test_impossible_k_is_named() -> None:
+def test_cold_votes_do_not_overflow() -> None:
+    """At a low temperature the nearest neighbour decides, as with k = 1."""
+    train, test = torch.randn(50, 4), torch.randn(20, 4)
+    labels, targets = torch.randint(3, (50,)), torch.randint(3, (20,))
+    cold = knn_accuracy(train, labels, test, targets, ks=(1, 20), temperature=1e-6)
+    assert cold[1][0] == cold[20][0]
+
+
+def test_impossible_votes_are_named() -> None:
     x, y = torch.randn(5, 2), torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="a temperature > 0"):
+        knn_accuracy(x, y, x, y, temperature=0.0)
     for ks in ((), (0,), (-1, 5)):
         with pytest.raises(ValueError, match="need k >= 1"):
             knn_accuracy(x, y, x, y, ks=ks)
@@ -77,7 +88,7 @@ def test_impossible_k_is_named() -> None:
 
 def test_features_come_in_order_whatever_the_batch() -> None:
     images = torch.randint(256, (23, 3, 4, 4), dtype=torch.uint8)
-    dataset = ImageDataset(images, torch.arange(23).numpy(), num_classes=23)
+    dataset = ImageDataset(images, torch.arange(23).numpy())
     accelerator = Accelerator(cpu=True)
     for batch_size, num_workers in ((5, 0), (100, 2)):
         features, labels = extract_features(
@@ -90,8 +101,6 @@ def test_features_come_in_order_whatever_the_batch() -> None:
 def test_json_and_features_hold_what_the_table_shows(
     tmp_path: Path, tiny_run: Path, script
 ) -> None:
-    from safetensors.torch import load_file
-
     result = script(
         "eval_knn", tiny_run / "ckpt.safetensors", "--json-out", tmp_path / "knn.json",
         "--features-out", tmp_path / "f.safetensors", "--ks", "5", "20",
@@ -110,14 +119,14 @@ def test_json_and_features_hold_what_the_table_shows(
 
 
 def test_student_is_another_network(tmp_path: Path, tiny_run: Path, script) -> None:
-    tops = []
-    for flag in ([], ["--student"]):
-        out = tmp_path / "out.json"
-        result = script("eval_knn", tiny_run / "ckpt.safetensors", "--json-out", out, *flag)
+    features = []
+    for network, flag in (("teacher", []), ("student", ["--student"])):
+        out = tmp_path / f"{network}.safetensors"
+        result = script("eval_knn", tiny_run / "ckpt.safetensors", "--features-out", out, *flag)
         assert result.returncode == 0, result.stderr
-        tops.append(json.loads(out.read_text()))
-    assert [top["network"] for top in tops] == ["teacher", "student"]
-    assert tops[0]["knn"] != tops[1]["knn"]
+        assert network in result.stdout
+        features.append(load_file(out)["test_features"])
+    assert not torch.equal(*features)
 
 
 @pytest.mark.parametrize("name", ["eval_knn", "eval_linear"])
@@ -141,6 +150,11 @@ def test_data_of_another_kind_or_without_classes_is_refused(
     from torchvision.io import write_jpeg
 
     write_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8), str(tmp_path / "a.jpg"))
+    out = tmp_path / "none" / "out.json"
+    for flag, said in (("--json-out", "results"), ("--features-out", "features")):
+        result = script("eval_knn", tiny_run / "ckpt.safetensors", flag, out)
+        assert result.returncode == 2
+        assert f"no such folder for the {said}" in result.stderr
     for data, said in ((tmp_path, "no class folders"), (tmp_path / "none", "no such data")):
         result = script("eval_knn", tiny_run / "ckpt.safetensors", "--data", data)
         assert result.returncode == 2 and said in result.stderr

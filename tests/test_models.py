@@ -114,11 +114,11 @@ def test_pretrained_without_network_is_an_error_never_random_weights(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(RuntimeError, match="cannot load the published weights of resnet18"):
+    with pytest.raises(OSError, match="cannot load the published weights of resnet18"):
         get_backbone("resnet18", pretrained=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(RuntimeError, match="cannot load the published weights of dino_vits16"):
+    with pytest.raises(OSError, match="cannot load the published weights of dino_vits16"):
         get_backbone("dino_vits16", pretrained=True)
 
 
@@ -297,6 +297,26 @@ def test_broken_checkpoints_are_refused_in_one_line(tmp_path: Path) -> None:
     save_tensors(path, {"a": torch.zeros(1)}, {})
     with pytest.raises(ValueError, match="lacks the metadata"):
         load_checkpoint(path)
+
+
+def test_no_length_of_the_metadata_looks_like_a_pickle(tmp_path: Path) -> None:
+    model, path = DinoModel(nn.Identity(), nn.Identity()), tmp_path / "c.safetensors"
+    model.config = TINY
+    for length in range(0, 300, 4):
+        save_checkpoint(path, model, {"note": "y" * length})
+        with pytest.raises(ValueError, match="cannot rebuild"):  # read, and found to be empty
+            load_checkpoint(path)
+
+
+def test_checkpoint_of_another_version_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    for config in ('{"arch": "resnet18", "new_option": 1}', "{", '{"arch": "resnet18"}'):
+        save_tensors(path, {"a": torch.ones(1)}, {"model_config": config, "metadata": "{}"})
+        with pytest.raises(
+            ValueError, match=r"cannot rebuild the model of .*c\.safetensors"
+        ) as caught:
+            load_checkpoint(path)
+        assert "\n" not in str(caught.value)
 
 
 class Bomb:
