@@ -187,7 +187,8 @@ def report(facts: dict, table: Table, results: dict, json_out: Path | None) -> N
     step = "" if facts["step"] is None else f" at step {facts['step']:,}"
     console.print(
         f"[bold]{facts['arch']}[/] {facts['network']}{step}: {facts['features']} features; "
-        f"{facts['data']}: {facts['num_train']:,} train, {facts['num_test']:,} test images"
+        f"{facts['data']}: {facts['num_train']:,} train, {facts['num_test']:,} test images",
+        soft_wrap=True,
     )
     console.print(table)
     if json_out is not None:

@@ -82,7 +82,7 @@ def linear_accuracy(
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     lrs = torch.tensor(config.lrs, device=train_features.device) * config.probe_batch_size / 256
     weight, bias = train_probes(train_features, train_labels, num_classes, lrs, config)
-    hits = torch.zeros(len(lrs), 2)
+    hits = torch.zeros(len(lrs), 2, dtype=torch.float64)
     for features, labels in zip(test_features.split(1024), test_labels.split(1024), strict=True):
         logits = einsum(features, weight, "b d, r c d -> r b c") + bias[:, None]
         best = logits.topk(min(5, num_classes), dim=-1).indices == rearrange(labels, "b -> b 1")
@@ -104,7 +104,7 @@ def main() -> None:
     for lr, (top1, top5) in accuracies.items():
         style, mark = ("bold", " best") if lr == best else (None, "")
         table.add_row(f"{lr:g}", f"{top1:.2f}{mark}", f"{top5:.2f}", style=style)
-    table.caption = "the best of several is chosen on the test images: a slightly high estimate"
+    table.caption = "best: chosen on the test images"
     results = [{"lr": lr, "top1": top1, "top5": top5} for lr, (top1, top5) in accuracies.items()]
     summary = {"epochs": options.epochs, "best_lr": best, "best_top1": accuracies[best][0]}
     report(facts, table, summary | {"linear": results}, options.evaluation.json_out)
