@@ -33,7 +33,14 @@ from data import MultiCrop, StepSampler, hash_keys
 from eval_knn import evaluation_splits, extract_features, knn_accuracy, normalized
 from losses import DinoLoss
 from models import DinoModel, update_teacher_EMA
-from run_io import Monitor, Run, TrainingState, run_command, stop_requests
+from run_io import (
+    Monitor,
+    Run,
+    TrainingState,
+    ignore_stop_requests,
+    run_command,
+    stop_requests,
+)
 
 # ---------------------------------------------------------------- schedules and optimizer
 
@@ -277,6 +284,7 @@ def train(config: Config) -> dict:
         batch_sampler=sampler(range(start, total_steps)),
         num_workers=config.data.num_workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_stop_requests,
     )
     step, last_loss = start, math.nan
     with monitor.progress, stop_requests() as stop:

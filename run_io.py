@@ -195,13 +195,19 @@ class Monitor:
         return values[-1]
 
 
+def ignore_stop_requests(worker: int) -> None:
+    """Let a loader's worker outlive signals to the process group: the main process decides."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list, so that the step is finished; a second one raises."""
+    """Collect SIGTERM and SIGINT, so that the step is finished; a second Ctrl-C raises."""
     received: list[int] = []
 
     def note(number: int, frame: object) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -318,6 +319,29 @@ def test_killed_run_resumes_from_its_last_save(
     train(parse_config(["--resume", "--output-dir", str(tmp_path / "cut")]))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert [line["step"] for line in read_log(tmp_path / "cut")] == list(range(1, 21))
+
+
+@pytest.mark.slow
+def test_signal_to_the_whole_group_saves_and_can_go_on(
+    tmp_path: Path, tiny_flags: list[str]
+) -> None:
+    """As Slurm and `timeout` send it: to the workers too, and more than once."""
+    flags = [*tiny_flags, "--num-workers", "2", "--log-every", "1", "--epochs", "12"]
+    folder = tmp_path / "run"
+    script = [sys.executable, str(ROOT / "dino_train.py"), *flags, "--output-dir", str(folder)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(script, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    while not (folder / "log.jsonl").exists() or not losses(folder):
+        time.sleep(0.05)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert f"--resume {folder}" in out
+    assert "Traceback" not in err
+    saved = load_checkpoint(folder / "ckpt.safetensors")[1]["step"]
+    assert saved >= 1
+    assert train(parse_config(["--resume", str(folder), "--epochs", "12"]))["step"] == 120
 
 
 def test_drop_path_repeats_on_resume_and_vit_trains_on_a_folder(
