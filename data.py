@@ -55,6 +55,11 @@ def uniforms(keys: Tensor, num: int) -> Tensor:
     return (_mix(keys[:, None] + counters) >> 40 & (1 << 24) - 1) / (1 << 24)
 
 
+def permutation(num: int, *parts: int) -> Tensor:
+    """Give 0 to num - 1 in the order that the integers `parts` fix."""
+    return hash_keys(*parts, torch.arange(num)).argsort()
+
+
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Yield the (epoch, index) pairs of each step's batch, from any step on, cut by rank.
 
@@ -81,7 +86,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order_epoch = epoch
-                order = hash_keys(self.seed, epoch, torch.arange(self.num_images)).argsort()
+                order = permutation(self.num_images, self.seed, epoch)
             start = (batch * self.world + self.rank) * self.batch_size
             yield [(epoch, i) for i in order[start : start + self.batch_size].tolist()]
 
@@ -511,9 +516,9 @@ def _scan(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if not len(paths):
         raise ValueError(f"no images in {folder}: need files like {', '.join(IMAGE_SUFFIXES[:4])}")
     names = [os.path.relpath(path, folder).split(os.sep) for path in paths]
-    if any(len(name) == 1 for name in names):
-        return np.char.encode(paths, "utf-8", "surrogateescape"), None
-    return np.char.encode(paths, "utf-8", "surrogateescape"), np.array([name[0] for name in names])
+    is_flat = any(len(name) == 1 for name in names)
+    images = np.char.encode(paths, "utf-8", "surrogateescape")
+    return images, None if is_flat else np.array([name[0] for name in names])
 
 
 def _folder(root: Path, split: str) -> ImageDataset:
@@ -538,7 +543,7 @@ def _folder(root: Path, split: str) -> ImageDataset:
 
 def held_out(num_images: int) -> np.ndarray:
     """Give a boolean mask of a fixed tenth of the images, at least one."""
-    order = hash_keys(0, torch.arange(num_images)).argsort().numpy()
+    order = permutation(num_images, 0).numpy()
     return np.isin(np.arange(num_images), order[: max(1, num_images // 10)])
 
 

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import data
 from config import QUICKSTART, Config, parse_config, resolve
-from data import MultiCrop, StepSampler, hash_keys
-from eval_knn import evaluation_splits, extract_features, knn_accuracy, normalized
+from data import MultiCrop, StepSampler, hash_keys, permutation
+from eval_knn import evaluation_splits, features_of_splits, knn_accuracy
 from losses import DinoLoss
 from models import DinoModel, update_teacher_EMA
 from run_io import (
@@ -161,10 +161,9 @@ def teacher_knn(
 ) -> float:
     """Give the k-NN top-1 in % (k 20) of the teacher, in eval mode meanwhile. A collective."""
     model.eval()
-    tensors: list[Tensor] = []
-    for split in splits:
-        forward = lambda images: model(normalized(images, config), features_only=True)  # noqa: E731
-        tensors += extract_features(forward, split, accelerator, 256, config["data"]["num_workers"])
+    forward = partial(model, features_only=True)
+    num_workers = config["data"]["num_workers"]
+    tensors = features_of_splits(forward, splits, config, accelerator, 256, num_workers)
     model.train()
     return knn_accuracy(*tensors, ks=(20,))[20][0]
 
@@ -233,7 +232,7 @@ def train(config: Config) -> dict:
     if config.run.knn_every:
         try:
             memory, test = evaluation_splits(run.config)
-            order = hash_keys(0, torch.arange(len(memory))).argsort()
+            order = permutation(len(memory), 0)
             splits = Subset(memory, order[: config.run.knn_images].tolist()), test
         except ValueError as error:
             why_no_knn = str(error)
@@ -261,11 +260,13 @@ def train(config: Config) -> dict:
     say(header(config, accelerator, len(dataset), student))
     if splits is None:
         say(f"no k-NN during training: {why_no_knn}", markup=False)
-    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-        epochs = getattr(optim, name, None) or getattr(config.teacher, name, 0)
+    warm_ups = {
+        "--warmup-epochs": optim.warmup_epochs,
+        "--warmup-teacher-temp-epochs": config.teacher.warmup_teacher_temp_epochs,
+    }
+    for flag, epochs in warm_ups.items():
         if epochs > optim.epochs:
-            flag = f"--{name.replace('_', '-')} {epochs:g}"
-            say(f"warning: {flag} is longer than the run of {optim.epochs} epochs")
+            say(f"warning: {flag} {epochs:g} is longer than the run of {optim.epochs} epochs")
     if config.run.resume:
         say(f"resumed {run.folder} after step {start:,} of {total_steps:,}")
     if accelerator.is_main_process:

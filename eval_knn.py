@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
 from data import ImageDataset, build_dataset, center_crop
@@ -73,10 +73,8 @@ def knn_accuracy(
     check_votes(ks, temperature)
     train_features = F.normalize(train_features.float(), dim=1)
     test_features = F.normalize(test_features.float(), dim=1)
-    num_train, num_classes = (
-        len(train_features),
-        int(max(train_labels.max(), test_labels.max())) + 1,
-    )
+    num_train = len(train_features)
+    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     ends = sorted({min(k, num_train) for k in ks})
     # similarities of one chunk: 64 MiB suits a CPU's caches, 1 GiB a GPU
     entries = 1 << 24 if train_features.device.type == "cpu" else 1 << 28
@@ -142,13 +140,34 @@ def normalized(images: Tensor, config: dict) -> Tensor:
     return TF.normalize(images, config["crops"]["mean"], config["crops"]["std"])
 
 
+def features_of_splits(
+    backbone: Callable[[Tensor], Tensor],
+    splits: Sequence[Dataset],
+    config: dict,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int,
+) -> list[Tensor]:
+    """Give features and labels of each split in turn, for a run's resolved config. A collective."""
+    tensors: list[Tensor] = []
+    for split in splits:
+        forward = lambda images: backbone(normalized(images, config))  # noqa: E731
+        tensors += extract_features(forward, split, accelerator, batch_size, num_workers)
+    return tensors
+
+
+def check_folder(path: Path | None, content: str) -> None:
+    """Raise ValueError where the file `path` could not be written for want of its folder."""
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"no such folder for the {content}: {path.parent}")
+
+
 def checkpoint_features(options: EvalConfig, accelerator: Accelerator) -> tuple[list[Tensor], dict]:
     """Give [train features, train labels, test features, test labels] and facts about them.
 
     A collective. Raises ValueError for a checkpoint or data that cannot be used.
     """
-    if options.json_out is not None and not options.json_out.parent.is_dir():
-        raise ValueError(f"no such folder for the results: {options.json_out.parent}")
+    check_folder(options.json_out, "results")
     model, metadata = load_checkpoint(options.checkpoint)
     if options.student:
         state, _ = load_tensors(options.checkpoint.with_name("state.safetensors"))
@@ -162,12 +181,8 @@ def checkpoint_features(options: EvalConfig, accelerator: Accelerator) -> tuple[
     if options.data is not None:
         config["data"]["data"] = options.data
     backbone = model.backbone.to(accelerator.device)
-    tensors = []
-    for split in evaluation_splits(config):
-        tensors += extract_features(
-            lambda images: backbone(normalized(images, config)),
-            split, accelerator, options.batch_size, options.num_workers,
-        )  # fmt: skip
+    sizes = options.batch_size, options.num_workers
+    tensors = features_of_splits(backbone, evaluation_splits(config), config, accelerator, *sizes)
     facts = {
         "checkpoint": str(options.checkpoint),
         "network": "student" if options.student else "teacher",
@@ -199,8 +214,7 @@ def main() -> None:
     options = tyro.cli(KnnConfig, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     check_votes(options.ks, options.temperature)
     out = options.features_out
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"no such folder for the features: {out.parent}")
+    check_folder(out, "features")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     tensors, facts = checkpoint_features(options.evaluation, accelerator)
     accuracies = knn_accuracy(*tensors, options.ks, options.temperature)

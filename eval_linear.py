@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from data import hash_keys
+from data import permutation
 from eval_knn import EvalConfig, checkpoint_features, report
 from run_io import run_command
 
@@ -49,7 +49,7 @@ def train_probes(
     bias = torch.zeros_like(weight[..., 0])
     velocities = torch.zeros_like(weight), torch.zeros_like(bias)
     for epoch in range(config.epochs):
-        order = hash_keys(config.seed, epoch, torch.arange(len(labels))).argsort()
+        order = permutation(len(labels), config.seed, epoch)
         rates = lrs * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * epoch / config.epochs)))
         for rows in order.to(labels.device).split(config.probe_batch_size):
             batch = features[rows]
