@@ -19,6 +19,7 @@ import tyro
 import yaml
 
 from data import CropConfig, ImageDataset, resolve_crop_sizes
+from distributed import cores_per_process
 from models import ModelConfig, get_backbone
 
 QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
@@ -34,13 +35,16 @@ class DataConfig:
     # pixels, shorter side before the center crop of an evaluation [paper: 256 for a crop of 224];
     # None: in that proportion for photographs, no margin for small images
     eval_resize: int | None = None
-    num_workers: int | None = None  # decoding processes; None: one less than cores, at most 16
+    # decoding processes of each process; None: one less than its cores, at most 16
+    num_workers: int | None = None
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     epochs: int = 100  # passes over the data [paper: 100 to 800]
-    batch_size: int = 64  # images a process [paper: 1024 over all]
+    # images a process and micro-batch; the header shows the whole batch [paper: 1024]
+    batch_size: int = 64
+    accumulation_steps: int = 1  # micro-batches a step: a larger batch in the same memory
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"  # [paper: adamw; lars for ResNet-50]
     lr: float = 5e-4  # peak for 256 images, scaled by the whole batch / 256 [paper: 5e-4]
     min_lr: float = 1e-6  # at the end, not scaled [paper: 1e-6]
@@ -73,7 +77,14 @@ class RunConfig:
     seed: int = 0  # of weights, order and crops
     # of the networks; loss, center and EMA are float32; None: bf16 on a GPU, else no
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    # BatchNorm over the batches of all GPUs, where there are several; CPUs have none
+    sync_bn: bool = True
+    # torch.compile the networks' blocks, which takes minutes at first; the default is to, on a GPU
+    compile: bool = torch.cuda.is_available()
     save_every: int = 1000  # steps between saved states; also at the end
+    save_minutes: float = 30.0  # minutes between saved states at most; 0: by steps alone
+    keep_last: int = 1  # saved states to keep, the older ones as state-STEP and ckpt-STEP
+    keep_every: int = 0  # epochs between teachers to keep for good, as ckpt-epoch-N; 0: none
     log_every: int = 10  # steps between lines of log.jsonl
     knn_every: int = 10  # epochs; the teacher's k-NN, also before and after; 0: never
     knn_images: int = 50_000  # training images that this k-NN remembers, at most
@@ -127,7 +138,8 @@ ABOVE_ZERO = {
     *("epochs", "batch_size", "lr", "student_temp", "warmup_teacher_temp", "teacher_temp", "std"),
     *("patch_size", "image_size", "canvas_size", "eval_resize", "global_crop_size", "blur_sigma"),
     *("projection_hidden_dim", "projection_bottleneck_dim", "projection_output_dim"),
-    *("local_crop_size", "save_every", "log_every", "knn_images"),
+    *("local_crop_size", "save_every", "log_every", "knn_images", "accumulation_steps"),
+    "keep_last",
 }
 
 
@@ -185,7 +197,7 @@ def resolve(config: Config, dataset: ImageDataset) -> Config:
     num_workers = source.num_workers
     if num_workers is None:
         in_memory = isinstance(dataset.images, torch.Tensor)
-        num_workers = 0 if in_memory else min(16, max(1, (os.cpu_count() or 2) - 1))
+        num_workers = 0 if in_memory else min(16, max(1, cores_per_process() - 1))
     source = replace(
         source,
         data=os.path.abspath(source.data) if os.path.isdir(source.data) else source.data,

@@ -9,7 +9,9 @@ so batch, worker, process and resumption change nothing. Stands alone: needs tor
 einops. Source: DINO, arXiv 2104.14294. Axes: b batch, v views, n = v b, c h w image.
 """
 
+import contextlib
 import difflib
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -61,24 +63,28 @@ def permutation(num: int, *parts: int) -> Tensor:
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Yield the (epoch, index) pairs of each step's batch, from any step on, cut by rank.
+    """Yield the (epoch, index) pairs of each micro-batch, from any step on, cut by rank.
 
-    An epoch's order is one permutation for all ranks; what does not fill a last global batch is
-    dropped. Raises ValueError where the data do not fill one batch.
+    An epoch's order is one permutation for all ranks: a step takes its next images, whatever the
+    processes and micro-batches that share them. What does not fill a last step is dropped. Raises
+    ValueError where the data do not fill one.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, seed: int, rank: int, world: int, steps: range
-    ) -> None:
+        self, num_images: int, batch_size: int, seed: int, rank: int, world: int, steps: range,
+        accumulation_steps: int = 1,
+    ) -> None:  # fmt: skip
         self.num_images, self.batch_size, self.steps = num_images, batch_size, steps
-        self.seed, self.rank, self.world = seed, rank, world
-        self.steps_per_epoch = num_images // (batch_size * world)
+        self.seed, self.rank, self.world, self.micro = seed, rank, world, accumulation_steps
+        self.steps_per_epoch = num_images // (batch_size * world * accumulation_steps)
         if self.steps_per_epoch == 0:
-            batch = f"{batch_size} x {world} processes" if world > 1 else batch_size
+            factors = {"processes": world, "accumulation steps": accumulation_steps}
+            more = "".join(f" x {num} {name}" for name, num in factors.items() if num > 1)
+            batch = f"{batch_size}{more}"
             raise ValueError(f"need a batch of at most {num_images} images, the data; got {batch}")
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.steps) * self.micro
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order_epoch = None
@@ -87,8 +93,9 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             if epoch != order_epoch:
                 order_epoch = epoch
                 order = permutation(self.num_images, self.seed, epoch)
-            start = (batch * self.world + self.rank) * self.batch_size
-            yield [(epoch, i) for i in order[start : start + self.batch_size].tolist()]
+            for micro in range(batch * self.micro, (batch + 1) * self.micro):
+                start = (micro * self.world + self.rank) * self.batch_size
+                yield [(epoch, i) for i in order[start : start + self.batch_size].tolist()]
 
 
 # ---------------------------------------------------------------- multi-crop
@@ -434,60 +441,101 @@ class Sample(NamedTuple):
     label: int  # -1 without classes
     epoch: int
     index: int
+    source: int  # the image that was read: another than `index` where that one is unreadable
 
 
 class ImageDataset(Dataset):
     """Read images[i], a path, PIL image or uint8 tensor (3, h, w), as `transform` lays it out.
 
-    An item is asked for by its index or by (epoch, index). `labels` is None without classes.
+    An item is asked for by its index or by (epoch, index). `labels` is None without classes. What
+    cannot be decoded is replaced by the next of the epoch's order, by `seed`, that can.
     """
 
     def __init__(self, images: Sequence, labels: np.ndarray | None) -> None:
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.seed = images, labels, 0
         self.transform: Callable[[Tensor], Tensor] = torch.nn.Identity()
+        self._order: tuple[int, np.ndarray] | None = None  # of the epoch that needed it last
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        image = decode(self.images[index])
-        label = -1 if self.labels is None else int(self.labels[index])
+        source, image = self._read(epoch, index)
+        label = -1 if self.labels is None else int(self.labels[source])
         size = torch.tensor(image.shape[1:])
-        return Sample(self.transform(image), size, label, epoch, index)
+        return Sample(self.transform(image), size, label, epoch, index, source)
+
+    def _read(self, epoch: int, index: int) -> tuple[int, Tensor]:
+        try:
+            return index, decode(self.images[index])
+        except ValueError as error:
+            if self._order is None or self._order[0] != epoch:
+                self._order = epoch, permutation(len(self), self.seed, epoch).numpy()
+            order, first_error = self._order[1], error
+        place = int((order == index).argmax())
+        for source in np.roll(order, -place)[1:].tolist():
+            try:
+                return source, decode(self.images[source])
+            except ValueError:
+                continue
+        raise ValueError(f"none of {len(self)} images is readable: {first_error}") from first_error
+
+    def why_unreadable(self, index: int) -> str:
+        """Give the error that reading an image raises, with its path."""
+        try:
+            decode(self.images[index])
+        except ValueError as error:
+            return str(error)
+        return f"cannot decode image {index}: it could not be read, and now it can"
 
     def typical_size(self) -> tuple[int, int]:
         """Give the median shorter and longer side in pixels, of up to 64 images across the set."""
         step = max(1, len(self) // 64)
-        sides = [sorted(decode(self.images[i]).shape[1:]) for i in range(0, len(self), step)]
+        sides = [sorted(self._read(0, i)[1].shape[1:]) for i in range(0, len(self), step)]
         short, long = np.median(sides, axis=0).astype(int).tolist()
         return short, long
+
+    def fingerprint(self) -> str:
+        """Hash the images' names and labels; a folder that was moved keeps its own."""
+        text = hashlib.sha256(str(len(self)).encode())
+        if isinstance(self.images, np.ndarray):  # sorted paths: what all begin with is the folder
+            root = os.path.commonpath([os.path.dirname(self.images[i]) for i in (0, -1)])
+            text.update(b"\n".join(path[len(root) :] for path in self.images.tolist()))
+        if self.labels is not None:
+            text.update(self.labels.astype(np.int64).tobytes())
+        return text.hexdigest()[:16]
 
 
 def decode(image: bytes | Image.Image | tuple | Tensor) -> Tensor:
     """Give (3, h, w) uint8 RGB of a path, a PIL image, (PIL image, label) or such a tensor.
 
-    Raises ValueError with the path where a file cannot be decoded.
+    The first frame of an animation, turned as EXIF says, without transparency, 16 bits to their
+    upper 8. Raises ValueError with the path where a file cannot be decoded, or has more than twice
+    Pillow's MAX_IMAGE_PIXELS (179 million).
     """
     if isinstance(image, Tensor):
         return image
     if isinstance(image, tuple):
         image = image[0]
-    if isinstance(image, bytes):  # np.bytes_ too: an array of paths is one block for all workers
-        path = os.fsdecode(image)
-        try:
-            if path.lower().endswith((".jpg", ".jpeg")):
-                io = torchvision.io
-                return io.decode_jpeg(io.read_file(path), "RGB", apply_exif_orientation=True)
-        except (RuntimeError, AttributeError):  # no JPEG after all, or a torchvision without it
-            pass
-        try:
-            image = ImageOps.exif_transpose(Image.open(path))
-            image.load()
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot decode {path}: {error}") from error
-        if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not isinstance(image, bytes):
+        return TF.pil_to_tensor(image.convert("RGB"))
+    path = os.fsdecode(image)  # np.bytes_ too: an array of paths is one block for all workers
+    try:
+        with Image.open(path) as opened:  # reads the header alone
+            return _decode_opened(opened, path)
+    except Exception as error:  # decoders raise whatever a broken file makes them
+        raise ValueError(f"cannot decode {path}: {error}") from error
+
+
+def _decode_opened(image: Image.Image, path: str) -> Tensor:
+    if image.format == "JPEG" and image.mode in ("RGB", "L"):
+        with contextlib.suppress(RuntimeError, AttributeError):  # or a torchvision without it
+            io = torchvision.io
+            return io.decode_jpeg(io.read_file(path), "RGB", apply_exif_orientation=True)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return TF.pil_to_tensor(image.convert("RGB"))
 
 
@@ -498,6 +546,9 @@ def to_canvas(image: Tensor, size: int) -> Tensor:
 
 def center_crop(image: Tensor, resize: int, size: int) -> Tensor:
     """Resize the shorter side of (3, h, w) uint8 to `resize`, then cut the central square."""
+    most = 8 * min(image.shape[1:])  # of a strip of 20,000 x 10, only the middle is enlarged
+    if max(image.shape[1:]) > most:
+        image = TF.center_crop(image, [min(side, most) for side in image.shape[1:]])
     image = TF.resize(image, [resize], TF.InterpolationMode.BICUBIC)
     return TF.center_crop(image, [size, size])
 

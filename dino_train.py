@@ -13,7 +13,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+import time
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -22,27 +22,36 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import data
 from config import QUICKSTART, Config, parse_config, resolve
 from data import MultiCrop, StepSampler, hash_keys, permutation
+from distributed import (
+    copy_buffers_of_main,
+    has_compiler,
+    lay_out,
+    make_accelerator,
+    stop_with_launcher,
+)
 from eval_knn import evaluation_splits, features_of_splits, knn_accuracy
 from losses import DinoLoss
 from models import DinoModel, update_teacher_EMA
-from run_io import (
+from monitor import (
     Monitor,
-    Run,
-    TrainingState,
+    header,
     ignore_stop_requests,
     run_command,
     stop_requests,
+    warnings,
 )
+from optimizers import build_optimizer, clip_gradients
+from run_io import Run, TrainingState
 
-# ---------------------------------------------------------------- schedules and optimizer
+# ---------------------------------------------------------------- schedules
 
 
 def cosine_schedule(
@@ -86,53 +95,6 @@ def schedules(config: Config, step: int, steps_per_epoch: int, batch_size: int) 
     )
 
 
-class Lars(torch.optim.SGD):
-    """SGD whose first group's gradients are scaled to 0.001 of their parameter's norm, decay added.
-
-    arXiv 1708.03888 by the original's rule. timm's divides by |grad| + decay |param| instead of
-    |grad + decay param|, which shortens the updates: by 29 % in our test at a decay of 0.04.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        group = self.param_groups[0]
-        params = [p for p in group["params"] if p.grad is not None]
-        grads = [p.grad for p in params]
-        torch._foreach_add_(grads, params, alpha=group["weight_decay"])
-        sizes, lengths = (torch.stack(torch._foreach_norm(x)) for x in (params, grads))
-        scales = torch.where((sizes > 0) & (lengths > 0), 0.001 * sizes / lengths, 1.0)
-        torch._foreach_mul_(grads, list(scales.unbind()))
-        decay, group["weight_decay"] = group["weight_decay"], 0.0  # it is in the gradients already
-        loss = super().step(closure)
-        group["weight_decay"] = decay
-        return loss
-
-
-def build_optimizer(student: nn.Module, name: str) -> torch.optim.Optimizer:
-    """Build the optimizer with two groups; the first alone takes weight decay.
-
-    Biases and 1-d parameters are in the second: neither decayed nor adapted by LARS.
-    """
-    params = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in params if p.ndim > 1 and not name.endswith(".bias")]
-    others = [p for name, p in params if p.ndim <= 1 or name.endswith(".bias")]
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
-    return (Lars if name == "lars" else torch.optim.SGD)(groups, lr=0.0, momentum=0.9)
-
-
-@torch.no_grad()
-def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> None:
-    """Scale each parameter's gradient to a norm of at most `max_norm`, in place, as the original.
-
-    torch's clip_grad_norm_ has one norm over all of them instead.
-    """
-    grads = [p.grad for p in params if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))
-    torch._foreach_mul_(grads, list((max_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -149,11 +111,23 @@ class DinoSystem(nn.Module):
 
         The teacher sees the two global crops. `features_only`: the teacher's features of images.
         """
-        if features_only:
-            return self.teacher.backbone(crops)
+        if features_only:  # the head too: FSDP2 gathers a model for its own forward alone
+            return self.teacher(crops, return_backbone_features=True)[0]
         with torch.no_grad():
             features, teacher_logits = self.teacher(crops[:2], return_backbone_features=True)
         return self.student(crops), teacher_logits, features
+
+
+def build_networks(config: Config, accelerator: Accelerator) -> tuple[DinoSystem, Optimizer]:
+    """Build student, teacher and optimizer, the same in every process, ready to be prepared."""
+    torch.manual_seed(config.run.seed)
+    student = DinoModel.from_config(config.model)
+    teacher = DinoModel.from_config(replace(config.model, drop_path_rate=0.0, pretrained=False))
+    teacher.load_state_dict(student.state_dict())
+    compiles = config.run.compile and has_compiler()
+    system = lay_out(DinoSystem(student, teacher), accelerator, config.run.sync_bn, compiles)
+    fused = accelerator.scaler is None
+    return system, build_optimizer(student, config.optim.optimizer, fused)
 
 
 def teacher_knn(
@@ -168,113 +142,110 @@ def teacher_knn(
     return knn_accuracy(*tensors, ks=(20,))[20][0]
 
 
-def feature_spread(features: Tensor) -> Tensor:
-    """Give the deviation over the batch of features (t, b, d) of length 1: 0 when they collapse."""
-    directions = F.normalize(features.float(), dim=-1)
-    return directions.std(dim=1, correction=0).norm(dim=-1).mean()
+class StepMeans:
+    """Means over a step's micro-batches, and of what is logged over all processes too."""
+
+    def __init__(self, dino_loss: DinoLoss, teacher_temp: float, is_logged: bool) -> None:
+        self.dino_loss, self.teacher_temp, self.is_logged = dino_loss, teacher_temp, is_logged
+        self.losses: list[Tensor] = []
+        self.teacher_logits: list[Tensor] = []  # (k,) each, for the center
+        self.figures: list[Tensor] = []  # the entropy, then (t d) of the mean direction
+
+    def add(self, loss: Tensor, teacher_logits: Tensor, features: Tensor) -> None:
+        self.losses.append(loss.detach())
+        self.teacher_logits.append(teacher_logits.float().mean(dim=(0, 1)))
+        if self.is_logged:  # with the center that the loss used
+            entropy = self.dino_loss.teacher_entropy(teacher_logits, self.teacher_temp)
+            direction = F.normalize(features.float(), dim=-1).mean(dim=1) / len(features) ** 0.5
+            self.figures.append(torch.cat([entropy[None], direction.flatten()]))
+
+    @property
+    def loss(self) -> Tensor:
+        return torch.stack(self.losses).mean()
+
+    def log_figures(self, accelerator: Accelerator) -> dict[str, float]:
+        """Give teacher entropy, KL divergence and features' spread. A collective, a sync point."""
+        means = torch.cat([self.loss[None], torch.stack(self.figures).mean(dim=0)])
+        means = accelerator.reduce(means, reduction="mean")
+        loss, entropy = means[:2].tolist()
+        # the deviation of directions of length 1 follows from their mean: 0 when all are one
+        spread = (1 - means[2:].square().sum()).clamp(min=0).sqrt().item()
+        return {"teacher_entropy": entropy, "kl": loss - entropy, "feature_spread": spread}
 
 
-def use_all_cores(accelerator: Accelerator) -> None:
-    """Give a CPU process its share of the cores, where accelerate launch has set one thread."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-
-
-def header(config: Config, accelerator: Accelerator, num_images: int, model: DinoModel) -> Table:
-    """Lay out what is about to be trained, on what, and how."""
-    optim, crops, world = config.optim, config.crops, accelerator.num_processes
-    batch, device = optim.batch_size * world, accelerator.device.type
-    backbone, head = (sum(p.numel() for p in part.parameters()) / 1e6 for part in model.children())
-    local = f" + {crops.num_local_crops} of {crops.local_crop_size}" * (crops.num_local_crops > 0)
-    rows = {
-        "arch": f"{config.model.arch}: {backbone:.2f} M parameters, {head:.2f} M in the head, "
-        f"K {config.model.projection_output_dim:,}",
-        "data": f"{config.data.data}: {num_images:,} images, "
-        f"crops 2 of {crops.global_crop_size}{local} px",
-        "device": f"{world} x {torch.cuda.get_device_name() if device == 'cuda' else device}, "
-        f"mixed precision: {accelerator.mixed_precision}",
-        "batch": f"{batch} images, {num_images // batch:,} steps an epoch, {optim.epochs} epochs",
-        "optimizer": f"{optim.optimizer}, lr {optim.lr * batch / 256:.3g} "
-        f"({optim.lr:g} x {batch} / 256)",
-    }
-    table = Table.grid(padding=(0, 2))
-    for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/]", escape(text))
-    return table
+def knn_splits(config: dict) -> tuple[tuple[Dataset, Dataset] | None, str]:
+    """Give the images that k-NN remembers and is tested on, or None and why."""
+    if not config["run"]["knn_every"]:
+        return None, "--knn-every 0"
+    try:
+        memory, test = evaluation_splits(config)
+    except ValueError as error:
+        return None, str(error)
+    order = permutation(len(memory), 0)[: config["run"]["knn_images"]]
+    return (Subset(memory, order.tolist()), test), ""
 
 
 def train(config: Config) -> dict:
     """Train as `config` says; gives the checkpoint's path and the last step, loss and k-NN.
 
-    Raises ValueError for what cannot be meant, before anything is written; FloatingPointError for a
-    loss that is not finite, with the last good checkpoint kept.
+    Raises ValueError for what cannot be meant, before anything is written; FloatingPointError for
+    a loss that is not finite and RunError for a full disk, a dead worker or too many unreadable
+    images, with the last good checkpoint kept.
     """
     # ---- what is wrong fails here, before a file is written
     dataset = data.build_dataset(config.data.data)
+    dataset.seed = seed = config.run.seed
     config = resolve(config, dataset)
     dataset.transform = partial(data.to_canvas, size=config.data.canvas_size)
-    run, optim, seed = Run(config), config.optim, config.run.seed
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.run.mixed_precision,
-        log_with=config.run.log_with,
-        project_dir=run.folder,
-    )
-    use_all_cores(accelerator)
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    batch_size = optim.batch_size * world
-    sampler = partial(StepSampler, len(dataset), optim.batch_size, seed, rank, world)
+    accumulation = config.optim.accumulation_steps
+    accelerator = make_accelerator(config.run.mixed_precision, accumulation, config.run.log_with)
+    run = Run(config, accelerator, dataset)
+    config = run.settle(config)
+    optim, device = config.optim, accelerator.device
+    rank, world = accelerator.process_index, accelerator.num_processes
+    accumulation = accelerator.gradient_accumulation_steps = optim.accumulation_steps
+    batch_size = optim.batch_size * world * accumulation
+
+    def sampler(steps: range) -> StepSampler:
+        return StepSampler(len(dataset), optim.batch_size, seed, rank, world, steps, accumulation)
+
     steps_per_epoch = sampler(range(0)).steps_per_epoch
     total_steps = optim.epochs * steps_per_epoch
-    splits, why_no_knn = None, "--knn-every 0"
-    if config.run.knn_every:
-        try:
-            memory, test = evaluation_splits(run.config)
-            order = permutation(len(memory), 0)
-            splits = Subset(memory, order[: config.run.knn_images].tolist()), test
-        except ValueError as error:
-            why_no_knn = str(error)
+    splits, why_no_knn = knn_splits(run.config)
 
     # ---- student, teacher, loss, optimizer
-    torch.manual_seed(seed)
-    student = DinoModel.from_config(config.model)
-    teacher = DinoModel.from_config(replace(config.model, drop_path_rate=0.0, pretrained=False))
-    teacher.load_state_dict(student.state_dict())
-    # channels last: 1.2 times faster for convolutions, no difference for ViTs
-    system = DinoSystem(student, teacher).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(student, optim.optimizer)
+    system, optimizer = build_networks(config, accelerator)
     model, stepper = accelerator.prepare(system, optimizer)
     model.train()  # the teacher too: its BatchNorm uses the batch, as in the original
+    student, teacher = system.student, system.teacher
+    last_layer = list(student.projection_head.last_layer.parameters())
     multi_crop = MultiCrop(config.crops).to(device)
     temp, momentum = config.teacher.student_temp, config.teacher.center_momentum
     dino_loss = DinoLoss(config.model.projection_output_dim, temp, momentum).to(device)
-    last_layer = list(student.projection_head.last_layer.parameters())
     state = TrainingState(system, dino_loss, optimizer, accelerator.scaler)
-    start, metrics = run.load(state) if config.run.resume else (0, {})
+    start, metrics = run.load(state)
 
     # ---- files and terminal
-    monitor = Monitor(run, accelerator, start, total_steps)
-    say = monitor.console.print
-    say(header(config, accelerator, len(dataset), student))
+    monitor = Monitor(run, accelerator, dataset, start, total_steps)
+    say = partial(monitor.console.print, markup=False, soft_wrap=True)
+    monitor.console.print(header(config, accelerator, len(dataset), student))
     if splits is None:
-        say(f"no k-NN during training: {why_no_knn}", markup=False)
-    warm_ups = {
-        "--warmup-epochs": optim.warmup_epochs,
-        "--warmup-teacher-temp-epochs": config.teacher.warmup_teacher_temp_epochs,
-    }
-    for flag, epochs in warm_ups.items():
-        if epochs > optim.epochs:
-            say(f"warning: {flag} {epochs:g} is longer than the run of {optim.epochs} epochs")
+        say(f"no k-NN during training: {why_no_knn}")
+    for warning in warnings(config, accelerator, student):
+        say(f"warning: {warning}")
     if config.run.resume:
         say(f"resumed {run.folder} after step {start:,} of {total_steps:,}")
+        for change in run.taken_over:
+            say(f"taken over: {change}")
+    accelerator.wait_for_everyone()  # the others have looked into the folder by now
     if accelerator.is_main_process:
         run.open(start)
     if config.run.log_with:
+        accelerator.project_configuration.set_directories(str(run.folder))
         accelerator.init_trackers("dino")
 
     def evaluate(step: int) -> None:
+        copy_buffers_of_main(system)
         metrics["knn_top1"] = teacher_knn(model, splits, run.config, accelerator)
         metrics.setdefault("knn_top1_untrained", metrics["knn_top1"])
         monitor.log(step, step / steps_per_epoch, {"knn_top1": metrics["knn_top1"]})
@@ -287,27 +258,36 @@ def train(config: Config) -> dict:
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_stop_requests,
     )
-    step, last_loss = start, math.nan
+    batches = iter(loader)
+    last_step, last_loss, saved_at = start, math.nan, time.monotonic()
     with monitor.progress, stop_requests() as stop:
         if splits and start == 0:
             evaluate(0)
         monitor.restart_clock()
-        for step, batch in enumerate(loader, start + 1):
+        for step in range(start + 1, total_steps + 1):
             # ---- algorithm 1
             now = schedules(config, step - 1, steps_per_epoch, batch_size)
             for group in optimizer.param_groups:
                 group["lr"] = now.lr
             optimizer.param_groups[0]["weight_decay"] = now.weight_decay
-            images, sizes = (x.to(device, non_blocking=True) for x in (batch.image, batch.size))
-            places = (x.to(device, non_blocking=True) for x in (batch.epoch, batch.index))
-            keys = hash_keys(seed, *places)
-            crops = multi_crop(images, sizes, keys)
-            # drop path draws from torch's generator: seeded by the step, a resumed run repeats it
-            torch.manual_seed(int(hash_keys(seed, step, rank)))
-            with accelerator.autocast():
-                student_logits, teacher_logits, features = model(crops)
-            loss = dino_loss(student_logits, teacher_logits, now.teacher_temp)
-            accelerator.backward(loss)
+            is_logged = step == total_steps or step % config.run.log_every == 0
+            means = StepMeans(dino_loss, now.teacher_temp, is_logged)
+            for micro in range(accumulation):
+                batch = next(batches)
+                monitor.note_unreadable(batch.index, batch.source)
+                images, sizes, epoch, index = (
+                    x.to(device, non_blocking=True)
+                    for x in (batch.image, batch.size, batch.epoch, batch.index)
+                )
+                crops = multi_crop(images, sizes, hash_keys(seed, epoch, index))
+                # drop path draws from torch's generator: seeded by the step, a resumed run repeats
+                torch.manual_seed(int(hash_keys(seed, step, micro, rank)))
+                with accelerator.accumulate(model):
+                    with accelerator.autocast():
+                        student_logits, teacher_logits, features = model(crops)
+                    loss = dino_loss(student_logits, teacher_logits, now.teacher_temp)
+                    accelerator.backward(loss)
+                means.add(loss, teacher_logits, features)
             if optim.clip_grad:
                 accelerator.unscale_gradients(stepper)
                 clip_gradients(student.parameters(), optim.clip_grad)
@@ -316,47 +296,52 @@ def train(config: Config) -> dict:
                     param.grad = None
             stepper.step()
             stepper.zero_grad()
-            is_logged = step == total_steps or step % config.run.log_every == 0
-            if is_logged:  # with the center that the loss used
-                entropy = dino_loss.teacher_entropy(teacher_logits, now.teacher_temp)
-                more = {
-                    "teacher_entropy": entropy,
-                    "kl": loss.detach() - entropy,
-                    "feature_spread": feature_spread(features),
-                }
-            dino_loss.update_center(teacher_logits)  # a collective
-            update_teacher_EMA(student, teacher, now.teacher_momentum)
+            if not stepper.step_was_skipped:  # by fp16, whose gradients overflowed
+                dino_loss.update_center(torch.stack(means.teacher_logits))  # a collective
+                update_teacher_EMA(student, teacher, now.teacher_momentum)
 
-            # ---- log, evaluate, save
-            monitor.add(step, loss, batch_size)
-            is_last = step == total_steps or bool(stop)
-            is_saved = is_last or step % config.run.save_every == 0
+            # ---- log, evaluate, save: all processes alike, so that none waits for another
+            epoch = step / steps_per_epoch
+            monitor.add(step, means.loss, batch_size)
+            minutes = (time.monotonic() - saved_at) / 60
+            is_due = 0 < config.run.save_minutes <= minutes
+            stop_signal, is_due = run.agreement.largest(stop[0] if stop else 0, is_due)
+            is_last = step == total_steps or stop_signal > 0
             knn_steps = config.run.knn_every * steps_per_epoch
             is_evaluated = splits and (step == total_steps or step % knn_steps == 0)
+            is_kept = config.run.keep_every and epoch % config.run.keep_every == 0
+            is_saved = is_last or is_due or is_kept or step % config.run.save_every == 0
             if is_logged or is_saved or is_evaluated or device.type == "cpu":
                 last_loss = monitor.check_finite()
+            if is_logged or is_saved:
+                monitor.report_unreadable(step, epoch)
             if is_logged:
-                monitor.log_step(step, step / steps_per_epoch, last_loss, now.lr, more)
+                figures = means.log_figures(accelerator)
+                monitor.log_step(step, epoch, last_loss, now.lr, figures)
             if is_evaluated:
                 evaluate(step)
-            if is_saved and accelerator.is_main_process:
-                run.save(state, step, step / steps_per_epoch, metrics)
+            monitor.check_log()
+            if is_saved:
+                run.save(state, step, epoch, metrics, monitor.unreadable)
+                saved_at = time.monotonic()
             if is_evaluated or is_saved:
                 monitor.restart_clock()
+            last_step = step
             if is_last:
                 break
     accelerator.end_training()
-    if step < total_steps:
-        say(f"stopped after step {step:,} of {total_steps:,}; to go on:")
-        folder = shlex.quote(str(run.folder))
-        say(f"  accelerate launch dino_train.py --resume {folder}", soft_wrap=True, markup=False)
-        sys.exit(128 + stop[0])
-    result = {"folder": str(run.folder), "checkpoint": str(run.checkpoint), "step": step}
-    return result | {"loss": last_loss} | metrics
+    if last_step < total_steps:
+        say(f"stopped after step {last_step:,} of {total_steps:,}; to go on:")
+        say(f"  accelerate launch dino_train.py --resume {shlex.quote(str(run.folder))}")
+        sys.exit(128 + stop_signal)
+    result = {"folder": str(run.folder), "checkpoint": str(run.checkpoint), "step": last_step}
+    unreadable = len(monitor.unreadable)
+    return result | {"loss": last_loss, "unreadable_images": unreadable} | metrics
 
 
 def main() -> None:
     config = parse_config(sys.argv[1:], __doc__)
+    stop_with_launcher()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     if config.run.config == QUICKSTART:
         console.print("quick start: recipes/quickstart.yaml on embedded data; flags override it")
@@ -365,6 +350,8 @@ def main() -> None:
     if "knn_top1" in result:
         before, after = result["knn_top1_untrained"], result["knn_top1"]
         rows["k-NN top-1"] = f"{before:.1f} % untrained, {after:.1f} % trained"
+    if result["unreadable_images"]:
+        rows["unreadable"] = f"{result['unreadable_images']} images, replaced; log.jsonl names them"
     rows |= {"checkpoint": result["checkpoint"], "next": f"python eval_knn.py {checkpoint}"}
     rows[""] = f"python eval_linear.py {checkpoint}"
     for name, text in rows.items():  # no table: it would cut long paths

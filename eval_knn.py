@@ -1,7 +1,7 @@
 """Evaluate a frozen backbone by weighted k-nearest neighbours.
 
     python eval_knn.py runs/patterns-resnet10_half/ckpt.safetensors
-    python eval_knn.py runs/vits16/ckpt.safetensors --data /imagenet --json-out knn.json
+    torchrun --nproc_per_node 8 eval_knn.py runs/vits16/ckpt.safetensors --data /imagenet
 
 Architecture, sizes, normalisation and data come from the checkpoint itself; --data overrides.
 Protocol of DINO (arXiv 2104.14294, appendix F.1): teacher backbone, cosine similarity, neighbours
@@ -10,10 +10,12 @@ Axes: n train images, m test images, d features, c classes.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import tyro
@@ -28,8 +30,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
 from data import ImageDataset, build_dataset, center_crop
+from distributed import make_accelerator
 from models import load_checkpoint, load_tensors, save_tensors
-from run_io import run_command
+from monitor import run_command
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,20 +111,25 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Give features (n, d) float32 and labels (n,) of all images, in the data's order.
 
-    `forward` maps uint8 images on the device to features. A collective: each process takes every
-    world-th image, and all of them get all features.
+    `forward` maps uint8 images on the device to features. What cannot be decoded is left out, and
+    said. A collective: each process takes every world-th image, and all get all features.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     # all processes must gather as many: the last image is repeated, and the cut below drops it
     last = len(dataset) - 1
     rows = [min(row, last) for row in range(rank, rank + world * (last // world + 1), world)]
-    features, labels = [], []
+    parts: list[tuple[Tensor, ...]] = []
     for batch in DataLoader(Subset(dataset, rows), batch_size, num_workers=num_workers):
-        features.append(forward(batch.image.to(accelerator.device)).float())
-        labels.append(batch.label.to(accelerator.device))
-    of_ranks = gather((torch.cat(features), torch.cat(labels)))
-    features, labels = (rearrange(x, "(w i) ... -> (i w) ...", w=world) for x in of_ranks)
-    return features[: last + 1], labels[: last + 1]
+        facts = (batch.label, batch.source == batch.index)
+        features = forward(batch.image.to(accelerator.device)).float()
+        parts.append((features, *(x.to(accelerator.device) for x in facts)))
+    of_ranks = gather(tuple(torch.cat(part) for part in zip(*parts, strict=True)))
+    of_all = (rearrange(x, "(w i) ... -> (i w) ...", w=world)[: last + 1] for x in of_ranks)
+    features, labels, is_read = of_all
+    if not is_read.all():
+        num = int((~is_read).sum())
+        accelerator.print(f"warning: {num} of {last + 1:,} images cannot be decoded: left out")
+    return features[is_read], labels[is_read]
 
 
 def evaluation_splits(config: dict) -> tuple[ImageDataset, ImageDataset]:
@@ -196,6 +206,13 @@ def checkpoint_features(options: EvalConfig, accelerator: Accelerator) -> tuple[
     return tensors, facts
 
 
+def parse_options(kind: type[T], description: str) -> T:
+    """Read an evaluation's command line; of several processes the first alone speaks."""
+    speaks = os.environ.get("RANK", "0") == "0"
+    flat = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(kind, description=description, config=flat, console_outputs=speaks)
+
+
 def report(facts: dict, table: Table, results: dict, json_out: Path | None) -> None:
     """Print the table under a line of facts, and write both to `json_out`."""
     console = Console()
@@ -211,13 +228,14 @@ def report(facts: dict, table: Table, results: dict, json_out: Path | None) -> N
 
 
 def main() -> None:
-    options = tyro.cli(KnnConfig, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    options = parse_options(KnnConfig, __doc__)
     check_votes(options.ks, options.temperature)
     out = options.features_out
     check_folder(out, "features")
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = make_accelerator()
     tensors, facts = checkpoint_features(options.evaluation, accelerator)
     accuracies = knn_accuracy(*tensors, options.ks, options.temperature)
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return
     table = Table("k", "top-1 %", "top-5 %", title="weighted k-NN")

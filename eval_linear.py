@@ -12,16 +12,15 @@ Axes: n images, b batch, d features, c classes, r learning rates.
 from dataclasses import dataclass
 
 import torch
-import tyro
-from accelerate import Accelerator
 from einops import einsum, rearrange
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 from data import permutation
-from eval_knn import EvalConfig, checkpoint_features, report
-from run_io import run_command
+from distributed import make_accelerator
+from eval_knn import EvalConfig, checkpoint_features, parse_options, report
+from monitor import run_command
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,11 @@ def linear_accuracy(
 
 
 def main() -> None:
-    options = tyro.cli(LinearConfig, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    options = parse_options(LinearConfig, __doc__)
     check_probes(options)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = make_accelerator()
     tensors, facts = checkpoint_features(options.evaluation, accelerator)
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return
     accuracies = linear_accuracy(*tensors, options)

@@ -75,6 +75,36 @@ def _resnet(name: str, pretrained: bool, image_size: int | None) -> nn.Module:
     return net
 
 
+class DropPath(nn.Module):
+    """Leave out a residual branch of each sample with probability `rate`, in training; scale up.
+
+    timm's keeps the rate as a number, for each of which torch.compile makes a graph of its own, up
+    to its limit of 8: the other blocks of a ViT then stay uncompiled. A buffer is one graph.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.drop_prob = rate
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training:
+            return branch
+        draws = torch.rand(len(branch), *[1] * (branch.ndim - 1), device=branch.device)
+        return branch * ((draws < self.keep) / self.keep).to(branch.dtype)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:g}"
+
+
+def _share_drop_path(net: nn.Module) -> None:
+    """Put our DropPath where timm has its own, and the Identity that stands for a rate of 0."""
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if "drop_path" in name and isinstance(child, timm.layers.DropPath | nn.Identity):
+                setattr(module, name, DropPath(getattr(child, "drop_prob", 0.0)))
+
+
 def _timm(name: str, pretrained: bool, drop_path_rate: float, **sizes: int) -> nn.Module:
     options = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
     # timm's two ways to accept any image size; convolutional networks take neither, nor a size
@@ -127,6 +157,8 @@ def get_backbone(
             raise
         reason = str(error).split("\n")[0]
         raise OSError(f"cannot load the published weights of {name}: {reason}") from error
+    if drop_path_rate:
+        _share_drop_path(net)
     if name in TIMM_NAMES and not pretrained:
         nn.init.trunc_normal_(net.cls_token, std=0.02)  # the original's; timm's is 1e-6
     net.output_dim = getattr(net, "head_hidden_size", None) or net.num_features
@@ -253,13 +285,13 @@ def update_teacher_EMA(student: nn.Module, teacher: nn.Module, momentum: float) 
     Works on FSDP2's sharded parameters, each process on its shards. Section 3.1.
     """
     pairs = zip(teacher.parameters(), student.parameters(), strict=True)
-    pairs = [[getattr(p, "_local_tensor", p) for p in pair] for pair in pairs]
+    pairs = [[p.to_local() if hasattr(p, "to_local") else p for p in pair] for pair in pairs]
     teachers, students = zip(*pairs, strict=True)
     torch._foreach_lerp_(list(teachers), list(students), 1 - momentum)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
-    """Write a safetensors file with `texts` as metadata, whole or not at all."""
+    """Write a safetensors file with `texts` as metadata, whole or not at all: OSError, then."""
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}")
     try:
@@ -268,6 +300,8 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], texts: dict[str, 
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
+    except (SafetensorError, OSError) as error:  # a full disk, say
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -278,13 +312,16 @@ def _sync(path: Path) -> None:  # a power cut may otherwise undo what was writte
     os.close(descriptor)
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(
+    path: str | Path, only_metadata: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file: (tensors, metadata). Errors as load_checkpoint's."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names = () if only_metadata else file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         with open(path, "rb") as file:
             start = file.read(2)
@@ -295,11 +332,19 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} {reason}") from error
 
 
-def save_checkpoint(path: str | Path, model: DinoModel, metadata: dict) -> None:
-    """Write `backbone.*` and `projection_head.*` with JSON metadata, atomically."""
+def save_checkpoint(
+    path: str | Path,
+    model: DinoModel,
+    metadata: dict,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write `backbone.*` and `projection_head.*` with JSON metadata, atomically.
+
+    `state_dict` gives the tensors where the model's own are sharded.
+    """
     config = None if model.config is None else dataclasses.asdict(model.config)
     texts = {"model_config": json.dumps(config), "metadata": json.dumps(metadata)}
-    save_tensors(path, model.state_dict(), texts)
+    save_tensors(path, model.state_dict() if state_dict is None else state_dict, texts)
 
 
 def load_checkpoint(path: str | Path) -> tuple[DinoModel, dict]:

@@ -3,36 +3,38 @@
 runs/NAME/config.yaml         the resolved configuration; --config reproduces the run
 runs/NAME/log.jsonl           one line a logged step and evaluation
 runs/NAME/ckpt.safetensors    the teacher, with all that evaluating it needs
-runs/NAME/state.safetensors   all that an exact resume needs
+runs/NAME/state.safetensors   all that an exact resume needs, on any number of processes
 """
 
 import dataclasses
 import itertools
 import json
-import math
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from data import ImageDataset
+from distributed import Agreement, copy_whole, whole
 from losses import DinoLoss
 from models import load_tensors, save_checkpoint, save_tensors
 
 # what a resumed run may have otherwise
 CHANGEABLE = {
-    *("epochs", "num_workers", "eval_resize", "save_every", "log_every"),
-    *("knn_every", "knn_images", "log_with"),
+    *("epochs", "num_workers", "eval_resize", "compile", "log_every", "log_with"),
+    *("save_every", "save_minutes", "keep_last", "keep_every", "knn_every", "knn_images"),
 }
+
+
+class RunError(RuntimeError):
+    """What ends a run that had begun well, in all processes alike: exit code 1."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None  # fp16's
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the state by name, the optimizer's by its parameter's name."""
+        """Give the state by name, the optimizer's by its parameter's name; sharded as it is."""
         names = {param: name for name, param in self.system.student.named_parameters()}
         tensors = {**self.system.state_dict(), "loss.center": self.loss.center}
         for param, values in self.optimizer.state.items():
@@ -53,179 +55,222 @@ class TrainingState:
         scaling = self.scaler.state_dict() if self.scaler else {}
         return tensors | {f"scaler.{key}": torch.tensor(x) for key, x in scaling.items()}
 
+    def whole_tensors(self, keep: bool) -> dict[str, Tensor]:
+        """Give `tensors` whole and on the CPU where `keep`, else nothing. A collective."""
+        kept = {}
+        for name, tensor in self.tensors().items():
+            tensor = whole(tensor)
+            if keep:
+                kept[name] = tensor.detach().cpu()
+        return kept
+
+    @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave, in place."""
+        """Restore what `whole_tensors` gave, in place."""
         params = dict(self.system.student.named_parameters())
-        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "scaler": {}, "loss": {}}
-        for name in [name for name in tensors if name.split(".")[0] in parts]:
+        own = {**self.system.state_dict(), "loss.center": self.loss.center}
+        scaling = {}
+        for name, value in tensors.items():
             part, key = name.split(".", 1)
-            parts[part][key] = tensors.pop(name)
-        self.system.load_state_dict(tensors)
-        self.loss.load_state_dict(parts["loss"])
-        for name, value in parts["optimizer"].items():
-            name, key = name.rsplit(".", 1)
-            param = params[name]
-            if value.shape == param.shape:  # fused optimizers need the parameter's strides as well
-                value = torch.empty_like(param, dtype=value.dtype).copy_(value)
-            self.optimizer.state[param][key] = value.to(param.device)
+            if part == "scaler":
+                scaling[key] = value.item()
+            elif part == "optimizer":
+                param, key = params[key.rsplit(".", 1)[0]], key.rsplit(".", 1)[1]
+                if value.shape == param.shape:  # in the parameter's strides, for fused optimizers
+                    target = torch.empty_like(param, dtype=value.dtype)
+                else:
+                    target = torch.empty_like(value, device=param.device)
+                copy_whole(target, value)
+                self.optimizer.state[param][key] = target
+            else:
+                copy_whole(own.pop(name), value)
+        if own:
+            raise ValueError(f"the saved state lacks {', '.join(list(own)[:3])}")
         if self.scaler:
-            self.scaler.load_state_dict({key: x.item() for key, x in parts["scaler"].items()})
+            self.scaler.load_state_dict(scaling)
 
 
 class Run:
     """A run's folder. Raises ValueError where it is taken; writes nothing before `open`."""
 
-    def __init__(self, config: object) -> None:
+    def __init__(self, config: object, accelerator: Accelerator, dataset: ImageDataset) -> None:
+        self.is_main, self.world = accelerator.is_main_process, accelerator.num_processes
+        self.agreement = Agreement()
+        self.fingerprint = dataset.fingerprint()
         name = f"{Path(config.data.data).name}-{config.model.arch}"
         names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
         unused = (path for name in names if not (path := Path("runs", name)).exists())
-        self.folder = config.run.output_dir or next(unused)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"need a folder for --output-dir, got the file {self.folder}")
+        folder = config.run.output_dir or broadcast_object_list([next(unused)])[0]
+        self.folder = folder
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"need a folder for --output-dir, got the file {folder}")
         names = ("config.yaml", "log.jsonl", "ckpt.safetensors", "state.safetensors")
-        files = [self.folder / name for name in names]
+        files = [folder / name for name in names]
         self.config_file, self.log_file, self.checkpoint, self.state_file = files
         taken = [file for file in files if file.exists()]
         if taken and not (config.run.resume or config.run.overwrite):
             wanted = "--resume, --overwrite or another --output-dir"
-            raise ValueError(f"{self.folder} already holds a run ({taken[0].name}): need {wanted}")
-        self.stale = [] if config.run.resume else taken
+            raise ValueError(f"{folder} already holds a run ({taken[0].name}): need {wanted}")
+        self.stale = [] if config.run.resume else [*taken, *folder.glob("*-*.safetensors")]
+        self.saved = {}
+        if config.run.resume and self.state_file.exists():
+            _, texts = load_tensors(self.state_file, only_metadata=True)
+            self.saved = json.loads(texts["metadata"])
+        # two nodes without a folder in common would go on from different steps
+        if len(set(self.agreement.gather(self.saved.get("step", 0)))) > 1:
+            raise ValueError(f"not all processes see the state in {folder}: need a shared folder")
+        self.config: dict = {}
+        self.taken_over: list[str] = []
+
+    def settle(self, config: object) -> object:
+        """Give the config to train by: a resumed run's batch is refit to the processes there are.
+
+        Raises ValueError naming every flag in which the saved run differs.
+        """
+        if self.saved:
+            config = self._refit(config)
         # the resolved config as plain data, less what belongs to one start of the run
         self.config = json.loads(json.dumps(dataclasses.asdict(config), default=str))
         for key in ("config", "output_dir", "resume", "overwrite"):
             del self.config["run"][key]
+        return config
+
+    def _refit(self, config: object) -> object:
+        """Keep the images a step, whose order an exact resume needs, on another number of GPUs."""
+        saved, optim = self.saved["config"]["optim"], config.optim
+        images = saved["batch_size"] * saved["accumulation_steps"] * self.saved["world"]
+        if self.world != self.saved["world"]:
+            each, left = divmod(images, self.world)
+            if left:
+                text = f"{images} images a step need a number of processes that divides them"
+                raise ValueError(f"cannot resume {self.folder} on {self.world} processes: {text}")
+            batch_size = max(n for n in range(1, optim.batch_size + 1) if each % n == 0)
+            optim = replace(optim, batch_size=batch_size, accumulation_steps=each // batch_size)
+            config = replace(config, optim=optim)
+        here = optim.batch_size * optim.accumulation_steps * self.world
+        given, refused = dataclasses.asdict(config), []
+        for section, values in self.saved["config"].items():
+            for name, old in values.items():
+                new = json.loads(json.dumps(given[section][name], default=str))
+                flag = f"--{name.replace('_', '-')} {new}"
+                if new == old:
+                    continue
+                same_images = name == "data" and self.fingerprint == self.saved["fingerprint"]
+                same_batch = name in ("batch_size", "accumulation_steps") and here == images
+                if name in CHANGEABLE or same_images or same_batch:
+                    self.taken_over.append(f"{flag} (was {old})")
+                else:
+                    refused.append(f"{flag}: it has {old}")
+        if not refused and self.fingerprint != self.saved["fingerprint"]:
+            refused.append(f"the images in {config.data.data}: they are not those it began with")
+        if refused:
+            raise ValueError(f"cannot resume {self.folder} with {'; '.join(refused)}")
+        return config
 
     def open(self, step: int) -> None:
-        """Create the folder for a run that goes on after `step`: the log's later lines are cut."""
+        """Create the folder for a run that goes on after `step`: the log's later lines are cut.
+
+        Raises OSError where it cannot be written.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for file in self.stale:
+        for file in (*self.stale, *self.folder.glob(".tmp*")):  # a kill may have left the last
             file.unlink()
-        self.config_file.write_text(yaml.safe_dump(self.config, sort_keys=False))
+        write_text(self.config_file, yaml.safe_dump(self.config, sort_keys=False))
         kept = []
-        for line in self.log_file.read_text().splitlines() if step else []:
+        exists = step and self.log_file.exists()
+        for line in self.log_file.read_text().splitlines() if exists else []:
             try:
                 kept += [line + "\n"] if json.loads(line)["step"] <= step else []
             except ValueError:  # a line that a kill cut off
                 break
-        self.log_file.write_text("".join(kept))
+        write_text(self.log_file, "".join(kept))
 
-    def save(self, state: TrainingState, step: int, epoch: float, metrics: dict) -> None:
+    def save(
+        self,
+        state: TrainingState,
+        step: int,
+        epoch: float,
+        metrics: dict,
+        unreadable: Iterable[int] = (),
+    ) -> None:
         """Write the state after `step` steps, and the teacher with all that evaluating it needs.
 
-        Raises FloatingPointError before a file is touched where a weight is not finite.
+        A collective. Raises, in all processes alike, RunError where the disk is full, and
+        FloatingPointError before a file is touched where a weight is not finite.
         """
-        metadata = {"config": self.config, "step": step, "epoch": epoch, "metrics": metrics}
-        tensors = state.tensors()
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise FloatingPointError(f"{name} is not finite after step {step:,}; {self.kept()}")
-        save_tensors(self.state_file, tensors, {"metadata": json.dumps(metadata)})
-        save_checkpoint(self.checkpoint, state.system.teacher, metadata)
+        tensors = state.whole_tensors(keep=self.is_main)
+        error: Exception | None = None
+        if self.is_main:
+            broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+            metadata = {"config": self.config, "step": step, "epoch": epoch, "metrics": metrics}
+            try:
+                if broken:
+                    text = f"{broken[0]} is not finite after step {step:,}; {self.kept()}"
+                    raise FloatingPointError(text)
+                prefix = "teacher."
+                names = [name for name in tensors if name.startswith(prefix)]
+                teacher = {name.removeprefix(prefix): tensors[name] for name in names}
+                save_checkpoint(self.checkpoint, state.system.teacher, metadata, teacher)
+                more = {"world": self.world, "fingerprint": self.fingerprint}
+                more["unreadable"] = sorted(unreadable)
+                self._save_state(tensors, json.dumps(metadata | more), step, epoch)
+            except OSError as failure:
+                error = RunError(f"{failure}; {self.kept()}")
+            except FloatingPointError as failure:
+                error = failure
+        (error,) = broadcast_object_list([error])
+        if error:
+            raise error
+
+    def _save_state(self, tensors: dict, metadata: str, step: int, epoch: float) -> None:
+        """Write the state, after the names that older files keep: a kill before it undoes all."""
+        settings, texts = self.config["run"], {"metadata": metadata}
+        if settings["keep_every"] and epoch % settings["keep_every"] == 0:
+            kept = self.checkpoint.with_stem(f"{self.checkpoint.stem}-epoch-{round(epoch):04}")
+            _link(self.checkpoint, kept)
+        if settings["keep_last"] == 1:
+            return save_tensors(self.state_file, tensors, texts)
+        numbered = self.state_file.with_stem(f"{self.state_file.stem}-{step:08}")
+        save_tensors(numbered, tensors, texts)
+        _link(self.checkpoint, self.checkpoint.with_stem(f"{self.checkpoint.stem}-{step:08}"))
+        for file in (self.state_file, self.checkpoint):
+            old = self.folder.glob(f"{file.stem}-{'[0-9]' * 8}{file.suffix}")
+            by_age = sorted(old, key=lambda path: path.stat().st_mtime)
+            for path in by_age[: -settings["keep_last"]]:
+                path.unlink()
+        _link(numbered, self.state_file)
 
     def kept(self) -> str:
         exists = self.checkpoint.exists()
         return f"{self.checkpoint} is kept" if exists else "no checkpoint was saved yet"
 
     def load(self, state: TrainingState) -> tuple[int, dict]:
-        """Restore what `save` wrote: (step, metrics); (0, {}) where nothing was saved yet.
-
-        Raises ValueError naming the flag in which the saved run differs.
-        """
-        if not self.state_file.exists():
+        """Restore what `save` wrote: (step, metrics); (0, {}) where nothing was saved yet."""
+        if not self.saved:
             return 0, {}
-        tensors, texts = load_tensors(self.state_file)
-        metadata = json.loads(texts["metadata"])
-        for section, values in self.config.items():
-            for name, value in values.items():
-                saved = metadata["config"][section].get(name)
-                if saved != value and name not in CHANGEABLE:
-                    given = f"--{name.replace('_', '-')} {value}"
-                    raise ValueError(f"cannot resume {self.folder} with {given}: it has {saved}")
+        tensors, _ = load_tensors(self.state_file)
         state.load(tensors)
-        return metadata["step"], metadata["metrics"]
+        return self.saved["step"], self.saved["metrics"]
 
 
-class Monitor:
-    """What a run tells, in log.jsonl, trackers and terminal, without waiting for the device."""
-
-    def __init__(self, run: Run, accelerator: Accelerator, start: int, total_steps: int) -> None:
-        self.run, self.accelerator = run, accelerator
-        self.console = Console(quiet=not accelerator.is_main_process)
-        self.progress = Progress(
-            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
-            *(TextColumn("ETA"), TimeRemainingColumn()),
-            console=self.console,
-            disable=not (self.console.is_terminal and accelerator.is_main_process),
-        )
-        self.bar = self.progress.add_task("starting", total=total_steps, completed=start)
-        self.losses: dict[int, Tensor] = {}  # by step, not yet read from the device
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave out of images/s what was done since the last step."""
-        self.since, self.num_images = time.perf_counter(), 0
-
-    def add(self, step: int, loss: Tensor, num_images: int) -> None:
-        self.losses[step] = loss.detach()
-        self.num_images += num_images
-        self.progress.update(self.bar, completed=step)
-
-    def log(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        if self.accelerator.is_main_process:
-            with open(self.run.log_file, "a") as file:
-                file.write(json.dumps({"step": step, "epoch": round(epoch, 4)} | values) + "\n")
-        self.accelerator.log(values, step=step)
-
-    def log_step(self, step: int, epoch: float, loss: float, lr: float, more: dict) -> None:
-        speed = self.num_images / (time.perf_counter() - self.since)
-        values = {"loss": loss, "lr": lr, "images_per_second": speed}
-        self.log(step, epoch, values | {name: float(value) for name, value in more.items()})
-        text = f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} images/s"
-        self.progress.update(self.bar, description=text)
-        self.restart_clock()
-
-    def check_finite(self) -> float:
-        """Give the last loss; FloatingPointError at the first that is not finite. A sync point."""
-        values = torch.stack(list(self.losses.values())).tolist()
-        for step, value in zip(self.losses, values, strict=True):
-            if not math.isfinite(value):
-                said = f"the loss is {value} at step {step:,}"
-                raise FloatingPointError(f"{said}; {self.run.kept()}")
-        self.losses.clear()
-        return values[-1]
-
-
-def ignore_stop_requests(worker: int) -> None:
-    """Let a loader's worker outlive signals to the process group: the main process decides."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT, so that the step is finished; a second Ctrl-C raises."""
-    received: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises OSError naming it."""
+    temporary = path.with_name(f".tmp-{path.name}")
     try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
-def run_command(main: Callable[[], object]) -> None:
-    """Run a script's main; wrong input ends it with one line and code 2, a broken loss with 1."""
+def _link(file: Path, name: Path) -> None:
+    """Give a file a second name, at once, which a replacement of the file does not change."""
+    temporary = name.with_name(f".tmp-{name.name}")
+    temporary.unlink(missing_ok=True)
     try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        # a worker's error arrives as its whole traceback, whose last line is the message
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        os.link(file, temporary)
+    except OSError:  # not every file system has links
+        shutil.copyfile(file, temporary)
+    os.replace(temporary, name)
+    temporary.unlink(missing_ok=True)  # it stays where both were one file already

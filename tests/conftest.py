@@ -1,6 +1,9 @@
 import io
+import itertools
+import json
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -13,9 +16,13 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from data import draw_patterns
-from run_io import run_command
+from monitor import run_command
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=20, help="times that a run is killed")
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +93,47 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) ->
     result = run_script("dino_train", *tiny_flags, "--output-dir", folder)
     assert result.returncode == 0, result.stderr
     return folder
+
+
+VIT_FLAGS = (
+    *("--arch", "vit_tiny_patch16_224", "--patch-size", "8", "--drop-path-rate", "0"),
+    *("--epochs", "2", "--warmup-epochs", "0", "--num-local-crops", "1", "--lr", "0.01"),
+    *("--projection-hidden-dim", "16", "--projection-output-dim", "16", "--knn-every", "0"),
+    *("--projection-bottleneck-dim", "8", "--num-workers", "0"),
+)
+
+
+@pytest.fixture(scope="session")
+def vit_flags(image_folder: Path) -> list[str]:
+    """A run without BatchNorm and drop path: the same on any number of processes."""
+    return ["--data", str(image_folder), *VIT_FLAGS]
+
+
+class Answer(NamedTuple):
+    codes: list[int]  # of each process; -9 where it was killed
+    text: str  # what they printed, by rank
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Answer]]:
+    """Run dino_train.py's main in processes of its own, as launcher.py says."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, str(ROOT / "tests" / "launcher.py")]
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    folder, numbers = tmp_path_factory.mktemp("launches"), itertools.count()
+
+    def launch(flags: list, **request: object) -> Answer:
+        out = folder / str(next(numbers))
+        out.mkdir()
+        request |= {"flags": [str(flag) for flag in flags], "out": str(out)}
+        print(json.dumps(request), file=server.stdin, flush=True)
+        codes = json.loads(server.stdout.readline())
+        return Answer(codes, "".join(file.read_text() for file in sorted(out.iterdir())))
+
+    yield launch
+    server.stdin.close()
+    server.wait()
+
+
+def same_files(one: Path, other: Path) -> bool:
+    return {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}

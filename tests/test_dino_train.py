@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
@@ -22,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dino_train
-from config import check_values
+from config import check_values, resolve
 from data import MultiCrop, StepSampler, build_dataset, hash_keys
 from dino_train import (
     Config,
@@ -36,7 +37,8 @@ from dino_train import (
 from eval_knn import knn_accuracy
 from losses import DinoLoss
 from models import DinoModel, DinoProjectionHead, load_checkpoint
-from run_io import Monitor, Run, TrainingState
+from monitor import Monitor
+from run_io import Run, TrainingState
 
 
 @pytest.fixture
@@ -594,7 +596,10 @@ def test_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_checkpoint(
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, tiny) -> None:
     config = tiny(tmp_path / "run", "--knn-every", 0)
     train(config)
-    run = Run(replace(config, run=replace(config.run, resume=True)))
+    dataset = build_dataset(config.data.data)
+    config = resolve(replace(config, run=replace(config.run, resume=True)), dataset)
+    run = Run(config, Accelerator(cpu=True), dataset)
+    run.settle(config)
     model = DinoModel.from_config(replace(config.model, image_size=16))
     system = dino_train.DinoSystem(model, DinoModel.from_config(model.config))
     optimizer = build_optimizer(model, "sgd")

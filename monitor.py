@@ -1,0 +1,227 @@
+"""What a run tells: its header, progress, log and errors; and the signals that it hears."""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from config import Config
+from data import ImageDataset
+from distributed import has_compiler
+from run_io import Run, RunError
+
+MOST_UNREADABLE = 0.01  # of the images; more are no accident
+
+
+def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.Module) -> Table:
+    """Lay out what is about to be trained, on what, and how."""
+    optim, crops, world = config.optim, config.crops, accelerator.num_processes
+    batch = optim.batch_size * world * optim.accumulation_steps
+    factors = {"processes": world, "accumulation steps": optim.accumulation_steps}
+    more = "".join(f" x {num} {name}" for name, num in factors.items() if num > 1)
+    device = accelerator.device.type
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    backbone, head = (sum(p.numel() for p in part.parameters()) / 1e6 for part in model.children())
+    local = f" + {crops.num_local_crops} of {crops.local_crop_size}" * (crops.num_local_crops > 0)
+    precision = f"mixed precision: {config.run.mixed_precision}"
+    compiled = ", blocks compiled" if config.run.compile else ""
+    if config.run.compile and not has_compiler():
+        compiled = ", not compiled: no C compiler was found"
+    kind = " FSDP" if accelerator.is_fsdp2 else " DDP" if world > 1 else ""
+    rows = {
+        "arch": f"{config.model.arch}: {backbone:.2f} M parameters, {head:.2f} M in the head, "
+        f"K {config.model.projection_output_dim:,}",
+        "data": f"{config.data.data}: {num_images:,} images, "
+        f"crops 2 of {crops.global_crop_size}{local} px",
+        "device": f"{world} x {name}{kind}, {precision}{compiled}",
+        "batch": f"{batch} images{f' ({optim.batch_size}{more})' * bool(more)}, "
+        f"{num_images // batch:,} steps an epoch, {optim.epochs} epochs",
+        "optimizer": f"{optim.optimizer}, lr {optim.lr * batch / 256:.3g} "
+        f"({optim.lr:g} x {batch} / 256)",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}[/]", escape(text))
+    return table
+
+
+def warnings(config: Config, accelerator: Accelerator, model: nn.Module) -> list[str]:
+    """Name what is likely not meant."""
+    lines, epochs = [], config.optim.epochs
+    warm_ups = {
+        "--warmup-epochs": config.optim.warmup_epochs,
+        "--warmup-teacher-temp-epochs": config.teacher.warmup_teacher_temp_epochs,
+    }
+    for flag, warm_up in warm_ups.items():
+        if warm_up > epochs:
+            lines.append(f"{flag} {warm_up:g} is longer than the run of {epochs} epochs")
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if accelerator.num_processes > 1 and any(not isinstance(m, nn.SyncBatchNorm) for m in norms):
+        why = "--no-sync-bn" if accelerator.device.type == "cuda" else "only GPUs share them"
+        lines.append(f"BatchNorm sees {config.optim.batch_size} images at a time: {why}")
+    return lines
+
+
+class Monitor:
+    """What a run tells, in log.jsonl, trackers and terminal, without waiting for the device."""
+
+    def __init__(
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        dataset: ImageDataset,
+        start: int,
+        total_steps: int,
+    ) -> None:
+        self.run, self.accelerator, self.dataset = run, accelerator, dataset
+        self.console = Console(quiet=not accelerator.is_main_process)
+        self.progress = Progress(
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+            *(TextColumn("ETA"), TimeRemainingColumn()),
+            console=self.console,
+            disable=not (self.console.is_terminal and accelerator.is_main_process),
+        )
+        self.bar = self.progress.add_task("starting", total=total_steps, completed=start)
+        self.losses: dict[int, Tensor] = {}  # by step, not yet read from the device
+        self.unreadable = set(run.saved.get("unreadable", []))
+        self.new_unreadable: set[int] = set()
+        self.failure = ""  # of writing the log
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out of images/s what was done since the last step."""
+        self.since, self.num_images = time.perf_counter(), 0
+
+    def note_unreadable(self, index: Tensor, source: Tensor) -> None:
+        """Remember the images (b,) of a batch that others stand for, until the next report."""
+        self.new_unreadable |= set(index[index != source].tolist()) - self.unreadable
+
+    def add(self, step: int, loss: Tensor, num_images: int) -> None:
+        self.losses[step] = loss.detach()
+        self.num_images += num_images
+        self.progress.update(self.bar, completed=step)
+
+    def log(self, step: int, epoch: float, values: dict) -> None:
+        """Write a line; a failure is kept for the step's end, where all processes stop."""
+        if self.accelerator.is_main_process:
+            try:
+                with open(self.run.log_file, "a") as file:
+                    file.write(json.dumps({"step": step, "epoch": round(epoch, 4)} | values) + "\n")
+            except OSError as error:
+                text = f"cannot write {self.run.log_file}: {error.strerror}; {self.run.kept()}"
+                self.failure = text
+        figures = {name: value for name, value in values.items() if not isinstance(value, list)}
+        self.accelerator.log(figures, step=step)
+
+    def check_log(self) -> None:
+        """Raise RunError in all processes where the main one could not write its log."""
+        (failed,) = self.run.agreement.largest(bool(self.failure))
+        if failed:
+            raise RunError(self.failure)
+
+    def log_step(self, step: int, epoch: float, loss: float, lr: float, more: dict) -> None:
+        speed = self.num_images / (time.perf_counter() - self.since)
+        self.log(step, epoch, {"loss": loss, "lr": lr, "images_per_second": speed} | more)
+        text = f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} images/s"
+        self.progress.update(self.bar, description=text)
+        self.restart_clock()
+
+    def check_finite(self) -> float:
+        """Give the last loss, the mean over processes; FloatingPointError at the first not finite.
+
+        A collective, and a sync point: all processes stop at the same step.
+        """
+        values = torch.stack(list(self.losses.values()))
+        values = self.accelerator.reduce(values, reduction="mean").tolist()
+        for step, value in zip(self.losses, values, strict=True):
+            if not math.isfinite(value):
+                said = f"the loss is {value} at step {step:,}"
+                raise FloatingPointError(f"{said}; {self.run.kept()}")
+        self.losses.clear()
+        return values[-1]
+
+    def report_unreadable(self, step: int, epoch: float) -> None:
+        """Name the images that could not be decoded, once each; RunError if they are too many.
+
+        A collective.
+        """
+        new = set().union(*self.run.agreement.gather(self.new_unreadable)) - self.unreadable
+        self.new_unreadable = set()
+        self.unreadable |= new
+        if new:
+            reasons = [self.dataset.why_unreadable(index) for index in sorted(new)]
+            self.log(step, epoch, {"unreadable": reasons})
+            for reason in reasons:
+                self.console.print(f"{reason}; replaced by the next", markup=False, soft_wrap=True)
+        num, total = len(self.unreadable), len(self.dataset)
+        if num > MOST_UNREADABLE * total:
+            reasons = [self.dataset.why_unreadable(i) for i in sorted(self.unreadable)[:10]]
+            more = [f"and {num - 10} more, in {self.run.log_file}"] if num > 10 else []
+            text = f"{num} of {total:,} images cannot be decoded, more than {MOST_UNREADABLE:.0%}:"
+            raise RunError("\n  ".join([text, *reasons, *more]))
+
+
+def ignore_stop_requests(worker: int) -> None:
+    """Let a loader's worker outlive signals to the process group: the main process decides."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
+STOP_SIGNALS += [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []  # Slurm's warning
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect STOP_SIGNALS, so that the step is finished; a second Ctrl-C raises."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run a script's main; wrong input ends it with one line and code 2, a broken run with 1.
+
+    Processes that fail alike leave the line to the first.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, RunError) as error:
+        text = str(error).strip()
+        if not isinstance(error, RunError):
+            # a worker's error arrives as its whole traceback, whose last line is the message
+            text = text.splitlines()[-1]
+        if isinstance(error, OSError) or os.environ.get("RANK", "0") == "0":
+            print(f"error: {text}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError | RunError) else 2)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        hint = "out of memory? then fewer --num-workers; what was saved can be resumed"
+        print(f"error: a process that decodes images died: {reason} ({hint})", file=sys.stderr)
+        sys.exit(1)

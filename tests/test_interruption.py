@@ -1,0 +1,234 @@
+"""Runs that are killed, stopped or out of disk, against runs that were left alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Answer, same_files
+from safetensors.torch import load_file
+
+from config import parse_config
+from dino_train import train
+from models import load_checkpoint
+
+Launch = Callable[..., Answer]
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same losses, and the same tensors bit for bit; each step once in the log."""
+    logs = []
+    for folder in (one, other):
+        lines = [line for line in read_log(folder) if "loss" in line]
+        assert len({line["step"] for line in lines}) == len(lines)
+        for line in lines:
+            del line["images_per_second"]
+        logs.append(lines + [line for line in read_log(folder) if "knn_top1" in line])
+    assert logs[0] == logs[1]
+    for name in ("state.safetensors", "ckpt.safetensors"):
+        tensors, others = (load_file(folder / name) for folder in (one, other))
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensors[key], others[key]) for key in tensors)
+
+
+def run_to_the_end(
+    launch: Launch, flags: list, folder: Path, kills: list[dict], **launch_as: object
+) -> int:
+    """Start a run, kill it as each of `kills` says, resume, and let the last go on to its end.
+
+    Gives how many of them killed a run that had not ended.
+    """
+    killed = 0
+    for kill in [*kills, {}]:
+        started = (folder / "config.yaml").exists()
+        args = ["--resume", folder] if started else [*flags, "--output-dir", folder]
+        answer = launch(args, **launch_as, **kill)
+        killed += -signal.SIGKILL in answer.codes
+        if not kill:
+            assert set(answer.codes) == {0}, answer.text
+        else:
+            assert set(answer.codes) <= {0, -signal.SIGKILL}, answer.text
+    return killed
+
+
+INTERRUPTED = (
+    *("--batch-size", "2", "--accumulation-steps", "2", "--num-workers", "2", "--epochs", "2"),
+    *("--log-every", "1", "--save-every", "3", "--keep-last", "2", "--keep-every", "1"),
+)
+# each dies at its n-th save, evaluation or step of that start; the first two while a file is
+# written, the next two between state and checkpoint, then with the run's folder half open
+PLACES = (
+    *(["os.replace", 3], ["os.replace", 5], ["run_io.save_tensors", 2], ["run_io._link", 3]),
+    *(["run_io.write_text", 1], ["run_io.write_text", 2], ["os.link", 1], ["os.fsync", 2]),
+    *(["dino_train.teacher_knn", 1], ["dino_train.clip_gradients", 4]),
+)
+
+
+@pytest.mark.slow
+def test_kills_leave_the_run_as_if_there_had_been_none(
+    tmp_path: Path, launch: Launch, tiny_flags: list[str], pytestconfig: pytest.Config
+) -> None:
+    """20 of them, half at places, half at random moments; or as many as --kills says."""
+    num_kills = pytestconfig.getoption("--kills")
+    flags = [*tiny_flags, *INTERRUPTED]
+    alone = launch([*flags, "--output-dir", tmp_path / "alone"])
+    assert alone.codes == [0], alone.text
+    seconds = random.Random(0)
+    killed = 0
+    kills = [
+        {"kill_at": PLACES[i // 2 % len(PLACES)]}
+        if i % 2
+        else {"kill_after": seconds.uniform(0.2, 3)}
+        for i in range(num_kills)
+    ]
+    for i in range(0, num_kills, 5):  # a run is over after a few of them
+        folder = tmp_path / f"killed{i}"
+        killed += run_to_the_end(launch, flags, folder, kills[i : i + 5])
+        assert_same_run(tmp_path / "alone", folder)
+        assert same_files(tmp_path / "alone", folder)
+    print(f"killed {killed} times")
+    assert killed >= num_kills * 3 // 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_killed_processes_leave_the_run_as_if_they_had_not_been(
+    fsdp: bool, tmp_path: Path, launch: Launch, vit_flags: list[str]
+) -> None:
+    flags = [*vit_flags, *INTERRUPTED, "--drop-path-rate", "0.2", "--epochs", "1"]
+    launch_as = {"world": 2, "fsdp": fsdp}
+    alone = launch([*flags, "--output-dir", tmp_path / "alone"], **launch_as)
+    assert alone.codes == [0, 0], alone.text
+    places = (["dino_train.clip_gradients", 5], ["run_io.save_tensors", 2], ["os.replace", 4])
+    kills = [{"kill_at": place} for place in places]
+    folder = tmp_path / "killed"
+    assert run_to_the_end(launch, flags, folder, kills, **launch_as) == 3
+    assert_same_run(tmp_path / "alone", folder)
+
+
+@pytest.mark.slow
+def test_run_goes_on_with_another_number_of_processes(
+    tmp_path: Path, launch: Launch, vit_flags: list[str]
+) -> None:
+    flags = [*vit_flags, "--batch-size", "8", "--log-every", "1", "--save-every", "1"]
+    alone = launch([*flags, "--output-dir", tmp_path / "alone"])
+    assert alone.codes == [0], alone.text
+    folder, kill = tmp_path / "moved", {"kill_at": ["dino_train.clip_gradients", 5]}
+    launch([*flags, "--output-dir", folder], **kill)
+    ddp = launch(["--resume", folder], world=2, **kill)
+    assert "taken over: --batch-size 4 (was 8)" in ddp.text
+    assert "batch      8 images (4 x 2 processes)" in ddp.text
+    launch(["--resume", folder], world=2, fsdp=True, **kill)
+    last = launch(["--resume", folder])
+    assert last.codes == [0], last.text
+    assert "batch      8 images (4 x 2 accumulation steps)" in last.text
+    losses = [[line["loss"] for line in read_log(run)] for run in (tmp_path / "alone", folder)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    three = launch(["--resume", folder, "--epochs", "3"], world=3)
+    assert three.codes == [2, 2, 2]
+    assert three.text.count("error: ") == 1
+    assert "8 images a step need a number of processes that divides them" in three.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_all_processes_stop_after_the_same_step(
+    number: int, tmp_path: Path, vit_flags: list[str]
+) -> None:
+    """One of two is told, by torchrun's own launch line."""
+    folder = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc_per_node", "2"]
+    flags = [*vit_flags, "--epochs", "2000", "--batch-size", "4", "--log-every", "1"]
+    command = [*torchrun, str(ROOT / "dino_train.py"), *flags, "--output-dir", str(folder)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    while not (folder / "log.jsonl").exists() or not read_log(folder):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    os.kill(int(Path(children).read_text().split()[1]), number)
+    out, err = process.communicate(timeout=60)
+    assert f"exitcode  : {128 + number}" in err
+    assert f"dino_train.py --resume {folder}" in out
+    step = int(out.split("stopped after step ")[1].split(" of ")[0])
+    assert load_checkpoint(folder / "ckpt.safetensors")[1]["step"] == step
+    assert read_log(folder)[-1]["step"] == step
+
+
+@pytest.mark.slow
+def test_launcher_that_is_killed_stops_the_run(tmp_path: Path, tiny_flags: list[str]) -> None:
+    folder = tmp_path / "run"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    flags = [*tiny_flags, "--epochs", "2000", "--log-every", "1", "--output-dir", str(folder)]
+    command = [*accelerate, str(ROOT / "dino_train.py"), *flags]
+    with open(tmp_path / "out.txt", "w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        while not (folder / "log.jsonl").exists() or not read_log(folder):
+            assert process.poll() is None, (tmp_path / "out.txt").read_text()
+            time.sleep(0.05)
+        process.terminate()
+        process.wait()
+    deadline = time.monotonic() + 30
+    while "stopped after step" not in (tmp_path / "out.txt").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (folder / "state.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_worker_that_dies_is_an_error_and_no_hang(tmp_path: Path, tiny_flags: list[str]) -> None:
+    folder = tmp_path / "run"
+    flags = [*tiny_flags, "--epochs", "2000", "--num-workers", "1", "--log-every", "1"]
+    command = [sys.executable, str(ROOT / "dino_train.py"), *flags, "--output-dir", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (folder / "log.jsonl").exists() or not [x for x in read_log(folder) if "loss" in x]:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if "dino_train" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: a process that decodes images died: " in err
+    assert "Traceback" not in err
+
+
+def test_full_disk_names_the_folder_and_keeps_the_last_state(
+    tmp_path: Path, launch: Launch, tiny_flags: list[str]
+) -> None:
+    """A limit on file sizes stands for the disk: the larger network does not fit."""
+    folder = tmp_path / "run"
+    flags = [*tiny_flags, "--epochs", "1", "--save-every", "3", "--knn-every", "0"]
+    answer = launch([*flags, "--output-dir", folder], file_limit_after=[2, 1 << 20])
+    assert answer.codes == [1]
+    assert f"error: cannot write {folder}/ckpt.safetensors: " in answer.text
+    assert f"; {folder}/ckpt.safetensors is kept" in answer.text
+    assert "Traceback" not in answer.text
+    assert load_checkpoint(folder / "ckpt.safetensors")[1]["step"] == 3
+    assert not list(folder.glob(".tmp*"))
+    assert train(parse_config(["--resume", str(folder)]))["step"] == 10
+
+
+def test_full_disk_stops_two_processes_with_one_line(
+    tmp_path: Path, launch: Launch, vit_flags: list[str]
+) -> None:
+    flags = [*vit_flags, "--batch-size", "4", "--save-every", "3"]
+    answer = launch(
+        [*flags, "--output-dir", tmp_path / "run"], world=2, file_limit_after=[1, 1 << 20]
+    )
+    assert answer.codes == [1, 1]
+    assert answer.text.count("error: cannot write") == 1
+    assert "no checkpoint was saved yet" in answer.text
+    assert "Traceback" not in answer.text
