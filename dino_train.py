@@ -137,7 +137,8 @@ def teacher_knn(
     model.eval()
     forward = partial(model, features_only=True)
     num_workers = config["data"]["num_workers"]
-    tensors = features_of_splits(forward, splits, config, accelerator, 256, num_workers)
+    with torch.compiler.set_stance("force_eager"):  # its batch sizes would each compile anew
+        tensors = features_of_splits(forward, splits, config, accelerator, 256, num_workers)
     model.train()
     return knn_accuracy(*tensors, ks=(20,))[20][0]
 

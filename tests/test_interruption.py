@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,9 +105,9 @@ def test_kills_leave_the_run_as_if_there_had_been_none(
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_killed_processes_leave_the_run_as_if_they_had_not_been(
-    fsdp: bool, tmp_path: Path, launch: Launch, vit_flags: list[str]
+    fsdp: bool, tmp_path: Path, launch: Launch, tiny_flags: list[str]
 ) -> None:
-    flags = [*vit_flags, *INTERRUPTED, "--drop-path-rate", "0.2", "--epochs", "1"]
+    flags = [*tiny_flags, *INTERRUPTED, "--epochs", "1"]
     launch_as = {"world": 2, "fsdp": fsdp}
     alone = launch([*flags, "--output-dir", tmp_path / "alone"], **launch_as)
     assert alone.codes == [0, 0], alone.text
@@ -203,6 +204,77 @@ def test_worker_that_dies_is_an_error_and_no_hang(tmp_path: Path, tiny_flags: li
     assert process.returncode == 1
     assert "error: a process that decodes images died: " in err
     assert "Traceback" not in err
+
+
+def test_older_states_and_teachers_of_epochs_are_kept_as_asked(
+    tmp_path: Path, tiny_flags: list[str]
+) -> None:
+    folder = tmp_path / "run"
+    flags = ["--epochs", "5", "--save-every", "20", "--keep-last", "2", "--keep-every", "2"]
+    flags += ["--knn-every", "0", "--output-dir", str(folder)]
+    train(parse_config([*tiny_flags, *flags]))
+    kept = {path.name: path for path in folder.glob("*-*.safetensors")}
+    assert sorted(kept) == [
+        *("ckpt-00000040.safetensors", "ckpt-00000050.safetensors"),
+        *("ckpt-epoch-0002.safetensors", "ckpt-epoch-0004.safetensors"),
+        *("state-00000040.safetensors", "state-00000050.safetensors"),
+    ]
+    for name, step in (("ckpt-epoch-0002", 20), ("ckpt-epoch-0004", 40), ("ckpt-00000040", 40)):
+        assert load_checkpoint(kept[f"{name}.safetensors"])[1]["step"] == step
+    # an older state can be gone back to
+    final = load_file(folder / "state.safetensors")
+    os.replace(kept["state-00000040.safetensors"], folder / "state.safetensors")
+    assert train(parse_config(["--resume", str(folder)]))["step"] == 50
+    again = load_file(folder / "state.safetensors")
+    assert all(torch.equal(final[name], again[name]) for name in final)
+
+
+def test_state_is_saved_after_so_many_minutes(tmp_path: Path, launch, tiny_flags: list) -> None:
+    folder = tmp_path / "run"
+    flags = [*tiny_flags, "--knn-every", "0", "--save-minutes", "0.0001", "--output-dir", folder]
+    launch(flags, kill_at=["dino_train.clip_gradients", 8])
+    assert load_checkpoint(folder / "ckpt.safetensors")[1]["step"] == 7
+
+
+def test_resume_names_all_that_differs_and_takes_over_what_is_harmless(
+    tmp_path: Path, script, tiny_flags: list[str]
+) -> None:
+    folder = tmp_path / "run"
+    script("dino_train", *tiny_flags, "--knn-every", 0, "--output-dir", folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    flags = ("--arch", "resnet18", "--projection-output-dim", 32, "--batch-size", 4, "--epochs", 9)
+    refused = script("dino_train", "--resume", folder, *flags)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    for said in ("--arch resnet18: it has", "--projection-output-dim 32: it has 16"):
+        assert said in refused.stderr
+    assert "--batch-size 4: it has 8" in refused.stderr
+    assert "epochs" not in refused.stderr
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    flags = ("--epochs", 3, "--save-every", 7, "--num-workers", 1)
+    taken = script("dino_train", "--resume", folder, *flags)
+    assert taken.returncode == 0, taken.stderr
+    for said in ("--epochs 3 (was 2)", "--save-every 7 (was 1000)", "--num-workers 1 (was 0)"):
+        assert f"taken over: {said}" in taken.stdout
+    same_batch = ("--batch-size", 4, "--accumulation-steps", 2, "--epochs", 4)
+    assert script("dino_train", "--resume", folder, *same_batch).returncode == 0
+
+
+def test_resume_follows_images_that_were_moved_and_refuses_other_ones(
+    tmp_path: Path, script, image_folder: Path, tiny_flags: list[str]
+) -> None:
+    images, moved, folder = tmp_path / "images", tmp_path / "elsewhere", tmp_path / "run"
+    shutil.copytree(image_folder, images)
+    flags = ("--knn-every", 0, "--output-dir", folder)
+    script("dino_train", *tiny_flags, "--data", images, *flags)
+    images.rename(moved)
+    taken = script("dino_train", "--resume", folder, "--data", moved, "--epochs", 3)
+    assert taken.returncode == 0, taken.stderr
+    assert f"taken over: --data {moved} (was {images})" in taken.stdout
+    next((moved / "checks").iterdir()).unlink()
+    refused = script("dino_train", "--resume", folder)
+    assert refused.returncode == 2
+    assert f"the images in {moved}: they are not those it began with" in refused.stderr
 
 
 def test_full_disk_names_the_folder_and_keeps_the_last_state(
