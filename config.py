@@ -19,7 +19,7 @@ import tyro
 import yaml
 
 from data import CropConfig, ImageDataset, resolve_crop_sizes
-from distributed import cores_per_process
+from distributed import cores_per_process, is_set
 from models import ModelConfig, get_backbone
 
 QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
@@ -75,7 +75,8 @@ class RunConfig:
     resume: bool = False  # go on with the run of --output-dir; also: --resume FOLDER
     overwrite: bool = False  # delete the run that --output-dir holds
     seed: int = 0  # of weights, order and crops
-    # of the networks; loss, center and EMA are float32; None: bf16 on a GPU, else no
+    # of the networks; loss, center and EMA are float32; None: bf16 on a GPU (fp16 on old ones),
+    # else no
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     # BatchNorm over the batches of all GPUs, where there are several; CPUs have none
     sync_bn: bool = True
@@ -159,16 +160,28 @@ def check_values(config: Config) -> None:
     if config.run.overwrite and config.run.output_dir is None:
         raise ValueError("--overwrite needs the --output-dir whose run it deletes")
     tracker = config.run.log_with
-    if tracker and importlib.util.find_spec(tracker) is None:
+    # a folder of its name is found too, without an origin
+    if tracker and getattr(importlib.util.find_spec(tracker), "origin", None) is None:
         raise ValueError(f"--log-with {tracker} needs that package: pip install {tracker}")
 
 
 def default_precision() -> str:
     """Give what --mixed-precision is where neither it nor accelerate launch says."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched != "no" or not torch.cuda.is_available() or "ACCELERATE_USE_CPU" in os.environ:
+    if launched != "no" or not torch.cuda.is_available() or is_set("ACCELERATE_USE_CPU"):
         return launched
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "no" if is_set("ACCELERATE_USE_FSDP") else "fp16"
+
+
+def settle_precision(config: Config) -> Config:
+    """Fill in --mixed-precision where it is None. Raises ValueError for values out of range."""
+    check_values(config)
+    precision = config.run.mixed_precision or default_precision()
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--mixed-precision fp16 needs a GPU, got none: need bf16 or no")
+    return replace(config, run=replace(config.run, mixed_precision=precision))
 
 
 def resolve(config: Config, dataset: ImageDataset) -> Config:
@@ -176,7 +189,7 @@ def resolve(config: Config, dataset: ImageDataset) -> Config:
 
     Raises ValueError for values out of range and for sizes that do not fit each other.
     """
-    check_values(config)
+    config = settle_precision(config)
     model, source = config.model, config.data
     short, long = dataset.typical_size()
     with torch.device("meta"):  # shapes alone: neither memory nor time
@@ -207,11 +220,7 @@ def resolve(config: Config, dataset: ImageDataset) -> Config:
     )
     if source.eval_resize < size:
         raise ValueError(f"need --eval-resize >= the crop of {size} px, got {source.eval_resize}")
-    precision = config.run.mixed_precision or default_precision()
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("--mixed-precision fp16 needs a GPU, got none: need bf16 or no")
-    run = replace(config.run, mixed_precision=precision)
-    return replace(config, model=model, data=source, crops=crops, run=run)
+    return replace(config, model=model, data=source, crops=crops)
 
 
 def parse_config(args: Sequence[str], description: str | None = None) -> Config:
@@ -229,6 +238,10 @@ def parse_config(args: Sequence[str], description: str | None = None) -> Config:
         saved = output_dir and output_dir / "config.yaml"
         if saved is None or not saved.is_file():
             raise ValueError(f"no run to resume: need a folder with config.yaml, got {output_dir}")
+        if known.resume and known.output_dir not in (None, output_dir):
+            raise ValueError(f"got --resume {output_dir} and --output-dir {known.output_dir}")
+        if any(flag.startswith("--overwrite") for flag in flags):
+            raise ValueError("--resume goes on with a run and --overwrite deletes it: need one")
         recipe, flags = recipe or saved, [*flags, "--resume"]
     elif recipe is None and not any(flag.split("=")[0] == "--data" for flag in flags):
         recipe = QUICKSTART

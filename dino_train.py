@@ -28,28 +28,29 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import data
-from config import QUICKSTART, Config, parse_config, resolve
+from config import QUICKSTART, Config, parse_config, resolve, settle_precision
 from data import MultiCrop, StepSampler, hash_keys, permutation
 from distributed import (
     copy_buffers_of_main,
     has_compiler,
+    launch_line,
     lay_out,
     make_accelerator,
     stop_with_launcher,
 )
 from eval_knn import evaluation_splits, features_of_splits, knn_accuracy
 from losses import DinoLoss
-from models import DinoModel, update_teacher_EMA
+from models import DinoModel, skip_unread_tokens, update_teacher_EMA
 from monitor import (
     Monitor,
     header,
-    ignore_stop_requests,
+    iterate,
     run_command,
     stop_requests,
     warnings,
 )
 from optimizers import build_optimizer, clip_gradients
-from run_io import Run, TrainingState
+from run_io import Run, RunError, TrainingState
 
 # ---------------------------------------------------------------- schedules
 
@@ -124,6 +125,8 @@ def build_networks(config: Config, accelerator: Accelerator) -> tuple[DinoSystem
     student = DinoModel.from_config(config.model)
     teacher = DinoModel.from_config(replace(config.model, drop_path_rate=0.0, pretrained=False))
     teacher.load_state_dict(student.state_dict())
+    for network in (student, teacher):
+        skip_unread_tokens(network.backbone)
     compiles = config.run.compile and has_compiler()
     system = lay_out(DinoSystem(student, teacher), accelerator, config.run.sync_bn, compiles)
     fused = accelerator.scaler is None
@@ -137,7 +140,8 @@ def teacher_knn(
     model.eval()
     forward = partial(model, features_only=True)
     num_workers = config["data"]["num_workers"]
-    with torch.compiler.set_stance("force_eager"):  # its batch sizes would each compile anew
+    # eager, since its batch sizes would each be compiled anew
+    with torch.compiler.set_stance("force_eager"), accelerator.autocast():
         tensors = features_of_splits(forward, splits, config, accelerator, 256, num_workers)
     model.train()
     return knn_accuracy(*tensors, ks=(20,))[20][0]
@@ -194,12 +198,13 @@ def train(config: Config) -> dict:
     images, with the last good checkpoint kept.
     """
     # ---- what is wrong fails here, before a file is written
-    dataset = data.build_dataset(config.data.data)
+    config = settle_precision(config)
+    accelerator = make_accelerator(config.run.mixed_precision, config.run.log_with)
+    with accelerator.local_main_process_first():  # which may have to download
+        dataset = data.build_dataset(config.data.data)
     dataset.seed = seed = config.run.seed
     config = resolve(config, dataset)
     dataset.transform = partial(data.to_canvas, size=config.data.canvas_size)
-    accumulation = config.optim.accumulation_steps
-    accelerator = make_accelerator(config.run.mixed_precision, accumulation, config.run.log_with)
     run = Run(config, accelerator, dataset)
     config = run.settle(config)
     optim, device = config.optim, accelerator.device
@@ -213,6 +218,7 @@ def train(config: Config) -> dict:
     steps_per_epoch = sampler(range(0)).steps_per_epoch
     total_steps = optim.epochs * steps_per_epoch
     splits, why_no_knn = knn_splits(run.config)
+    run.require_same(splits and [len(split) for split in splits], "images to evaluate with")
 
     # ---- student, teacher, loss, optimizer
     system, optimizer = build_networks(config, accelerator)
@@ -223,11 +229,15 @@ def train(config: Config) -> dict:
     multi_crop = MultiCrop(config.crops).to(device)
     temp, momentum = config.teacher.student_temp, config.teacher.center_momentum
     dino_loss = DinoLoss(config.model.projection_output_dim, temp, momentum).to(device)
+    if config.run.compile and has_compiler() and device.type == "cuda":
+        multi_crop.compile()
+        dino_loss.compile()
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # of the crops
     state = TrainingState(system, dino_loss, optimizer, accelerator.scaler)
-    start, metrics = run.load(state)
+    first, metrics = run.load(state)
 
     # ---- files and terminal
-    monitor = Monitor(run, accelerator, dataset, start, total_steps)
+    monitor = Monitor(run, accelerator, dataset, first, total_steps)
     say = partial(monitor.console.print, markup=False, soft_wrap=True)
     monitor.console.print(header(config, accelerator, len(dataset), student))
     if splits is None:
@@ -235,37 +245,42 @@ def train(config: Config) -> dict:
     for warning in warnings(config, accelerator, student):
         say(f"warning: {warning}")
     if config.run.resume:
-        say(f"resumed {run.folder} after step {start:,} of {total_steps:,}")
+        say(f"resumed {run.folder} after step {first:,} of {total_steps:,}")
         for change in run.taken_over:
             say(f"taken over: {change}")
     accelerator.wait_for_everyone()  # the others have looked into the folder by now
-    if accelerator.is_main_process:
-        run.open(start)
+    run.open(first)
     if config.run.log_with:
-        accelerator.project_configuration.set_directories(str(run.folder))
+        accelerator.project_configuration.logging_dir = str(run.folder)
         accelerator.init_trackers("dino")
+
+    def is_evaluated(step: int) -> bool:
+        interval = config.run.knn_every * steps_per_epoch
+        return splits is not None and (step == total_steps or step % interval == 0)
 
     def evaluate(step: int) -> None:
         copy_buffers_of_main(system)
         metrics["knn_top1"] = teacher_knn(model, splits, run.config, accelerator)
+        metrics["knn_step"] = step
         metrics.setdefault("knn_top1_untrained", metrics["knn_top1"])
         monitor.log(step, step / steps_per_epoch, {"knn_top1": metrics["knn_top1"]})
         say(f"step {step:,}: k-NN top-1 {metrics['knn_top1']:.1f} %")
 
     loader = DataLoader(
         dataset,
-        batch_sampler=sampler(range(start, total_steps)),
+        batch_sampler=sampler(range(first, total_steps)),
         num_workers=config.data.num_workers,
+        collate_fn=data.collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_stop_requests,
     )
-    batches = iter(loader)
-    last_step, last_loss, saved_at = start, math.nan, time.monotonic()
+    last_step, last_loss, saved_at = first, math.nan, time.monotonic()
     with monitor.progress, stop_requests() as stop:
-        if splits and start == 0:
-            evaluate(0)
+        # untrained; or what a stop after this step put off
+        if is_evaluated(first) and metrics.get("knn_step") != first:
+            evaluate(first)
+        batches = iterate(loader)
         monitor.restart_clock()
-        for step in range(start + 1, total_steps + 1):
+        for step in range(first + 1, total_steps + 1):
             # ---- algorithm 1
             now = schedules(config, step - 1, steps_per_epoch, batch_size)
             for group in optimizer.param_groups:
@@ -276,17 +291,15 @@ def train(config: Config) -> dict:
             for micro in range(accumulation):
                 batch = next(batches)
                 monitor.note_unreadable(batch.index, batch.source)
-                images, sizes, epoch, index = (
-                    x.to(device, non_blocking=True)
-                    for x in (batch.image, batch.size, batch.epoch, batch.index)
-                )
-                crops = multi_crop(images, sizes, hash_keys(seed, epoch, index))
+                crops = data.crops_of(batch, multi_crop, seed, device, stream)
                 # drop path draws from torch's generator: seeded by the step, a resumed run repeats
                 torch.manual_seed(int(hash_keys(seed, step, micro, rank)))
                 with accelerator.accumulate(model):
                     with accelerator.autocast():
                         student_logits, teacher_logits, features = model(crops)
-                    loss = dino_loss(student_logits, teacher_logits, now.teacher_temp)
+                    loss = dino_loss(
+                        student_logits, teacher_logits, now.teacher_temp, overwrite_student=True
+                    )
                     accelerator.backward(loss)
                 means.add(loss, teacher_logits, features)
             if optim.clip_grad:
@@ -306,26 +319,27 @@ def train(config: Config) -> dict:
             monitor.add(step, means.loss, batch_size)
             minutes = (time.monotonic() - saved_at) / 60
             is_due = 0 < config.run.save_minutes <= minutes
-            stop_signal, is_due = run.agreement.largest(stop[0] if stop else 0, is_due)
+            flags = stop[0] if stop else 0, is_due, bool(monitor.failure)
+            stop_signal, is_due, has_failed = run.agreement.largest(*flags)
+            if has_failed:
+                raise RunError(monitor.failure)
             is_last = step == total_steps or stop_signal > 0
-            knn_steps = config.run.knn_every * steps_per_epoch
-            is_evaluated = splits and (step == total_steps or step % knn_steps == 0)
+            evaluates = is_evaluated(step) and (step == total_steps or not stop_signal)
             is_kept = config.run.keep_every and epoch % config.run.keep_every == 0
             is_saved = is_last or is_due or is_kept or step % config.run.save_every == 0
-            if is_logged or is_saved or is_evaluated or device.type == "cpu":
+            if is_logged or is_saved or evaluates or device.type == "cpu":
                 last_loss = monitor.check_finite()
             if is_logged or is_saved:
                 monitor.report_unreadable(step, epoch)
             if is_logged:
                 figures = means.log_figures(accelerator)
                 monitor.log_step(step, epoch, last_loss, now.lr, figures)
-            if is_evaluated:
+            if evaluates:
                 evaluate(step)
-            monitor.check_log()
             if is_saved:
                 run.save(state, step, epoch, metrics, monitor.unreadable)
                 saved_at = time.monotonic()
-            if is_evaluated or is_saved:
+            if evaluates or is_saved:
                 monitor.restart_clock()
             last_step = step
             if is_last:
@@ -333,7 +347,8 @@ def train(config: Config) -> dict:
     accelerator.end_training()
     if last_step < total_steps:
         say(f"stopped after step {last_step:,} of {total_steps:,}; to go on:")
-        say(f"  accelerate launch dino_train.py --resume {shlex.quote(str(run.folder))}")
+        folder = shlex.quote(str(run.folder))
+        say(f"  {launch_line(accelerator)} dino_train.py --resume {folder}")
         sys.exit(128 + stop_signal)
     result = {"folder": str(run.folder), "checkpoint": str(run.checkpoint), "step": last_step}
     unreadable = len(monitor.unreadable)

@@ -6,10 +6,14 @@ one process for several. `make_accelerator` stops there, and says what to type.
 
 import ctypes
 import os
+import re
 import shutil
 import signal
+import sys
 import warnings
 from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -27,7 +31,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def make_accelerator(
     mixed_precision: str | None = None,
-    accumulation_steps: int = 1,
     log_with: Literal["tensorboard", "wandb"] | None = None,
 ) -> Accelerator:
     """Build the Accelerator of this launch: one process, DDP or FSDP2, on a GPU or the CPU.
@@ -35,7 +38,12 @@ def make_accelerator(
     Raises ValueError, naming what to type, for a launch that would do something else.
     """
     plugin = None
-    if _is_set("ACCELERATE_USE_FSDP"):
+    if is_set("ACCELERATE_USE_DEEPSPEED") or is_set("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError("need --multi_gpu or --use_fsdp, got DeepSpeed or Megatron-LM")
+    for name in ("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_OFFLOAD_PARAMS"):
+        if is_set(name):
+            raise ValueError(f"{name.lower()} is not supported: set it to false")
+    if is_set("ACCELERATE_USE_FSDP"):
         if mixed_precision == "fp16":
             raise ValueError("FSDP trains in bf16 or float32, got --mixed-precision fp16")
         plugin = FullyShardedDataParallelPlugin(
@@ -55,76 +63,103 @@ def make_accelerator(
         mixed_precision=mixed_precision,
         log_with=log_with,
         fsdp_plugin=plugin,
+        project_dir=".",  # trackers want one; the run's folder, once it is known
     )
-    # set here, since an environment variable overrides the argument
-    accelerator.gradient_accumulation_steps = accumulation_steps
     _check_launch(accelerator)
     _use_all_cores(accelerator)
     return accelerator
 
 
-def _is_set(name: str) -> bool:
+def is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() == "true"
+
+
+# of torchrun and accelerate launch, then of kinds of mpirun
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
 
 
 def _check_launch(accelerator: Accelerator) -> None:
     """Raise ValueError where processes, Slurm tasks or FSDP are not what the launch asked for."""
     world, device = accelerator.num_processes, accelerator.device.type
-    env = {key: int(value) for key, value in os.environ.items() if value.isdigit()}
-    if _is_set("ACCELERATE_USE_DEEPSPEED") or _is_set("ACCELERATE_USE_MEGATRON_LM"):
-        raise ValueError("need --multi_gpu or --use_fsdp, got DeepSpeed or Megatron-LM")
-    if _is_set("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
-        raise ValueError(
-            f"--use_fsdp would train without FSDP on {device}, which needs GPUs; "
-            "type: torchrun --nproc_per_node N dino_train.py ..."
-        )
-    launched = env.get("WORLD_SIZE", 1)
+    script = Path(sys.argv[0]).name
+    on_cpus, on_gpus = f"torchrun --nproc_per_node N {script} ...", f"{GPU_LAUNCH} N {script} ..."
+    if is_set("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
+        text = f"--use_fsdp would train without FSDP on {device}, which needs GPUs"
+        raise ValueError(f"{text}; type: {on_cpus}")
+    launched = max(_number(name, 1) for name in WORLD_SIZES)
     if launched != world:
-        raise ValueError(
-            f"{launched} processes were launched, and each would train alone on {device}; "
-            "type: torchrun --nproc_per_node N dino_train.py ... for CPUs or NVIDIA GPUs"
-        )
+        text = f"{launched} processes were launched, and each would train alone on {device}"
+        raise ValueError(f"{text}; type: {on_cpus} for CPUs, {on_gpus} for GPUs")
     if world == 1 and _is_one_of_several():
-        raise ValueError(
-            "accelerate launch was asked for several processes and started one; "
-            "type: torchrun --nproc_per_node N dino_train.py ... for CPUs, "
-            "accelerate launch --multi_gpu --num_processes N dino_train.py ... for GPUs"
-        )
-    tasks, nodes = env.get("SLURM_STEP_NUM_TASKS", 1), env.get("GROUP_WORLD_SIZE", world)
+        text = "accelerate launch was asked for several processes and started one"
+        raise ValueError(f"{text}; type: {on_cpus} for CPUs, {on_gpus} for GPUs")
+    tasks, nodes = _number("SLURM_STEP_NUM_TASKS", 1), _number("GROUP_WORLD_SIZE", world)
     if tasks > 1 and tasks != nodes:
+        text = f"srun started {tasks} tasks, and each would be a run of its own"
         raise ValueError(
-            f"srun started {tasks} tasks, and each would be a run of its own; "
-            "type: sbatch launch/slurm.sh ..., which tells them of each other"
+            f"{text}; type: sbatch launch/slurm.sh ..., which tells them of each other"
         )
+
+
+GPU_LAUNCH = "accelerate launch --multi_gpu --num_processes"
+
+
+def launch_line(accelerator: Accelerator) -> str:
+    """Give the words before a script's name that start it as it runs now."""
+    world = accelerator.num_processes
+    if accelerator.is_fsdp2:
+        return f"accelerate launch --use_fsdp --fsdp_version 2 --num_processes {world}"
+    if world == 1:
+        return "accelerate launch"
+    is_cpu = accelerator.device.type == "cpu"
+    return f"{'torchrun --nproc_per_node' if is_cpu else GPU_LAUNCH} {world}"
 
 
 def _is_one_of_several() -> bool:
-    """Tell whether accelerate launch prepared for several processes, and then ran one.
+    """Tell whether accelerate launch was asked for several processes, and then ran one.
 
-    It sets MASTER_ADDR for --num_processes 2, though its launcher for CPUs starts one.
+    Its launcher for CPUs does; it sets MASTER_ADDR for them all the same.
     """
-    if "MASTER_ADDR" not in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return False
     try:
-        return "MASTER_ADDR" not in psutil.Process(os.getppid()).environ()
+        launcher = psutil.Process(os.getppid())
+        words = " ".join(launcher.cmdline())
+        prepared = "MASTER_ADDR" in os.environ and "MASTER_ADDR" not in launcher.environ()
     except psutil.Error:  # the launcher is gone, or another user's
         return False
+    asked = re.search(r"--num[_-]processes[ =](\d+)", words)
+    return prepared or (asked is not None and int(asked[1]) > 1)
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:
-    """Give a CPU process its share of the cores, where a launcher has set one thread."""
+    """Give a CPU process its share of the cores, where a launcher has set one thread.
+
+    Which cannot be told from a user who did: OMP_NUM_THREADS=2 and more are kept.
+    """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(cores_per_process())
 
 
 def cores_per_process() -> int:
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """Give a process's share of the cores that it may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    # a Slurm task may run on its own cores only
+    return _number("SLURM_CPUS_PER_TASK", max(1, cores // _number("LOCAL_WORLD_SIZE", 1)))
 
 
 def stop_with_launcher() -> None:
-    """Receive SIGTERM when accelerate launch is killed, which does not pass it on. Linux only."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
+    """Receive SIGTERM when the launcher is killed, which may not pass it on. Linux only."""
+    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         set_death_signal = getattr(ctypes.CDLL(None), "prctl", None)
         if set_death_signal is not None:
             set_death_signal(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -139,7 +174,7 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     for module in network.modules():
         if isinstance(module, nn.Sequential | nn.ModuleList) and module not in inner:
             has_parts = len(module) > 0 and any(True for _ in module[0].children())
-            if has_parts and len({type(item) for item in module}) == 1:
+            if has_parts and all(isinstance(item, type(module[0])) for item in module):
                 blocks += module
                 inner |= set(module.modules())
     return blocks
@@ -156,7 +191,7 @@ def lay_out(
 ) -> nn.Module:
     """Make networks ready to be prepared: their memory format, BatchNorm, blocks to shard.
 
-    Compiled block by block: three graphs, whatever the depth, and the state's names stay.
+    Compiled block by block: three graphs for a ViT of any depth, and the state's names stay.
     """
     if accelerator.is_fsdp2:  # FSDP2 shards contiguous parameters only
         names = sorted({type(block).__name__ for block in repeated_blocks(system)})
@@ -166,6 +201,8 @@ def lay_out(
     if sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         system = timm.layers.convert_sync_batchnorm(system)
     if compile_blocks:
+        # blocks share their code, and its graphs: of a ResNet, stages x sizes x student, teacher
+        torch._dynamo.config.recompile_limit = 128
         for block in repeated_blocks(system):
             block.compile(dynamic=False)
     return system
@@ -217,7 +254,9 @@ class Agreement:
 
     def __init__(self) -> None:
         several = dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo") if several else None
+        # the main process may take long to write what the others wait for
+        patience = timedelta(hours=3)
+        self.group = dist.new_group(backend="gloo", timeout=patience) if several else None
 
     def largest(self, *values: int) -> list[int]:
         """Give the largest of each value over all processes. A collective."""

@@ -29,10 +29,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
-from data import ImageDataset, build_dataset, center_crop
+from data import ImageDataset, build_dataset, center_crop, collate
 from distributed import make_accelerator
 from models import load_checkpoint, load_tensors, save_tensors
-from monitor import run_command
+from monitor import iterate, run_command
 
 T = TypeVar("T")
 
@@ -119,7 +119,9 @@ def extract_features(
     last = len(dataset) - 1
     rows = [min(row, last) for row in range(rank, rank + world * (last // world + 1), world)]
     parts: list[tuple[Tensor, ...]] = []
-    for batch in DataLoader(Subset(dataset, rows), batch_size, num_workers=num_workers):
+    images = Subset(dataset, rows)
+    loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=collate)
+    for batch in iterate(loader):
         facts = (batch.label, batch.source == batch.index)
         features = forward(batch.image.to(accelerator.device)).float()
         parts.append((features, *(x.to(accelerator.device) for x in facts)))
@@ -180,7 +182,12 @@ def checkpoint_features(options: EvalConfig, accelerator: Accelerator) -> tuple[
     check_folder(options.json_out, "results")
     model, metadata = load_checkpoint(options.checkpoint)
     if options.student:
-        state, _ = load_tensors(options.checkpoint.with_name("state.safetensors"))
+        name = options.checkpoint.name.replace("ckpt", "state", 1)
+        state, texts = load_tensors(options.checkpoint.with_name(name))
+        step = json.loads(texts.get("metadata", "{}")).get("step")
+        if step != metadata.get("step"):
+            wanted = f"step {metadata.get('step')} of {options.checkpoint}"
+            raise ValueError(f"the student in {name} is of step {step}: need {wanted}")
         prefix = "student."
         model.load_state_dict(
             {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
@@ -192,7 +199,9 @@ def checkpoint_features(options: EvalConfig, accelerator: Accelerator) -> tuple[
         config["data"]["data"] = options.data
     backbone = model.backbone.to(accelerator.device)
     sizes = options.batch_size, options.num_workers
-    tensors = features_of_splits(backbone, evaluation_splits(config), config, accelerator, *sizes)
+    with accelerator.local_main_process_first():  # which may have to download
+        splits = evaluation_splits(config)
+    tensors = features_of_splits(backbone, splits, config, accelerator, *sizes)
     facts = {
         "checkpoint": str(options.checkpoint),
         "network": "student" if options.student else "teacher",

@@ -8,6 +8,8 @@ Stands alone: needs torch only. Source: DINO, arXiv 2104.14294, equations 1 to 4
 Axes: v student views, t teacher views (the first t of the v), b batch, k output_dim.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ class _AllPairsCrossEntropy(torch.autograd.Function):
         teacher: Tensor,
         center: Tensor,
         temps: tuple[float, float],
+        overwrite_student: bool,
     ) -> Tensor:
         student_temp, teacher_temp = temps
         num_views, batch, output_dim = student.shape
@@ -37,10 +40,14 @@ class _AllPairsCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(student.dtype, torch.float32)
         # float16 could not hold the gradient times a loss scale
         grad_dtype = dtype if student.dtype == torch.float16 else student.dtype
-        grad = torch.empty_like(student, dtype=grad_dtype) if ctx.needs_input_grad[0] else None
+        grad = None
+        if ctx.needs_input_grad[0]:
+            reuses = overwrite_student and grad_dtype == student.dtype
+            grad = student if reuses else torch.empty_like(student, dtype=grad_dtype)
+        scale = 1 / (student_temp * batch * num_pairs)
         total = torch.zeros((), dtype=dtype, device=student.device)
         # small enough for a CPU's caches; a GPU wants few and large kernels
-        block = max(1, (1 << 17 if student.device.type == "cpu" else 1 << 26) // output_dim)
+        block = max(1, (1 << 18 if student.device.type == "cpu" else 1 << 26) // output_dim)
         for start in range(0, batch, block):
             rows = slice(start, start + block)
             targets = (teacher[:, rows].to(dtype) - center.to(dtype)) / teacher_temp
@@ -50,22 +57,42 @@ class _AllPairsCrossEntropy(torch.autograd.Function):
                 own = view < num_teachers  # a view is never compared with itself
                 others = summed - targets[view] if own else summed
                 num_others = num_teachers - own
-                logits = student[view, rows].to(dtype) / student_temp
-                log_norm = logits.logsumexp(dim=-1, keepdim=True)
-                total += num_others * log_norm.sum() - (others * logits).sum()
+                logits = student[view, rows].to(dtype)
+                top = logits.amax(dim=-1, keepdim=True)
+                exps = (logits - top).mul_(1 / student_temp).exp_()
+                norm = exps.sum(dim=-1, keepdim=True)
+                log_norm = top / student_temp + norm.log()
+                products = torch.dot(others.flatten(), logits.flatten()) / student_temp
+                total += num_others * log_norm.sum() - products
                 if grad is not None:
-                    softmax = logits.sub_(log_norm).exp_()
-                    row_grad = softmax.mul_(num_others).sub_(others)
-                    grad[view, rows] = row_grad.div_(student_temp * batch * num_pairs)
-        if grad is not None:
-            ctx.save_for_backward(grad)
+                    exps.mul_(num_others * scale / norm)
+                    grad[view, rows] = exps.sub_(others, alpha=scale)
+        ctx.grad = grad
         return total / (batch * num_pairs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None, None
+        if ctx.grad is None:
+            raise RuntimeError("the loss was differentiated already: call it again")
+        grad, ctx.grad = ctx.grad, None  # handed over: no second copy of it is held
+        if grad.device.type != "cpu" or grad_loss != 1:  # a GPU would have to be waited for
+            grad.mul_(grad_loss.to(grad.dtype))
+        return grad, None, None, None, None
+
+
+def _all_pairs_fused(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor
+) -> Tensor:
+    """The same in a form that torch.compile fuses, and differentiates by itself."""
+    num_teachers, num_views = len(teacher), len(student)
+    targets = ((teacher.float() - center) / teacher_temp).softmax(dim=-1)
+    logits = student.float() / student_temp
+    log_norms = logits.logsumexp(dim=-1).sum(dim=1)
+    own = (targets * logits[:num_teachers]).sum()
+    products = (targets.sum(dim=0) * logits).sum()
+    pairs = num_teachers * log_norms.sum() - log_norms[:num_teachers].sum() - products + own
+    return pairs / (student.shape[1] * num_teachers * (num_views - 1))
 
 
 class DinoLoss(nn.Module):
@@ -81,14 +108,27 @@ class DinoLoss(nn.Module):
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, output_dim))
+        self.fused: Callable[..., Tensor] | None = None
 
-    def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
-        """Give the scalar loss of student (v, b, k) and teacher (t, b, k) logits; changes nothing.
+    def compile(self) -> None:
+        """Compute forward by torch.compile from now on: faster, where there is a C compiler."""
+        self.fused = torch.compile(_all_pairs_fused, dynamic=False)
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        teacher_temp: float,
+        overwrite_student: bool = False,
+    ) -> Tensor:
+        """Give the scalar loss of student (v, b, k) and teacher (t, b, k) logits.
 
         The first t student views are the teacher's. Equals, with CE the batch mean:
             mean(CE(softmax((teacher[i] - center) / teacher_temp), student[j] / student_temp)
                  for i in range(t) for j in range(v) if i != j)
-        Raises ValueError for shapes that do not fit. The gradient reaches the student only.
+        The gradient reaches the student only, once. It changes nothing but, where asked for by
+        `overwrite_student`, the student's logits, whose memory the gradient may then take. Raises
+        ValueError for shapes that do not fit.
         """
         k = self.center.shape[-1]
         if student.ndim != 3 or teacher.ndim != 3 or student.shape[1:] != teacher.shape[1:]:
@@ -98,8 +138,14 @@ class DinoLoss(nn.Module):
             views = f"{len(student)} and {len(teacher)} views of dimension {student.shape[-1]}"
             raise ValueError(f"need v >= 2 and v >= t >= 1 views of dimension {k}, got {views}")
         with torch.autocast(student.device.type, enabled=False):
+            if self.fused is not None:
+                # a tensor, since each new number would be compiled anew; filled, not copied there
+                temp = torch.full((), teacher_temp, device=student.device)
+                center = self.center.clone()  # the update in place comes before a late backward
+                return self.fused(student, teacher.detach(), center, self.student_temp, temp)
             temps = (self.student_temp, teacher_temp)
-            return _AllPairsCrossEntropy.apply(student, teacher.detach(), self.center, temps)
+            inputs = student, teacher.detach(), self.center, temps
+            return _AllPairsCrossEntropy.apply(*inputs, overwrite_student)
 
     @torch.no_grad()
     def teacher_entropy(self, teacher: Tensor, teacher_temp: float) -> Tensor:
@@ -115,7 +161,7 @@ class DinoLoss(nn.Module):
         """Move the center towards the mean of teacher (..., k), in place. Eq. 4; a collective."""
         rows = teacher.flatten(end_dim=-2)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        sum_and_count = torch.cat([rows.sum(dim=0), rows.new_tensor([len(rows)])])
+        sum_and_count = torch.cat([rows.sum(dim=0), rows.new_full((1,), len(rows))])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sum_and_count)
         mean = sum_and_count[:-1] / sum_and_count[-1]

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from config import Config
 from data import ImageDataset
@@ -125,12 +127,6 @@ class Monitor:
         figures = {name: value for name, value in values.items() if not isinstance(value, list)}
         self.accelerator.log(figures, step=step)
 
-    def check_log(self) -> None:
-        """Raise RunError in all processes where the main one could not write its log."""
-        (failed,) = self.run.agreement.largest(bool(self.failure))
-        if failed:
-            raise RunError(self.failure)
-
     def log_step(self, step: int, epoch: float, loss: float, lr: float, more: dict) -> None:
         speed = self.num_images / (time.perf_counter() - self.since)
         self.log(step, epoch, {"loss": loss, "lr": lr, "images_per_second": speed} | more)
@@ -173,14 +169,22 @@ class Monitor:
             raise RunError("\n  ".join([text, *reasons, *more]))
 
 
-def ignore_stop_requests(worker: int) -> None:
-    """Let a loader's worker outlive signals to the process group: the main process decides."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
 STOP_SIGNALS += [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []  # Slurm's warning
+
+
+def iterate(loader: DataLoader) -> Iterator:
+    """Begin to iterate, with workers that outlive signals to the process group.
+
+    They inherit the signals as blocked, from their first moment on: the main process decides.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        return iter(loader)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @contextmanager
@@ -204,24 +208,33 @@ def stop_requests() -> Iterator[list[int]]:
 def run_command(main: Callable[[], object]) -> None:
     """Run a script's main; wrong input ends it with one line and code 2, a broken run with 1.
 
-    Processes that fail alike leave the line to the first.
+    Processes that fail alike leave the line to the first, of the run or of their node.
     """
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RunError) as error:
-        text = str(error).strip()
+        text = str(error).strip() or type(error).__name__
         if not isinstance(error, RunError):
             # a worker's error arrives as its whole traceback, whose last line is the message
             text = text.splitlines()[-1]
-        if isinstance(error, OSError) or os.environ.get("RANK", "0") == "0":
+        # wrong input is each node's own, what ends a run is agreed on, a file may fail anywhere
+        agreed = isinstance(error, FloatingPointError | RunError)
+        speaks = os.environ.get("RANK" if agreed else "LOCAL_RANK", "0") == "0"
+        if speaks or isinstance(error, OSError):
             print(f"error: {text}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError | RunError) else 2)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except RuntimeError as error:  # raised anywhere, also by torch's signal handler
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if "DataLoader worker" in reason:
+            hint = "out of memory? then fewer --num-workers; what was saved can be resumed"
+            text = f"a process that decodes images died: {reason} ({hint})"
+        elif isinstance(error, torch.OutOfMemoryError):
+            text = f"{reason} Try a smaller --batch-size with more --accumulation-steps."
+        elif isinstance(error, dist.DistError) or "gloo" in reason:
+            text = f"another process of the run ended: {reason}"
+        else:
             raise
-        reason = str(error).strip().splitlines()[0]
-        hint = "out of memory? then fewer --num-workers; what was saved can be resumed"
-        print(f"error: a process that decodes images died: {reason} ({hint})", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(1)

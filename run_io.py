@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -18,7 +19,6 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from data import ImageDataset
@@ -31,6 +31,11 @@ CHANGEABLE = {
     *("epochs", "num_workers", "eval_resize", "compile", "log_every", "log_with"),
     *("save_every", "save_minutes", "keep_last", "keep_every", "knn_every", "knn_images"),
 }
+
+
+# what is the run's own in its folder, besides its four files; the last are safetensors'
+KEPT = r"(state|ckpt)-(\d{8}|epoch-\d{4,})\.safetensors"
+LEFT_BY_A_KILL = r"\.tmp-.+|\.tmp[A-Za-z0-9]{6}"
 
 
 class RunError(RuntimeError):
@@ -78,8 +83,9 @@ class TrainingState:
                 param, key = params[key.rsplit(".", 1)[0]], key.rsplit(".", 1)[1]
                 if value.shape == param.shape:  # in the parameter's strides, for fused optimizers
                     target = torch.empty_like(param, dtype=value.dtype)
-                else:
-                    target = torch.empty_like(value, device=param.device)
+                else:  # the step's number: torch keeps it on the CPU unless the optimizer is fused
+                    is_fused = self.optimizer.param_groups[0].get("fused")
+                    target = torch.empty_like(value, device=param.device if is_fused else "cpu")
                 copy_whole(target, value)
                 self.optimizer.state[param][key] = target
             else:
@@ -100,7 +106,7 @@ class Run:
         name = f"{Path(config.data.data).name}-{config.model.arch}"
         names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
         unused = (path for name in names if not (path := Path("runs", name)).exists())
-        folder = config.run.output_dir or broadcast_object_list([next(unused)])[0]
+        folder = config.run.output_dir or self.agreement.gather(next(unused))[0]
         self.folder = folder
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"need a folder for --output-dir, got the file {folder}")
@@ -111,16 +117,30 @@ class Run:
         if taken and not (config.run.resume or config.run.overwrite):
             wanted = "--resume, --overwrite or another --output-dir"
             raise ValueError(f"{folder} already holds a run ({taken[0].name}): need {wanted}")
-        self.stale = [] if config.run.resume else [*taken, *folder.glob("*-*.safetensors")]
+        self.stale = taken + self._files(KEPT) if config.run.overwrite else []
+        self.is_named = config.run.output_dir is not None
         self.saved = {}
         if config.run.resume and self.state_file.exists():
             _, texts = load_tensors(self.state_file, only_metadata=True)
             self.saved = json.loads(texts["metadata"])
-        # two nodes without a folder in common would go on from different steps
-        if len(set(self.agreement.gather(self.saved.get("step", 0)))) > 1:
-            raise ValueError(f"not all processes see the state in {folder}: need a shared folder")
+        self.require_same(self.saved.get("step", 0), f"state in {folder}")
+        self.require_same(self.fingerprint, f"images in {config.data.data}")
         self.config: dict = {}
         self.taken_over: list[str] = []
+
+    def _files(self, pattern: str) -> list[Path]:
+        exists = self.folder.is_dir()
+        return [x for x in self.folder.iterdir() if re.fullmatch(pattern, x.name)] if exists else []
+
+    def require_same(self, value: object, what: str) -> None:
+        """Raise ValueError in all processes where `value` is not the same in all. A collective.
+
+        Nodes without a folder in common would go on from different steps, or wait for each other.
+        """
+        values = self.agreement.gather(value)
+        if any(other != values[0] for other in values):
+            rank = next(i for i, other in enumerate(values) if other != values[0])
+            raise ValueError(f"processes 0 and {rank} do not see the same {what}: need one for all")
 
     def settle(self, config: object) -> object:
         """Give the config to train by: a resumed run's batch is refit to the processes there are.
@@ -138,6 +158,11 @@ class Run:
     def _refit(self, config: object) -> object:
         """Keep the images a step, whose order an exact resume needs, on another number of GPUs."""
         saved, optim = self.saved["config"]["optim"], config.optim
+        given, refused = dataclasses.asdict(config), []
+        sections = self.saved["config"].items()
+        is_known = all(values.keys() <= given[section].keys() for section, values in sections)
+        if not is_known or not {"world", "fingerprint"} <= self.saved.keys():
+            raise ValueError(f"cannot resume {self.folder}: another version of this code saved it")
         images = saved["batch_size"] * saved["accumulation_steps"] * self.saved["world"]
         if self.world != self.saved["world"]:
             each, left = divmod(images, self.world)
@@ -148,7 +173,7 @@ class Run:
             optim = replace(optim, batch_size=batch_size, accumulation_steps=each // batch_size)
             config = replace(config, optim=optim)
         here = optim.batch_size * optim.accumulation_steps * self.world
-        given, refused = dataclasses.asdict(config), []
+        given = dataclasses.asdict(config)
         for section, values in self.saved["config"].items():
             for name, old in values.items():
                 new = json.loads(json.dumps(given[section][name], default=str))
@@ -170,10 +195,21 @@ class Run:
     def open(self, step: int) -> None:
         """Create the folder for a run that goes on after `step`: the log's later lines are cut.
 
-        Raises OSError where it cannot be written.
+        A collective. Raises ValueError in all processes where it cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for file in (*self.stale, *self.folder.glob(".tmp*")):  # a kill may have left the last
+        error = ""
+        if self.is_main:
+            try:
+                self._open(step)
+            except OSError as failure:
+                error = str(failure)
+        error = self.agreement.gather(error)[0]
+        if error:
+            raise ValueError(f"cannot write to {self.folder}: {error}")
+
+    def _open(self, step: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=self.is_named or bool(self.saved))
+        for file in self.stale + self._files(LEFT_BY_A_KILL):
             file.unlink()
         write_text(self.config_file, yaml.safe_dump(self.config, sort_keys=False))
         kept = []
@@ -218,7 +254,7 @@ class Run:
                 error = RunError(f"{failure}; {self.kept()}")
             except FloatingPointError as failure:
                 error = failure
-        (error,) = broadcast_object_list([error])
+        error = self.agreement.gather(error)[0]
         if error:
             raise error
 
@@ -234,7 +270,7 @@ class Run:
         save_tensors(numbered, tensors, texts)
         _link(self.checkpoint, self.checkpoint.with_stem(f"{self.checkpoint.stem}-{step:08}"))
         for file in (self.state_file, self.checkpoint):
-            old = self.folder.glob(f"{file.stem}-{'[0-9]' * 8}{file.suffix}")
+            old = self._files(rf"{file.stem}-\d{{8}}{file.suffix}")
             by_age = sorted(old, key=lambda path: path.stat().st_mtime)
             for path in by_age[: -settings["keep_last"]]:
                 path.unlink()

@@ -20,17 +20,17 @@ set -uo pipefail
 
 run=$1
 shift
-if [ -f "$run/config.yaml" ]; then flags=(--resume "$run"); else flags=(--output-dir "$run" "$@"); fi
+if [ -f "$run/config.yaml" ]; then start=--resume; else start=--output-dir; fi
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 # A task is a process of the run: no launcher stands between it and Slurm's signal.
 # shellcheck disable=SC2016
-srun --kill-on-bad-exit=1 bash -c '
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
-    exec python dino_train.py "$@"' _ "${flags[@]}"
+    exec python dino_train.py "$@"' _ "$start" "$run" "$@"
 code=$?
-# 128 + SIGUSR1 or SIGTERM: stopped and saved, not finished
-if [ "$code" -eq 138 ] || [ "$code" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# 128 + SIGUSR1: stopped and saved, not finished
+if [ "$code" -eq 138 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

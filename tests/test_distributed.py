@@ -270,7 +270,7 @@ def test_launch_that_would_do_something_else_stops(
     [
         ({"WORLD_SIZE": "4"}, "4 processes were launched, and each would train alone on cpu"),
         ({"SLURM_STEP_NUM_TASKS": "2", "GROUP_WORLD_SIZE": "1"}, "srun started 2 tasks"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "got DeepSpeed"),
+        ({"OMPI_COMM_WORLD_SIZE": "8"}, "8 processes were launched, and each would train alone"),
     ],
 )
 def test_processes_that_do_not_know_of_each_other_are_refused(
@@ -282,6 +282,23 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=said):
         distributed._check_launch(accelerator)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "got DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "got DeepSpeed or Megatron-LM"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing is not supported"),
+        ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_named(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ValueError, match=said):
+        distributed.make_accelerator()
 
 
 def test_srun_of_one_launcher_a_node_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +328,7 @@ SRUN = """#!{python}
 import os, subprocess, sys
 env = dict(SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2", SLURM_JOB_NUM_NODES="1")
 tasks = [
-    subprocess.Popen(sys.argv[2:], env=dict(os.environ, SLURM_PROCID=r, SLURM_LOCALID=r, **env))
+    subprocess.Popen(sys.argv[3:], env=dict(os.environ, SLURM_PROCID=r, SLURM_LOCALID=r, **env))
     for r in "01"
 ]
 open("tasks.txt", "w").write(" ".join(str(task.pid) for task in tasks))
@@ -333,7 +350,12 @@ def test_slurm_job_saves_at_the_warning_requeues_and_goes_on(
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "n[1-2]", "PATH": path}
+    job = {
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "PATH": path,
+    }
     flags = [*vit_flags, "--batch-size", "4", "--log-every", "1", "--epochs", "3"]
     command = ["bash", str(ROOT / "launch" / "slurm.sh"), "run", *flags]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
