@@ -27,8 +27,9 @@ QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
 
 @dataclass(frozen=True)
 class DataConfig:
-    # `patterns` (drawn by code), a folder of images with or without class folders, or a torchvision
-    # set: cifar10, cifar100, stl10, imagenette ... (downloaded to datasets/)
+    # `patterns` (drawn by code), a folder of images with or without class folders, a tar or a
+    # folder of tars, or a torchvision set: cifar10, cifar100, stl10, imagenette ... (downloaded to
+    # datasets/)
     data: str = "patterns"
     # pixels, side of the square that images are decoded to; None: their own size, at most 384
     canvas_size: int | None = None
@@ -213,7 +214,7 @@ def resolve(config: Config, dataset: ImageDataset) -> Config:
         num_workers = 0 if in_memory else min(16, max(1, cores_per_process() - 1))
     source = replace(
         source,
-        data=os.path.abspath(source.data) if os.path.isdir(source.data) else source.data,
+        data=os.path.abspath(source.data) if os.path.exists(source.data) else source.data,
         canvas_size=source.canvas_size or min(long, 384),
         eval_resize=source.eval_resize or (round(size * 8 / 7) if short >= 192 else size),
         num_workers=num_workers,

@@ -12,8 +12,11 @@ einops. Source: DINO, arXiv 2104.14294. Axes: b batch, v views, n = v b, c h w i
 import contextlib
 import difflib
 import hashlib
+import io
 import math
 import os
+import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -565,7 +568,9 @@ class ImageDataset(Dataset):
     def fingerprint(self) -> str:
         """Hash the images' names and labels; a folder that was moved keeps its own."""
         text = hashlib.sha256(str(len(self)).encode())
-        if isinstance(self.images, np.ndarray):  # sorted paths: what all begin with is the folder
+        if hasattr(self.images, "members"):  # of tars
+            text.update(b"\n".join(self.images.members["names"].tolist()))
+        elif isinstance(self.images, np.ndarray):  # sorted paths: what all begin with is the folder
             root = os.path.commonpath([os.path.dirname(self.images[i]) for i in (0, -1)])
             text.update(b"\n".join(path[len(root) :] for path in self.images.tolist()))
         if self.labels is not None:
@@ -573,32 +578,35 @@ class ImageDataset(Dataset):
         return text.hexdigest()[:16]
 
 
-def decode(image: bytes | Image.Image | tuple | Tensor) -> Tensor:
-    """Give (3, h, w) uint8 RGB of a path, a PIL image, (PIL image, label) or such a tensor.
+def decode(image: object) -> Tensor:
+    """Give (3, h, w) uint8 RGB of a path (bytes), a tar's member, a PIL image, (PIL image, label).
 
     The first frame of an animation, turned as EXIF says, without transparency, 16 bits to their
-    upper 8. Raises ValueError with the path where a file cannot be decoded, or has more than twice
+    upper 8. Raises ValueError with the name where a file cannot be decoded, or has more than twice
     Pillow's MAX_IMAGE_PIXELS (179 million).
     """
     if isinstance(image, Tensor):
         return image
     if isinstance(image, tuple):
         image = image[0]
-    if not isinstance(image, bytes):
+    if isinstance(image, Image.Image):
         return TF.pil_to_tensor(image.convert("RGB"))
-    path = os.fsdecode(image)  # np.bytes_ too: an array of paths is one block for all workers
+    # np.bytes_ too: an array of paths is one block for all workers
+    name = os.fsdecode(image) if isinstance(image, bytes) else str(image)
     try:
-        with Image.open(path) as opened:  # reads the header alone
-            return _decode_opened(opened, path)
+        content = Path(name).read_bytes() if isinstance(image, bytes) else image.read()
+        with Image.open(io.BytesIO(content)) as opened:  # reads the header alone
+            return _decode_opened(opened, content)
     except Exception as error:  # decoders raise whatever a broken file makes them
-        raise ValueError(f"cannot decode {path}: {error}") from error
+        reason = str(error).replace(repr(name), "").strip(" :")
+        raise ValueError(f"cannot decode {name}: {reason}") from error
 
 
-def _decode_opened(image: Image.Image, path: str) -> Tensor:
+def _decode_opened(image: Image.Image, content: bytes) -> Tensor:
     if image.format == "JPEG" and image.mode in ("RGB", "L"):
         with contextlib.suppress(RuntimeError, AttributeError):  # or a torchvision without it
-            io = torchvision.io
-            return io.decode_jpeg(io.read_file(path), "RGB", apply_exif_orientation=True)
+            encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            return torchvision.io.decode_jpeg(encoded, "RGB", apply_exif_orientation=True)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -629,43 +637,117 @@ def center_crop(image: Tensor, resize: int, size: int) -> Tensor:
     return TF.center_crop(image, [size, size])
 
 
-def _scan(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Give a folder's images, and the class of each where they lie in sub-folders only."""
-    walk = os.walk(folder, followlinks=True)
-    paths = np.array(
-        sorted(
+class _Found(NamedTuple):
+    """What a folder, a tar or a folder of tars holds."""
+
+    images: Sequence  # paths as bytes, or TarImages
+    classes: np.ndarray | None  # (n,) names, where all images have one
+
+
+def _walk(folder: Path) -> dict[str, np.ndarray]:
+    """List a folder's images, sorted, and all folders that were looked into."""
+    folders, paths = [], []
+    for parent, _, files in os.walk(folder, followlinks=True):
+        folders.append(parent)
+        paths += [
             os.path.join(parent, file)
-            for parent, _, files in walk
             for file in files
             if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
-        )
-    )
-    if not len(paths):
-        raise ValueError(f"no images in {folder}: need files like {', '.join(IMAGE_SUFFIXES[:4])}")
-    names = [os.path.relpath(path, folder).split(os.sep) for path in paths]
-    is_flat = any(len(name) == 1 for name in names)
-    images = np.char.encode(paths, "utf-8", "surrogateescape")
-    return images, None if is_flat else np.array([name[0] for name in names])
+        ]
+    texts = {"paths": sorted(paths), "folders": folders}
+    return {key: np.array([os.fsencode(x) for x in values]) for key, values in texts.items()}
 
 
-def _folder(root: Path, split: str) -> ImageDataset:
-    train = root / "train" if (root / "train").is_dir() else root
-    test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+def _scan(source: Path, index_folder: Path | None) -> _Found:
+    """Find the images in a folder, a tar or a folder of tars, and the class of each.
+
+    Which is its first sub-folder, where no image lies above one; in tars, what scan_tars says.
+    """
+    tars = [source] if source.is_file() else sorted(source.glob("*.tar"))
+    if tars:
+        from tar_shards import TarImages, scan_tars  # here, since this file works without it
+
+        members = _indexed(source, index_folder, partial(scan_tars, tars, IMAGE_SUFFIXES))
+        classes = members.pop("classes")
+        found = _Found(TarImages(members), classes if all(classes) else None)
+    else:
+        paths = _indexed(source, index_folder, partial(_walk, source))["paths"]
+        names = [os.fsdecode(path[len(os.fsencode(source)) + 1 :]) for path in paths.tolist()]
+        names = [name.split(os.sep) for name in names]
+        is_flat = any(len(name) == 1 for name in names)
+        found = _Found(paths, None if is_flat else np.array([name[0] for name in names]))
+    if not len(found.images):
+        kinds = ", ".join(IMAGE_SUFFIXES[:4])
+        raise ValueError(f"no images in {source}: need files like {kinds}, or tars of them")
+    return found
+
+
+def _indexed(
+    source: Path, index_folder: Path | None, scan: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Give what `scan` finds, or what it found before where no file or folder has changed since.
+
+    It is kept in `index_folder` where it took more than a second, or read tars.
+    """
+    file = None
+    if index_folder is not None:
+        name = hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:16]
+        file = index_folder / f"{name}.npz"
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+            with np.load(file) as arrays:
+                found = dict(arrays)
+            if np.array_equal(found.pop("stamps"), _stamps(found)):
+                return found
+    start = time.monotonic()
+    found = scan()
+    if file is not None and ("tars" in found or time.monotonic() - start > 1):
+        with contextlib.suppress(OSError):  # it saves time, no more
+            index_folder.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+            np.savez(temporary, stamps=_stamps(found), **found)
+            os.replace(temporary, file)
+    return found
+
+
+def index_folder(run_folder: Path) -> Path:
+    """Give the folder beside a run's own that keeps what long scans of data found."""
+    return run_folder.absolute().parent / ".index"
+
+
+def _stamps(found: dict[str, np.ndarray]) -> np.ndarray:
+    """Give size and time of change of what was looked into: adding to a folder changes them."""
+    paths = found["tars"] if "tars" in found else found["folders"]
+    stats = [os.stat(path) for path in paths.tolist()]
+    return np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats])
+
+
+def _folder(root: Path, split: str, index_folder: Path | None) -> ImageDataset:
+    def part(*names: str) -> Path | None:
+        places = (root / f"{name}{kind}" for name in names for kind in ("", ".tar"))
+        return next((place for place in places if place.exists()), None)
+
+    train, test = part("train") or root, part("val", "test")
     has_test = train != root and test is not None
-    images, names = _scan(train)
-    classes = None if names is None else np.unique(names)
+    found = _scan(train, index_folder)
+    kinds = None if found.classes is None else np.unique(found.classes)
     if split == "test" and has_test:
-        images, names = _scan(test)
-        unknown = [] if names is None or classes is None else np.setdiff1d(names, classes)
+        found = _scan(test, index_folder)
+        unknown = (
+            [] if kinds is None or found.classes is None else np.setdiff1d(found.classes, kinds)
+        )
         if len(unknown):
-            raise ValueError(f"{test} has classes that {train} lacks: {', '.join(unknown[:5])}")
-    if names is None or classes is None:
-        return ImageDataset(images, None)
-    labels = np.searchsorted(classes, names)
-    if split != "train" and not has_test:
-        chosen = held_out(len(images)) == (split == "test")
-        images, labels = images[chosen], labels[chosen]
-    return ImageDataset(images, labels)
+            names = ", ".join(map(_text, unknown[:5]))
+            raise ValueError(f"{test} has classes that {train} lacks: {names}")
+    elif split != "train" and not has_test:
+        rows = np.flatnonzero(held_out(len(found.images)) == (split == "test"))
+        found = _Found(found.images[rows], found.classes if kinds is None else found.classes[rows])
+    if kinds is None or found.classes is None:
+        return ImageDataset(found.images, None)
+    return ImageDataset(found.images, np.searchsorted(kinds, found.classes))
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
 def held_out(num_images: int) -> np.ndarray:
@@ -688,13 +770,19 @@ def _torchvision_set(name: str, split: str) -> ImageDataset:
     return ImageDataset(images, labels)
 
 
-def build_dataset(data: str, split: str = "train", canvas_size: int | None = None) -> ImageDataset:
-    """Open `patterns`, a torchvision set by name, or a folder of images with or without classes.
+def build_dataset(
+    data: str,
+    split: str = "train",
+    canvas_size: int | None = None,
+    index_folder: Path | None = None,
+) -> ImageDataset:
+    """Open `patterns`, a torchvision set by name, or a folder, a tar or a folder of tars.
 
     Splits: `train`; `memory` and `test`, the labelled images that k-NN remembers and is tested on.
-    A folder with train/ and val/ or test/ has them so; of any other a fixed tenth is the test.
-    `canvas_size` resizes each image to a square canvas. Raises ValueError for unknown data, a
-    folder without images and, but for `train`, images without classes.
+    A folder with train/ and val/ or test/, or tars so called, has them so; of any other a fixed
+    tenth is the test. `canvas_size` resizes each image to a square canvas; `index_folder` keeps
+    what a long scan found. Raises ValueError for unknown data, a folder without images and, but for
+    `train`, images without classes.
     """
     if data == "patterns":
         num_images, first = (1000, 1 << 32) if split == "test" else (2000, 0)
@@ -702,13 +790,15 @@ def build_dataset(data: str, split: str = "train", canvas_size: int | None = Non
         dataset = ImageDataset(draw_patterns(index), (index % 10).numpy())
     elif data in TORCHVISION_SETS:
         dataset = _torchvision_set(data, split)
-    elif Path(data).is_dir():
-        dataset = _folder(Path(data), split)
+    elif Path(data).is_dir() or (data.endswith(".tar") and Path(data).is_file()):
+        dataset = _folder(Path(data), split, index_folder)
     else:
         known = ["patterns", *TORCHVISION_SETS]
         close = difflib.get_close_matches(data, known, n=2)
         hint = f" (close: {', '.join(close)})" if close else ""
-        raise ValueError(f"no such data {data!r}{hint}: need a folder or one of {', '.join(known)}")
+        raise ValueError(
+            f"no such data {data!r}{hint}: need a folder, a .tar or one of {', '.join(known)}"
+        )
     if split != "train" and dataset.labels is None:
         raise ValueError(f"no class folders in the {split} images of {data}: k-NN needs labels")
     if not len(dataset):

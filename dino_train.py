@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -178,12 +179,12 @@ class StepMeans:
         return {"teacher_entropy": entropy, "kl": loss - entropy, "feature_spread": spread}
 
 
-def knn_splits(config: dict) -> tuple[tuple[Dataset, Dataset] | None, str]:
+def knn_splits(config: dict, index_folder: Path) -> tuple[tuple[Dataset, Dataset] | None, str]:
     """Give the images that k-NN remembers and is tested on, or None and why."""
     if not config["run"]["knn_every"]:
         return None, "--knn-every 0"
     try:
-        memory, test = evaluation_splits(config)
+        memory, test = evaluation_splits(config, index_folder)
     except ValueError as error:
         return None, str(error)
     order = permutation(len(memory), 0)[: config["run"]["knn_images"]]
@@ -200,8 +201,9 @@ def train(config: Config) -> dict:
     # ---- what is wrong fails here, before a file is written
     config = settle_precision(config)
     accelerator = make_accelerator(config.run.mixed_precision, config.run.log_with)
-    with accelerator.local_main_process_first():  # which may have to download
-        dataset = data.build_dataset(config.data.data)
+    index_folder = data.index_folder(config.run.output_dir or Path("runs", "run"))
+    with accelerator.local_main_process_first():  # which may have to download or to scan
+        dataset = data.build_dataset(config.data.data, index_folder=index_folder)
     dataset.seed = seed = config.run.seed
     config = resolve(config, dataset)
     dataset.transform = partial(data.to_canvas, size=config.data.canvas_size)
@@ -217,7 +219,7 @@ def train(config: Config) -> dict:
 
     steps_per_epoch = sampler(range(0)).steps_per_epoch
     total_steps = optim.epochs * steps_per_epoch
-    splits, why_no_knn = knn_splits(run.config)
+    splits, why_no_knn = knn_splits(run.config, index_folder)
     run.require_same(splits and [len(split) for split in splits], "images to evaluate with")
 
     # ---- student, teacher, loss, optimizer

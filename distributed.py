@@ -191,7 +191,7 @@ def lay_out(
 ) -> nn.Module:
     """Make networks ready to be prepared: their memory format, BatchNorm, blocks to shard.
 
-    Compiled block by block: three graphs for a ViT of any depth, and the state's names stay.
+    Compiled block by block: six graphs for a ViT of any depth, and the state's names stay.
     """
     if accelerator.is_fsdp2:  # FSDP2 shards contiguous parameters only
         names = sorted({type(block).__name__ for block in repeated_blocks(system)})

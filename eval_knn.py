@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
-from data import ImageDataset, build_dataset, center_crop, collate
+from data import ImageDataset, build_dataset, center_crop, collate, index_folder
 from distributed import make_accelerator
 from models import load_checkpoint, load_tensors, save_tensors
 from monitor import iterate, run_command
@@ -134,12 +134,17 @@ def extract_features(
     return features[is_read], labels[is_read]
 
 
-def evaluation_splits(config: dict) -> tuple[ImageDataset, ImageDataset]:
+def evaluation_splits(
+    config: dict, index_folder: Path | None = None
+) -> tuple[ImageDataset, ImageDataset]:
     """Open the labelled images of a run's resolved config: those remembered, and those that test.
 
     Images are center crops as the paper's evaluation has them. ValueError without classes.
     """
-    splits = tuple(build_dataset(config["data"]["data"], split) for split in ("memory", "test"))
+    source = config["data"]["data"]
+    splits = tuple(
+        build_dataset(source, split, index_folder=index_folder) for split in ("memory", "test")
+    )
     for split in splits:
         size = config["crops"]["global_crop_size"]
         split.transform = partial(center_crop, resize=config["data"]["eval_resize"], size=size)
@@ -200,7 +205,7 @@ def checkpoint_features(options: EvalConfig, accelerator: Accelerator) -> tuple[
     backbone = model.backbone.to(accelerator.device)
     sizes = options.batch_size, options.num_workers
     with accelerator.local_main_process_first():  # which may have to download
-        splits = evaluation_splits(config)
+        splits = evaluation_splits(config, index_folder(options.checkpoint.parent))
     tensors = features_of_splits(backbone, splits, config, accelerator, *sizes)
     facts = {
         "checkpoint": str(options.checkpoint),

@@ -12,7 +12,15 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from data import CropConfig, MultiCrop, StepSampler, build_dataset, hash_keys, uniforms
+from data import (
+    CropConfig,
+    MultiCrop,
+    StepSampler,
+    build_dataset,
+    collate,
+    hash_keys,
+    uniforms,
+)
 
 CONFIG = CropConfig(global_crop_size=32, local_crop_size=16, num_local_crops=3)
 
@@ -493,3 +501,56 @@ def test_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     for first, second in zip(seen[:4], seen[4:], strict=True):
         for a, b in zip(first, second, strict=True):
             assert torch.equal(a, b)
+
+
+def test_batch_keeps_the_decoders_layout_and_their_pixels(tmp_path: Path) -> None:
+    dataset = build_dataset("patterns", canvas_size=20)
+    samples = [dataset[3, i] for i in (5, 1, 4)]
+    batch = collate(samples)
+    assert torch.equal(batch.image, torch.stack([sample.image for sample in samples]))
+    assert batch.image.is_contiguous(memory_format=torch.channels_last)
+    assert batch.index.tolist() == batch.source.tolist() == [5, 1, 4]
+    assert batch.epoch.tolist() == [3, 3, 3]
+    assert batch.size.shape == (3, 2)
+
+
+def test_crops_of_a_batch_are_those_of_its_keys() -> None:
+    dataset = build_dataset("patterns", canvas_size=32)
+    config = CropConfig(global_crop_size=32, local_crop_size=16, num_local_crops=2)
+    multi_crop, batch = MultiCrop(config), collate([dataset[2, i] for i in (7, 9)])
+    crops = data.crops_of(batch, multi_crop, 11, torch.device("cpu"))
+    keys = torch.stack([hash_keys(11, 2, i) for i in (7, 9)])
+    expected = multi_crop(batch.image, batch.size, keys)
+    assert all(torch.equal(a, b) for a, b in zip(crops, expected, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_crops_are_the_same_on_what_is_no_cpu(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU computes, on the CPU: matrix products, all samples at once, and compiled."""
+    images = build_dataset("patterns").images[:6]
+    keys, config = torch.arange(6), CropConfig(global_crop_size=32, local_crop_size=16)
+    expected = MultiCrop(config)(images, None, keys)
+    monkeypatch.setattr(data, "_on_cpu", lambda images: False)
+    multi_crop = MultiCrop(config)
+    if compiled:
+        multi_crop._augment = torch.compile(multi_crop._augment, backend="eager", fullgraph=True)
+    for crop, other in zip(multi_crop(images, None, keys), expected, strict=True):
+        difference = (crop - other).abs() * 0.225 * 255
+        # rounding of uint8 crops; solarisation and hue may turn over at a pixel
+        assert difference.mean() < 0.6
+        assert difference.median() < 0.6
+
+
+def test_one_by_one_and_batched_jitter_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.rand(8, 3, 12, 12)
+    factors = torch.rand(8, 4) * torch.tensor([1.0, 1.0, 1.0, 0.2]) + torch.tensor(
+        [0.5, 0.5, 0.5, -0.1]
+    )
+    factors[0, 1] = 0
+    order = torch.rand(8, 4).argsort(dim=1)
+    alone = data.colour_jitter(images.clone(), factors, order)
+    monkeypatch.setattr(data, "_on_cpu", lambda images: False)
+    together = data.colour_jitter(images.clone(), factors, order)
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)

@@ -226,8 +226,8 @@ def test_compiled_blocks_train_alike_in_a_handful_of_graphs(
         states[name] = load_file(folder / "state.safetensors").keys()
     assert losses["eager"] == pytest.approx(losses["compiled"], rel=1e-4)
     assert losses["dropped"] == losses["again"] != losses["compiled"]
-    # teacher and student in two sizes, each once without drop path and once with it
-    assert 2 <= counters["stats"]["unique_graphs"] <= 6
+    # of blocks and of the last one: teacher, student in two sizes, those with drop path
+    assert 2 <= counters["stats"]["unique_graphs"] <= 10
     assert all(names == states["eager"] for names in states.values())
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import losses
 from losses import DinoLoss
 
 
@@ -125,3 +126,67 @@ def test_entropy_tells_uniform_from_one_hot() -> None:
 def test_shapes_that_do_not_fit_are_named(student: tuple, teacher: tuple) -> None:
     with pytest.raises(ValueError, match="need"):
         DinoLoss(5)(torch.zeros(student), torch.zeros(teacher), 0.04)
+
+
+def test_gradient_takes_the_logits_memory_where_allowed_and_equals_the_pure_one() -> None:
+    dino_loss = DinoLoss(33)
+    student, teacher = torch.randn(4, 5, 33), torch.randn(2, 5, 33)
+    grads = []
+    for overwrite in (False, True):
+        logits = student.clone().requires_grad_()
+        passed = logits * 1.0
+        loss = dino_loss(passed, teacher, 0.04, overwrite_student=overwrite)
+        assert torch.equal(passed.detach(), student) != overwrite
+        loss.backward()
+        grads.append(logits.grad)
+    assert torch.equal(*grads)
+
+
+def test_loss_is_differentiated_once() -> None:
+    student = torch.randn(3, 2, 8, requires_grad=True)
+    loss = DinoLoss(8)(student, torch.randn(2, 2, 8), 0.04)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated already: call it again"):
+        loss.backward()
+
+
+def test_gradient_is_scaled_by_what_follows_the_loss() -> None:
+    student, teacher = torch.randn(3, 2, 8, requires_grad=True), torch.randn(2, 2, 8)
+    (one,) = torch.autograd.grad(DinoLoss(8)(student, teacher, 0.04), student)
+    (third,) = torch.autograd.grad(DinoLoss(8)(student, teacher, 0.04) / 3, student)
+    torch.testing.assert_close(third, one / 3)
+
+
+@pytest.mark.parametrize("num_teachers", [1, 2])
+def test_form_that_is_compiled_equals_the_other_and_its_gradient(num_teachers: int) -> None:
+    """By the eager backend, which runs what the compiler is given."""
+    plain, fused = DinoLoss(40), DinoLoss(40)
+    fused.fused = torch.compile(losses._all_pairs_fused, backend="eager", dynamic=False)
+    student, teacher = torch.randn(5, 3, 40), torch.randn(num_teachers, 3, 40)
+    results = []
+    for dino_loss in (plain, fused):
+        dino_loss.update_center(teacher)
+        logits = student.clone().requires_grad_()
+        loss = dino_loss(logits, teacher, 0.05)
+        dino_loss.update_center(teacher + 1)  # in place, before the gradient is asked for
+        loss.backward()
+        results.append((loss.detach(), logits.grad))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_compiled_loss_equals_the_other_at_every_temperature_in_one_graph() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, fused = DinoLoss(64), DinoLoss(64)
+    fused.compile()
+    student, teacher = torch.randn(4, 3, 64), torch.randn(2, 3, 64)
+    for temp in (0.04, 0.05, 0.07):
+        grads = []
+        for dino_loss in (plain, fused):
+            logits = student.clone().requires_grad_()
+            dino_loss(logits, teacher, temp).backward()
+            grads.append(logits.grad)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -1,0 +1,229 @@
+import io
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data
+from config import parse_config
+from data import build_dataset, collate
+from dino_train import train
+from tar_shards import TarImages, scan_tars
+
+
+def image(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def class_folders(num: int = 5, first: int = 0) -> dict[str, bytes]:
+    names = [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(num)]
+    return {name: image(first + i) for i, name in enumerate(names)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The same images as files, to compare with."""
+    root = tmp_path / "files"
+    for name, content in class_folders().items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def write_kind(kind: str, tmp_path: Path) -> Path:
+    files = class_folders()
+    if kind == "one":
+        return write_tar(tmp_path / "one.tar", files)
+    if kind == "imagenet":  # a tar of class tars, of flat images
+        inner = {}
+        for name in ("cat", "dog"):
+            mine = {Path(k).name: v for k, v in files.items() if k.startswith(name)}
+            inner[f"{name}.tar"] = write_tar(tmp_path / f"{name}.tar", mine).read_bytes()
+        return write_tar(tmp_path / "ILSVRC2012_img_train.tar", inner)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    pairs = sorted(files.items())
+    for number, part in enumerate((pairs[:4], pairs[4:])):
+        members = dict(part)
+        if kind == "webdataset":
+            members = {}
+            for name, content in part:
+                key = name.replace("/", "_")[:-4]
+                members[f"{key}.cls"] = str(int(name.startswith("dog"))).encode()
+                members[f"{key}.png"] = content
+                members[f"{key}.json"] = b"{}"
+        write_tar(shards / f"{number:04}.tar", members)
+    return shards
+
+
+@pytest.mark.parametrize("kind", ["one", "imagenet", "shards", "webdataset"])
+def test_tars_hold_what_a_folder_of_files_does(kind: str, tmp_path: Path, folder: Path) -> None:
+    tars_path = write_kind(kind, tmp_path)
+    files, tars = build_dataset(str(folder)), build_dataset(str(tars_path))
+    assert len(files) == len(tars) == 10
+    assert np.array_equal(files.labels, tars.labels)
+    for i in range(10):
+        assert torch.equal(files[i].image, tars[i].image)
+    held_out = build_dataset(str(folder), "test")
+    assert np.array_equal(held_out.labels, build_dataset(str(tars_path), "test").labels)
+
+
+def test_members_are_read_in_any_order_by_several_workers(tmp_path: Path, folder: Path) -> None:
+    tars, files = build_dataset(str(write_kind("shards", tmp_path))), build_dataset(str(folder))
+    order = torch.randperm(10).tolist()
+    loader = DataLoader(tars, 5, sampler=order, num_workers=2, collate_fn=collate)
+    images = torch.cat([batch.image for batch in loader])
+    assert torch.equal(images, torch.stack([files[i].image for i in order]))
+
+
+def test_train_and_val_tars_are_splits(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    root.mkdir()
+    write_tar(root / "train.tar", class_folders(6))
+    write_tar(root / "val.tar", class_folders(2, first=100))
+    assert len(build_dataset(str(root))) == len(build_dataset(str(root), "memory")) == 12
+    assert len(build_dataset(str(root), "test")) == 4
+    write_tar(root / "val.tar", {"bird/0.png": image(0)})
+    with pytest.raises(ValueError, match=r"has classes that .* lacks: bird"):
+        build_dataset(str(root), "test")
+
+
+def test_images_without_folder_or_cls_have_no_class(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "flat.tar", {f"{i}.png": image(i) for i in range(3)})
+    assert build_dataset(str(path)).labels is None
+    with pytest.raises(ValueError, match="k-NN needs labels"):
+        build_dataset(str(path), "test")
+
+
+def test_long_names_are_read(tmp_path: Path) -> None:
+    """PAX and GNU put names over 100 characters into headers of their own."""
+    name = f"{'k' * 120}/{'n' * 130}.png"
+    for number, kind in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
+        path = tmp_path / f"{number}.tar"
+        with tarfile.open(path, "w", format=kind) as tar:
+            info = tarfile.TarInfo(name)
+            info.size = len(image(1))
+            tar.addfile(info, io.BytesIO(image(1)))
+        members = TarImages(scan_tars([path], (".png",)))
+        assert members[0].name == name
+        assert members[0].read() == image(1)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "header", "compressed", "no tar", "nested"])
+def test_damaged_tar_names_the_member(damage: str, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", class_folders())
+    content = bytearray(path.read_bytes())
+    last = "dog/4.png"
+    if damage == "cut off":
+        with tarfile.open(path) as tar:
+            end = tar.getmember("dog/4.png").offset_data
+        content = content[: end + 10]
+    elif damage == "header":
+        with tarfile.open(path) as tar:
+            start = tar.getmember("dog/2.png").offset
+        content[start : start + 512] = b"x" * 512
+        last = "dog/1.png"
+    elif damage == "compressed":
+        with tarfile.open(tmp_path / "y.tar", "w:gz") as tar:
+            tar.add(path)
+        content, last = (tmp_path / "y.tar").read_bytes(), "its beginning"
+    elif damage == "no tar":
+        content, last = b"text" * 1000, "its beginning"
+    else:
+        inner = bytes(content[: len(content) // 2])
+        write_tar(path, {"cat.tar": inner})
+        content, last = path.read_bytes(), r"x.tar:cat.tar is damaged.*at (cat|dog)/\d.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path.name}.* is damaged, compressed or no tar, at "):
+        scan_tars([path], (".png",))
+    with pytest.raises(ValueError, match=last):
+        scan_tars([path], (".png",))
+
+
+def test_image_that_is_broken_within_a_tar_is_named_and_replaced(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", class_folders() | {"cat/9.png": b"no image"})
+    dataset = build_dataset(str(path))
+    assert len(dataset) == 11
+    sample = dataset[0, 10]
+    assert sample.source != sample.index == 10
+    assert dataset.why_unreadable(10).startswith(f"cannot decode {path}:cat/9.png: ")
+
+
+def test_scan_is_kept_beside_the_run_until_something_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, index = write_tar(tmp_path / "x.tar", class_folders()), tmp_path / ".index"
+    first = build_dataset(str(path), index_folder=index)
+    assert len(list(index.iterdir())) == 1
+
+    def no_scan(*args: object) -> None:
+        raise AssertionError("scanned again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tar_shards.scan_tars", no_scan)
+        again = build_dataset(str(path), index_folder=index)
+    assert again.fingerprint() == first.fingerprint()
+    assert torch.equal(again[7].image, first[7].image)
+    write_tar(path, class_folders(num=6))
+    assert len(build_dataset(str(path), index_folder=index)) == 12
+    next(index.iterdir()).write_bytes(b"broken")
+    assert len(build_dataset(str(path), index_folder=index)) == 12
+
+
+def test_scan_of_a_large_folder_is_kept_until_files_are_added(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = tmp_path / ".index"
+    build_dataset(str(folder), index_folder=index)
+    assert not index.exists()  # that was quick
+    seconds = iter(range(0, 1000, 2))
+    monkeypatch.setattr("data.time.monotonic", lambda: next(seconds))
+    build_dataset(str(folder), index_folder=index)
+    assert len(list(index.iterdir())) == 1
+    walk = os.walk
+    with monkeypatch.context() as patch:
+        patch.setattr("data.os.walk", lambda *args, **kwargs: iter(()))
+        assert len(build_dataset(str(folder), index_folder=index)) == 10
+    assert os.walk is walk
+    shutil.copyfile(folder / "cat" / "0.png", folder / "cat" / "new.png")
+    assert len(build_dataset(str(folder), index_folder=index)) == 11
+
+
+def test_run_on_tars_resumes_and_evaluates(
+    tmp_path: Path, tiny_flags: list[str], script, image_folder: Path
+) -> None:
+    files = {
+        str(path.relative_to(image_folder)): path.read_bytes()
+        for path in sorted(image_folder.rglob("*.jpg"))
+    }
+    path, run = write_tar(tmp_path / "images.tar", files), tmp_path / "runs" / "tar"
+    flags = ["--data", str(path), "--output-dir", str(run), "--epochs", "1"]
+    from_tar = train(parse_config([*tiny_flags, *flags]))
+    (index,) = data.index_folder(run).iterdir()
+    assert index.parent == tmp_path / "runs" / ".index"
+    flags = ["--output-dir", str(tmp_path / "files"), "--epochs", "1"]
+    from_files = train(parse_config([*tiny_flags, *flags]))
+    assert from_tar["loss"] == from_files["loss"]
+    assert from_tar["knn_top1"] == from_files["knn_top1"]
+    assert train(parse_config(["--resume", str(run), "--epochs", "2"]))["step"] == 20
+    result = script("eval_knn", run / "ckpt.safetensors", "--ks", "5")
+    assert result.returncode == 0, result.stderr
+    assert "72 train, 8 test images" in result.stdout
