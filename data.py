@@ -218,12 +218,13 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     if not _on_cpu(images):
         dtype = torch.float16 if images.device.type == "cuda" else torch.float32
         return crops_by_matrices(images, boxes, size, dtype)
-    crops = torch.empty(*boxes.shape[:2], 3, size, size, dtype=torch.uint8)
+    crops = torch.empty(*boxes.shape[:2], 3, size, size)
     for view, view_boxes in enumerate(boxes.tolist()):
         for i, (top, left, height, width) in enumerate(view_boxes):
             region = images[i, :, top : top + height, left : left + width]
-            crops[view, i] = TF.resize(region, [size, size], TF.InterpolationMode.BICUBIC)
-    return rearrange(crops, "v b c h w -> (v b) c h w") / 255
+            crop = TF.resize(region, [size, size], TF.InterpolationMode.BICUBIC)
+            torch.div(crop, 255, out=crops[view, i])
+    return rearrange(crops, "v b c h w -> (v b) c h w")
 
 
 def _where(mask: Tensor, change: Callable[..., Tensor], images: Tensor, *params: Tensor) -> Tensor:
@@ -264,17 +265,22 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     red, green, blue = images.unbind(dim=1)
     value = red.maximum(green).maximum(blue)
     chroma = value - red.minimum(green).minimum(blue)
-    scale = 1 / chroma.clamp(min=1e-12)
-    hue = torch.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4)
-    hue = torch.where(value == red, (green - blue) * scale, hue) + 6 * turn[:, None, None]
-    hue = hue - 6 * (hue / 6).floor()
+    scale = chroma.clamp(min=1e-12).reciprocal_()
+    # the sign of what a channel lacks to the value tells the largest: on a CPU lerp by it takes a
+    # fifth of the time of where and ==
+    hue = (red - green).mul_(scale).add_(4)
+    hue = torch.lerp((blue - red).mul_(scale).add_(2), hue, (value - green).sign_())
+    hue = torch.lerp((green - blue).mul_(scale), hue, (value - red).sign_())
+    hue = hue.add_(6 * turn[:, None, None])
+    hue = hue.sub_((hue / 6).floor_(), alpha=6)
     # HSV to RGB: a channel is lowest within 1 of its place on the circle of 6, highest beyond 2
-    channels = []
-    for lowest in (3, 5, 1):
-        away = (hue - lowest).abs()
-        depth = (2 - away).maximum(away - 4).clamp_(0, 1)
-        channels.append(value - chroma * depth)
-    return torch.stack(channels, dim=1)
+    turned = torch.empty_like(images)
+    for channel, (lowest, again) in enumerate(((3, None), (5, 1 - hue), (1, hue - 5))):
+        depth = (hue - lowest).abs_().neg_().add_(2)
+        if again is not None:  # the other way round the circle
+            depth = torch.maximum(depth, again)
+        turned[:, channel] = torch.addcmul(value, chroma, depth.clamp_(0, 1), value=-1)
+    return turned
 
 
 def colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
@@ -302,13 +308,24 @@ def colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Blur images (n, c, h, w) by sigma (n,) pixels, cut at `radius`; edges reflect."""
-    n, c, _, width = images.shape
+    n, c, height, width = images.shape
     radius = min(radius, width - 1)
     offsets = torch.arange(-radius, radius + 1, device=images.device)
     weights = (-0.5 * (offsets / sigma[:, None]) ** 2).exp()
-    weights = repeat(weights / weights.sum(dim=1, keepdim=True), "n taps -> (n c) 1 1 taps", c=c)
-    padded = rearrange(F.pad(images, [radius] * 4, mode="reflect"), "n c h w -> 1 (n c) h w")
-    rows = F.conv2d(padded, weights, groups=n * c)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    padded = F.pad(images, [radius] * 4, mode="reflect")
+    if _on_cpu(images):  # where sums of shifted images take half the time of convolutions
+        blurred = torch.zeros_like(images)
+        for image, sums, taps in zip(padded, blurred, weights.tolist(), strict=True):
+            rows = torch.zeros(c, height + 2 * radius, width)
+            taps = [(i, tap) for i, tap in enumerate(taps) if tap > 1e-6]
+            for i, tap in taps:
+                rows.add_(image[:, :, i : i + width], alpha=tap)
+            for i, tap in taps:
+                sums.add_(rows[:, i : i + height], alpha=tap)
+        return blurred
+    weights = repeat(weights, "n taps -> (n c) 1 1 taps", c=c)
+    rows = F.conv2d(rearrange(padded, "n c h w -> 1 (n c) h w"), weights, groups=n * c)
     blurred = F.conv2d(rows, weights.mT, groups=n * c)
     return rearrange(blurred, "1 (n c) h w -> n c h w", n=n)
 
@@ -606,7 +623,8 @@ def _decode_opened(image: Image.Image, content: bytes) -> Tensor:
     if image.format == "JPEG" and image.mode in ("RGB", "L"):
         with contextlib.suppress(RuntimeError, AttributeError):  # or a torchvision without it
             encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            return torchvision.io.decode_jpeg(encoded, "RGB", apply_exif_orientation=True)
+            turns = "exif" in image.info
+            return torchvision.io.decode_jpeg(encoded, "RGB", apply_exif_orientation=turns)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
