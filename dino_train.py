@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import data
 from config import QUICKSTART, Config, parse_config, resolve, settle_precision
-from data import MultiCrop, StepSampler, hash_keys, permutation
+from data import ImageDataset, MultiCrop, StepSampler, hash_keys, permutation
 from distributed import (
     copy_buffers_of_main,
     has_compiler,
@@ -44,11 +44,9 @@ from losses import DinoLoss
 from models import DinoModel, skip_unread_tokens, update_teacher_EMA
 from monitor import (
     Monitor,
-    header,
     iterate,
     run_command,
     stop_requests,
-    warnings,
 )
 from optimizers import build_optimizer, clip_gradients
 from run_io import Run, RunError, TrainingState
@@ -179,16 +177,32 @@ class StepMeans:
         return {"teacher_entropy": entropy, "kl": loss - entropy, "feature_spread": spread}
 
 
-def knn_splits(config: dict, index_folder: Path) -> tuple[tuple[Dataset, Dataset] | None, str]:
-    """Give the images that k-NN remembers and is tested on, or None and why."""
-    if not config["run"]["knn_every"]:
-        return None, "--knn-every 0"
-    try:
-        memory, test = evaluation_splits(config, index_folder)
-    except ValueError as error:
-        return None, str(error)
-    order = permutation(len(memory), 0)[: config["run"]["knn_images"]]
-    return (Subset(memory, order.tolist()), test), ""
+def open_run(config: Config) -> tuple[Config, Accelerator, Run, ImageDataset]:
+    """Open processes, data and the run's folder, and fill in the config by them."""
+    config = settle_precision(config)
+    accelerator = make_accelerator(config.run.mixed_precision, config.run.log_with)
+    index_folder = data.index_folder(config.run.output_dir or Path("runs", "run"))
+    with accelerator.local_main_process_first():  # which may have to download or to scan
+        dataset = data.build_dataset(config.data.data, index_folder=index_folder)
+    config = resolve(config, dataset)
+    dataset.seed = config.run.seed
+    dataset.transform = partial(data.to_canvas, size=config.data.canvas_size)
+    run = Run(config, accelerator, dataset)
+    return run.settle(config), accelerator, run, dataset
+
+
+def knn_splits(run: Run) -> tuple[tuple[Dataset, Dataset] | None, str]:
+    """Give the images that k-NN remembers and is tested on, or None and why. A collective."""
+    splits, why = None, "--knn-every 0"
+    if run.config["run"]["knn_every"]:
+        try:
+            memory, test = evaluation_splits(run.config, data.index_folder(run.folder))
+            order = permutation(len(memory), 0)[: run.config["run"]["knn_images"]]
+            splits, why = (Subset(memory, order.tolist()), test), ""
+        except ValueError as error:
+            why = str(error)
+    run.require_same(splits and [len(split) for split in splits], "images to evaluate with")
+    return splits, why
 
 
 def train(config: Config) -> dict:
@@ -199,16 +213,8 @@ def train(config: Config) -> dict:
     images, with the last good checkpoint kept.
     """
     # ---- what is wrong fails here, before a file is written
-    config = settle_precision(config)
-    accelerator = make_accelerator(config.run.mixed_precision, config.run.log_with)
-    index_folder = data.index_folder(config.run.output_dir or Path("runs", "run"))
-    with accelerator.local_main_process_first():  # which may have to download or to scan
-        dataset = data.build_dataset(config.data.data, index_folder=index_folder)
-    dataset.seed = seed = config.run.seed
-    config = resolve(config, dataset)
-    dataset.transform = partial(data.to_canvas, size=config.data.canvas_size)
-    run = Run(config, accelerator, dataset)
-    config = run.settle(config)
+    config, accelerator, run, dataset = open_run(config)
+    seed = config.run.seed
     optim, device = config.optim, accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
     accumulation = accelerator.gradient_accumulation_steps = optim.accumulation_steps
@@ -219,8 +225,7 @@ def train(config: Config) -> dict:
 
     steps_per_epoch = sampler(range(0)).steps_per_epoch
     total_steps = optim.epochs * steps_per_epoch
-    splits, why_no_knn = knn_splits(run.config, index_folder)
-    run.require_same(splits and [len(split) for split in splits], "images to evaluate with")
+    splits, why_no_knn = knn_splits(run)
 
     # ---- student, teacher, loss, optimizer
     system, optimizer = build_networks(config, accelerator)
@@ -241,15 +246,7 @@ def train(config: Config) -> dict:
     # ---- files and terminal
     monitor = Monitor(run, accelerator, dataset, first, total_steps)
     say = partial(monitor.console.print, markup=False, soft_wrap=True)
-    monitor.console.print(header(config, accelerator, len(dataset), student))
-    if splits is None:
-        say(f"no k-NN during training: {why_no_knn}")
-    for warning in warnings(config, accelerator, student):
-        say(f"warning: {warning}")
-    if config.run.resume:
-        say(f"resumed {run.folder} after step {first:,} of {total_steps:,}")
-        for change in run.taken_over:
-            say(f"taken over: {change}")
+    monitor.introduce(config, student, why_no_knn)
     accelerator.wait_for_everyone()  # the others have looked into the folder by now
     run.open(first)
     if config.run.log_with:
@@ -291,8 +288,7 @@ def train(config: Config) -> dict:
             is_logged = step == total_steps or step % config.run.log_every == 0
             means = StepMeans(dino_loss, now.teacher_temp, is_logged)
             for micro in range(accumulation):
-                batch = next(batches)
-                monitor.note_unreadable(batch.index, batch.source)
+                batch = monitor.next_batch(batches)
                 crops = data.crops_of(batch, multi_crop, seed, device, stream)
                 # drop path draws from torch's generator: seeded by the step, a resumed run repeats
                 torch.manual_seed(int(hash_keys(seed, step, micro, rank)))

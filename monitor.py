@@ -8,6 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+
+try:
+    import resource
+except ImportError:
+    resource = None
 
 import torch
 import torch.distributed as dist
@@ -20,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from config import Config
-from data import ImageDataset
+from data import ImageDataset, Sample
 from distributed import has_compiler
 from run_io import Run, RunError
 
@@ -84,10 +90,11 @@ class Monitor:
         run: Run,
         accelerator: Accelerator,
         dataset: ImageDataset,
-        start: int,
+        first: int,
         total_steps: int,
     ) -> None:
         self.run, self.accelerator, self.dataset = run, accelerator, dataset
+        self.first, self.total_steps = first, total_steps
         self.console = Console(quiet=not accelerator.is_main_process)
         self.progress = Progress(
             *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
@@ -95,20 +102,37 @@ class Monitor:
             console=self.console,
             disable=not (self.console.is_terminal and accelerator.is_main_process),
         )
-        self.bar = self.progress.add_task("starting", total=total_steps, completed=start)
+        self.bar = self.progress.add_task("starting", total=total_steps, completed=first)
         self.losses: dict[int, Tensor] = {}  # by step, not yet read from the device
         self.unreadable = set(run.saved.get("unreadable", []))
         self.new_unreadable: set[int] = set()
         self.failure = ""  # of writing the log
         self.restart_clock()
 
+    def introduce(self, config: Config, student: nn.Module, why_no_knn: str) -> None:
+        """Say what is about to be trained, what is likely not meant, and where it goes on."""
+        say = partial(self.console.print, markup=False, soft_wrap=True)
+        self.console.print(header(config, self.accelerator, len(self.dataset), student))
+        if why_no_knn:
+            say(f"no k-NN during training: {why_no_knn}")
+        for warning in warnings(config, self.accelerator, student):
+            say(f"warning: {warning}")
+        if config.run.resume:
+            say(f"resumed {self.run.folder} after step {self.first:,} of {self.total_steps:,}")
+        for change in self.run.taken_over:
+            say(f"taken over: {change}")
+
     def restart_clock(self) -> None:
         """Leave out of images/s what was done since the last step."""
-        self.since, self.num_images = time.perf_counter(), 0
+        self.since, self.num_images, self.waited = time.perf_counter(), 0, 0.0
 
-    def note_unreadable(self, index: Tensor, source: Tensor) -> None:
-        """Remember the images (b,) of a batch that others stand for, until the next report."""
-        self.new_unreadable |= set(index[index != source].tolist()) - self.unreadable
+    def next_batch(self, batches: Iterator) -> Sample:
+        """Take a batch; the time that it takes is waiting for data, on a GPU while it works."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked
+        self.new_unreadable |= set(batch.index[batch.index != batch.source].tolist())
+        return batch
 
     def add(self, step: int, loss: Tensor, num_images: int) -> None:
         self.losses[step] = loss.detach()
@@ -128,8 +152,10 @@ class Monitor:
         self.accelerator.log(figures, step=step)
 
     def log_step(self, step: int, epoch: float, loss: float, lr: float, more: dict) -> None:
-        speed = self.num_images / (time.perf_counter() - self.since)
-        self.log(step, epoch, {"loss": loss, "lr": lr, "images_per_second": speed} | more)
+        seconds = time.perf_counter() - self.since
+        speed, waited = self.num_images / seconds, self.waited / seconds
+        values = {"loss": loss, "lr": lr, "images_per_second": speed, "data_wait": waited}
+        self.log(step, epoch, values | {"peak_memory_gib": peak_memory()} | more)
         text = f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} images/s"
         self.progress.update(self.bar, description=text)
         self.restart_clock()
@@ -171,6 +197,16 @@ class Monitor:
 
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
 STOP_SIGNALS += [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []  # Slurm's warning
+
+
+def peak_memory() -> float:
+    """Give the most memory in GiB that the main process has taken so far, of its GPU or its own."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    if resource is None:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def iterate(loader: DataLoader) -> Iterator:

@@ -227,6 +227,8 @@ def test_run_leaves_its_files_and_log_lines(tiny_run: Path) -> None:
     steps = [line for line in log if "loss" in line]
     assert {"step", "epoch", "loss", "lr", "images_per_second"} <= steps[0].keys()
     assert {"teacher_entropy", "kl", "feature_spread"} <= steps[0].keys()
+    assert 0 <= steps[0]["data_wait"] < 1
+    assert 0.1 < steps[0]["peak_memory_gib"] < 64
     assert steps[0]["kl"] + steps[0]["teacher_entropy"] == pytest.approx(steps[0]["loss"], rel=1e-5)
     assert [line["step"] for line in steps] == [10, 20]
     assert log[-1]["step"] == 20

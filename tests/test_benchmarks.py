@@ -1,0 +1,54 @@
+"""Each benchmark prints its table; what they measure is not asserted."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def run(name: str, *args: object) -> str:
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_loss_table(benchmark) -> None:
+    out = benchmark("bench_loss", "--k", 512, "--batch", 2, 4096, "--rounds", 1, "--most-gib", 0.1)
+    assert "loss, logits given" in out
+    assert "last layer and loss" in out
+    assert out.count("too large") == 4
+
+
+def test_knn_table_and_equal_accuracies(benchmark) -> None:
+    out = benchmark("bench_knn", "--train", 600, "--test", 120, "--classes", 5, "--rounds", 1)
+    assert "one search a k" in out
+    assert "accuracies differ by 0.000 points" in " ".join(out.split())
+
+
+def test_data_table(benchmark, tmp_path: Path) -> None:
+    for i in range(4):
+        Image.new("RGB", (60, 40), (9 * i, 99, 9)).save(tmp_path / f"{i}.jpg")
+    args = ("--canvas", 64, "--images", 4, "--rounds", 1, "--batch-size", 2)
+    out = benchmark("bench_data", tmp_path, *args)
+    for title in ("host part", "decoding and multi-crop on", "multi-crop alone on"):
+        assert title in out
+
+
+@pytest.mark.slow
+def test_step_and_end_to_end_tables(benchmark, tmp_path: Path) -> None:
+    for i in range(4):
+        Image.new("RGB", (60, 40), (9 * i, 99, 9)).save(tmp_path / f"{i}.jpg")
+    args = ("--arch", "resnet18", "--batch", 2, "--rounds", 1)
+    out = benchmark("bench_step", *args)
+    for said in ("GFLOP an image", "of the peak", "backward", "center and EMA", "resnet18, plain"):
+        assert said in out
+    out = benchmark("bench_train", tmp_path, *args, "--steps", 2, "--no-plain")
+    assert "waiting for data" in out
