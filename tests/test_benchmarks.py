@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -17,7 +18,10 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out
 
-    return run
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield run
+    torch.set_num_threads(threads)  # by which the last bits of other tests' runs differ
+    torch.set_float32_matmul_precision(precision)
 
 
 def test_loss_table(benchmark) -> None:

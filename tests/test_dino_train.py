@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dino_train
-from config import check_values, resolve
+from config import check_values, default_precision, resolve
 from data import MultiCrop, StepSampler, build_dataset, hash_keys
 from dino_train import (
     Config,
@@ -551,6 +551,52 @@ def test_folder_that_holds_a_run_is_refused_unless_told(
     train(tiny(folder, "--knn-every", 0, "--overwrite", "--seed", 9))
     assert losses(folder) != first
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_files_of_others_in_the_folder_stay(
+    tmp_path: Path, tiny: Callable[..., Config], tiny_flags: list[str]
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    names = ("vit-base.safetensors", "ckpt-mine.safetensors", ".tmpnotes", "state-1.safetensors")
+    for name in names:
+        (folder / name).write_text("mine")
+    train(tiny(folder, "--knn-every", 0, "--epochs", 1))
+    train(tiny(folder, "--knn-every", 0, "--epochs", 1, "--overwrite"))
+    assert all((folder / name).read_text() == "mine" for name in names)
+
+
+@pytest.mark.parametrize(
+    ("env", "bf16", "expected"),
+    [
+        ({}, True, "bf16"),
+        ({}, False, "fp16"),
+        # accelerate launch on one GPU sets both
+        ({"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no"}, True, "bf16"),
+        ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}, True, "no"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, True, "fp16"),
+        ({"ACCELERATE_USE_FSDP": "true"}, False, "no"),
+    ],
+)
+def test_precision_follows_launcher_and_gpu(
+    env: dict, bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert default_precision() == expected
+
+
+def test_resume_that_contradicts_itself_is_refused(tiny_run: Path, script) -> None:
+    result = script("dino_train", "--resume", tiny_run, "--output-dir", "elsewhere")
+    assert result.returncode == 2
+    assert f"got --resume {tiny_run} and --output-dir elsewhere" in result.stderr
+    result = script("dino_train", "--resume", tiny_run, "--overwrite")
+    assert result.returncode == 2
+    assert "--resume goes on with a run and --overwrite deletes it" in result.stderr
 
 
 def test_resume_with_another_model_or_data_is_refused(

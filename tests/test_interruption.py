@@ -170,6 +170,26 @@ def test_all_processes_stop_after_the_same_step(
 
 
 @pytest.mark.slow
+def test_signal_to_the_group_during_an_evaluation_saves(
+    tmp_path: Path, tiny_flags: list[str]
+) -> None:
+    """To its workers too, which are starting."""
+    folder = tmp_path / "run"
+    flags = [*tiny_flags, "--num-workers", "2", "--epochs", "20", "--output-dir", str(folder)]
+    command = [sys.executable, str(ROOT / "dino_train.py"), *flags]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    while not (folder / "log.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "stopped after step 1 of" in out
+    assert load_checkpoint(folder / "ckpt.safetensors")[1]["step"] == 1
+
+
+@pytest.mark.slow
 def test_launcher_that_is_killed_stops_the_run(tmp_path: Path, tiny_flags: list[str]) -> None:
     folder = tmp_path / "run"
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]

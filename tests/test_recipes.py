@@ -1,0 +1,91 @@
+"""Each recipe loads and trains, and the published ones hold the published numbers."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from config import Config, parse_config
+from dino_train import schedules, train
+from monitor import Monitor
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+# processes, images a step, epochs, peak lr, its end, decay at both ends, temperature at both ends
+# and its warm-up, clip, frozen epochs, local crops: the original's published arguments
+PUBLISHED = {
+    "vits16_100ep": (8, 512, 100, 1e-3, 1e-6, 0.04, 0.4, 0.04, 0.04, 0, 3, 1, 8),
+    "vits16_300ep": (16, 1024, 300, 2e-3, 1e-6, 0.04, 0.4, 0.04, 0.07, 30, 3, 1, 8),
+    "vits16_800ep": (16, 1024, 800, 2e-3, 1e-5, 0.04, 0.4, 0.04, 0.07, 30, 0, 1, 10),
+    "vits8_800ep": (64, 1024, 800, 2e-3, 1e-6, 0.04, 0.4, 0.04, 0.07, 30, 3, 1, 10),
+    "vitb16_400ep": (32, 1024, 400, 3e-3, 2e-6, 0.04, 0.4, 0.04, 0.07, 50, 0.3, 3, 10),
+    "vitb8_300ep": (176, 1056, 300, 2.0625e-3, 2e-6, 0.04, 0.4, 0.03, 0.07, 50, 3, 3, 10),
+    "resnet50_100ep": (8, 512, 100, 0.06, 1e-6, 1e-4, 1e-4, 0.04, 0.04, 0, 3, 1, 8),
+    "resnet50_800ep": (80, 4080, 800, 4.78125, 0.0048, 1e-6, 1e-6, 0.04, 0.07, 50, 0, 1, 6),
+}
+
+
+def load(path: Path, *flags: str) -> Config:
+    return parse_config(["--config", str(path), *flags])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_says_how_to_run_it_and_what_to_expect(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("command", "hardware"):
+        assert any(
+            line.startswith(f"#   {word}") or line.startswith(f"# {word}") for line in header
+        )
+    assert any("accuracy" in line or "result" in line for line in header)
+    load(path)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipe_has_the_published_schedules(name: str) -> None:
+    world, batch, epochs, peak, end, decay, decay_end, temp, temp_end, warm, *rest = PUBLISHED[name]
+    config = load(ROOT / "recipes" / f"{name}.yaml")
+    assert config.optim.batch_size * world == batch
+    steps = 1_281_167 // batch
+    first, last = (schedules(config, step, steps, batch) for step in (0, epochs * steps - 1))
+    warmed = schedules(config, 10 * steps, steps, batch)
+    assert config.optim.epochs == epochs
+    assert (first.lr, warmed.lr) == (0, pytest.approx(peak))
+    assert last.lr == pytest.approx(end, rel=0.01, abs=1e-7)
+    assert (first.weight_decay, last.weight_decay) == pytest.approx((decay, decay_end), rel=1e-4)
+    assert (first.teacher_temp, last.teacher_temp) == pytest.approx((temp, temp_end))
+    if warm:
+        before, after = (schedules(config, e * steps, steps, batch) for e in (warm - 2, warm - 1))
+        assert before.teacher_temp < after.teacher_temp == pytest.approx(temp_end)
+    assert (first.teacher_momentum, last.teacher_momentum) == pytest.approx((0.996, 1), abs=1e-6)
+    clip, frozen, num_local = rest
+    assert config.optim.clip_grad == clip
+    assert config.optim.freeze_last_layer_epochs == frozen
+    assert config.crops.num_local_crops == num_local
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_takes_a_step_in_a_tiny_size(
+    path: Path, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_vit = "vit" in load(path).model.arch
+    flags = ["--arch", "vit_tiny_patch16_224" if is_vit else "resnet10_half", "--batch-size", "8"]
+    flags += ["--data", str(image_folder), "--projection-hidden-dim", "16", "--knn-every", "0"]
+    flags += ["--projection-output-dim", "32", "--num-workers", "0", "--log-every", "1"]
+    stop_after(1, monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        train(load(path, *flags, "--output-dir", str(tmp_path / "run")))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "run" / "ckpt.safetensors").exists()
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    add: Callable = Monitor.add
+
+    def add_and_signal(self: Monitor, number: int, *args: object) -> None:
+        add(self, number, *args)
+        if number == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Monitor, "add", add_and_signal)
