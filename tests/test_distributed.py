@@ -246,7 +246,6 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--main_proces
             {},
             "--use_fsdp would train without FSDP on cpu, which needs GPUs",
         ),
-        ([sys.executable], {"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8 tasks"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these lines are right where there are GPUs")
