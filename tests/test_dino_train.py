@@ -330,7 +330,7 @@ def test_signal_to_the_whole_group_saves_and_can_go_on(
     tmp_path: Path, tiny_flags: list[str]
 ) -> None:
     """As Slurm and `timeout` send it: to the workers too, and more than once."""
-    flags = [*tiny_flags, "--num-workers", "2", "--log-every", "1", "--epochs", "12"]
+    flags = [*tiny_flags, "--num-workers", "2", "--log-every", "1", "--epochs", "6"]
     folder = tmp_path / "run"
     script = [sys.executable, str(ROOT / "dino_train.py"), *flags, "--output-dir", str(folder)]
     pipe = subprocess.PIPE
@@ -345,7 +345,7 @@ def test_signal_to_the_whole_group_saves_and_can_go_on(
     assert "Traceback" not in err
     saved = load_checkpoint(folder / "ckpt.safetensors")[1]["step"]
     assert saved >= 1
-    assert train(parse_config(["--resume", str(folder), "--epochs", "12"]))["step"] == 120
+    assert train(parse_config(["--resume", str(folder), "--epochs", "6"]))["step"] == 60
 
 
 def test_drop_path_repeats_on_resume_and_vit_trains_on_a_folder(
@@ -689,7 +689,8 @@ def test_warm_up_longer_than_the_run_is_said(tmp_path: Path, tiny_flags: list[st
 
 @pytest.mark.slow
 def test_quick_start_learns_within_minutes_and_beats_raw_pixels(tmp_path: Path) -> None:
-    result = train(parse_config(["--output-dir", str(tmp_path / "run")]))
+    flags = ["--knn-every", "12", "--output-dir", str(tmp_path / "run")]
+    result = train(parse_config(flags))
     assert result["knn_top1"] - result["knn_top1_untrained"] >= 20
     memory, test = (build_dataset("patterns", split) for split in ("memory", "test"))
     for mean in (0, memory.images.float().mean(dim=0)):

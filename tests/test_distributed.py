@@ -51,7 +51,6 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, vit_flags: list[str]) 
     [
         (4, 2, {}),
         pytest.param(4, 1, {"world": 2}, id="ddp"),
-        pytest.param(2, 2, {"world": 2}, id="ddp-accumulation", marks=pytest.mark.slow),
         pytest.param(4, 1, {"world": 2, "fsdp": True}, id="fsdp", marks=pytest.mark.slow),
     ],
 )
@@ -355,7 +354,7 @@ def test_slurm_job_saves_at_the_warning_requeues_and_goes_on(
         "SLURM_JOB_NODELIST": "n[1-2]",
         "PATH": path,
     }
-    flags = [*vit_flags, "--batch-size", "4", "--log-every", "1", "--epochs", "3"]
+    flags = [*vit_flags, "--batch-size", "4", "--log-every", "1", "--epochs", "2"]
     command = ["bash", str(ROOT / "launch" / "slurm.sh"), "run", *flags]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     first = subprocess.Popen(command, cwd=tmp_path, env=os.environ | job, **pipe)
@@ -374,7 +373,7 @@ def test_slurm_job_saves_at_the_warning_requeues_and_goes_on(
     assert again.returncode == 0, again.stdout
     assert "resumed run after step" in again.stdout
     assert (tmp_path / "scontrol.txt").read_text().count("requeue") == 1
-    assert [line["step"] for line in read_log(tmp_path / "run")] == list(range(1, 31))
+    assert [line["step"] for line in read_log(tmp_path / "run")] == list(range(1, 21))
 
 
 def test_batch_norms_of_several_gpus_become_one() -> None:

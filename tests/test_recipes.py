@@ -72,7 +72,16 @@ def test_recipe_takes_a_step_in_a_tiny_size(
     is_vit = "vit" in load(path).model.arch
     flags = ["--arch", "vit_tiny_patch16_224" if is_vit else "resnet10_half", "--batch-size", "8"]
     flags += ["--data", str(image_folder), "--projection-hidden-dim", "16", "--knn-every", "0"]
-    flags += ["--projection-output-dim", "32", "--num-workers", "0", "--log-every", "1"]
+    flags += [
+        "--num-local-crops",
+        "1",
+        "--projection-output-dim",
+        "32",
+        "--num-workers",
+        "0",
+        "--log-every",
+        "1",
+    ]
     stop_after(1, monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         train(load(path, *flags, "--output-dir", str(tmp_path / "run")))

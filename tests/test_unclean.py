@@ -215,7 +215,7 @@ SMALL = ("--batch-size", "50", "--log-every", "1", "--save-every", "2", "--knn-e
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [2])
 def test_run_names_each_unreadable_file_once_and_counts_them(
     world: int, unclean: Path, tmp_path: Path, launch: Callable[..., Answer], tiny_flags: list[str]
 ) -> None:
