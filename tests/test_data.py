@@ -524,7 +524,7 @@ def test_crops_of_a_batch_are_those_of_its_keys() -> None:
     assert all(torch.equal(a, b) for a, b in zip(crops, expected, strict=True))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_crops_are_the_same_on_what_is_no_cpu(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,6 +249,7 @@ def test_checkpoint_is_the_teacher_with_its_recipe(tiny_run: Path) -> None:
     assert metadata["metrics"]["knn_top1"] == read_log(tiny_run)[-1]["knn_top1"]
 
 
+@pytest.mark.slow
 def test_same_seed_same_losses_bit_for_bit(tmp_path: Path, tiny: Callable[..., Config]) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         train(tiny(tmp_path / name, "--seed", seed, "--log-every", 5, "--knn-every", 0))
@@ -348,6 +349,7 @@ def test_signal_to_the_whole_group_saves_and_can_go_on(
     assert train(parse_config(["--resume", str(folder), "--epochs", "6"]))["step"] == 60
 
 
+@pytest.mark.slow
 def test_drop_path_repeats_on_resume_and_vit_trains_on_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -388,6 +390,7 @@ def test_last_layer_waits_in_the_first_epochs(tmp_path: Path, tiny: Callable[...
     assert not torch.equal(free, initial)
 
 
+@pytest.mark.slow
 def test_bf16_trains_with_a_float32_loss(tmp_path: Path, tiny_flags: list[str]) -> None:
     # 48 px, since bfloat16 convolutions of 1 x 1 pixel have broken gradients on some CPUs
     flags = ["--mixed-precision", "bf16", "--knn-every", "0", "--batch-size", "40"]
@@ -669,6 +672,7 @@ def test_log_cut_off_by_a_kill_does_not_hinder_resuming(tmp_path: Path, tiny) ->
     assert [line["step"] for line in read_log(folder)] == [10, 20, 30]
 
 
+@pytest.mark.slow
 def test_train_folder_with_classes_and_flat_val_trains_without_knn(
     tmp_path: Path, tiny_flags: list[str], script
 ) -> None:

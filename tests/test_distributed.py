@@ -49,7 +49,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, vit_flags: list[str]) 
 @pytest.mark.parametrize(
     ("images", "accumulation", "launch_as"),
     [
-        (4, 2, {}),
+        pytest.param(4, 2, {}, id="accumulation", marks=pytest.mark.slow),
         pytest.param(4, 1, {"world": 2}, id="ddp"),
         pytest.param(4, 1, {"world": 2, "fsdp": True}, id="fsdp", marks=pytest.mark.slow),
     ],

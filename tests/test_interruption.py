@@ -226,6 +226,7 @@ def test_worker_that_dies_is_an_error_and_no_hang(tmp_path: Path, tiny_flags: li
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_older_states_and_teachers_of_epochs_are_kept_as_asked(
     tmp_path: Path, tiny_flags: list[str]
 ) -> None:
@@ -256,6 +257,7 @@ def test_state_is_saved_after_so_many_minutes(tmp_path: Path, launch, tiny_flags
     assert load_checkpoint(folder / "ckpt.safetensors")[1]["step"] == 7
 
 
+@pytest.mark.slow
 def test_resume_names_all_that_differs_and_takes_over_what_is_harmless(
     tmp_path: Path, script, tiny_flags: list[str]
 ) -> None:
