@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import tyro
@@ -22,6 +22,7 @@ from data import CropConfig, ImageDataset, resolve_crop_sizes
 from distributed import cores_per_process, is_set
 from models import ModelConfig, get_backbone
 
+T = TypeVar("T")
 QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
 
 
@@ -186,11 +187,10 @@ def settle_precision(config: Config) -> Config:
 
 
 def resolve(config: Config, dataset: ImageDataset) -> Config:
-    """Fill in what follows from data, architecture and device where it is None.
+    """Fill in what follows from data and architecture where it is None, for checked values.
 
-    Raises ValueError for values out of range and for sizes that do not fit each other.
+    Raises ValueError for sizes that do not fit each other.
     """
-    config = settle_precision(config)
     model, source = config.model, config.data
     short, long = dataset.typical_size()
     with torch.device("meta"):  # shapes alone: neither memory nor time
@@ -250,8 +250,11 @@ def parse_config(args: Sequence[str], description: str | None = None) -> Config:
         flags = [*recipe_flags(recipe), *flags, "--config", str(recipe)]
     if output_dir is not None:
         flags += ["--output-dir", str(output_dir)]
+    return read_flags(Config, flags, description)
+
+
+def read_flags(kind: type[T], flags: Sequence[str] | None, description: str | None) -> T:
+    """Read flags, or the command line's, as a dataclass; the first of several processes speaks."""
     speaks = os.environ.get("RANK", "0") == "0"
     flat = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(
-        Config, args=flags, description=description, config=flat, console_outputs=speaks
-    )
+    return tyro.cli(kind, args=flags, description=description, config=flat, console_outputs=speaks)

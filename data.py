@@ -65,6 +65,12 @@ def permutation(num: int, *parts: int) -> Tensor:
     return hash_keys(*parts, torch.arange(num)).argsort()
 
 
+def batch_factors(batch_size: int, world: int, accumulation_steps: int) -> str:
+    """Say what a step's batch is made of, as `4 x 2 processes`."""
+    factors = {"processes": world, "accumulation steps": accumulation_steps}
+    return f"{batch_size}" + "".join(f" x {num} {x}" for x, num in factors.items() if num > 1)
+
+
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Yield the (epoch, index) pairs of each micro-batch, from any step on, cut by rank.
 
@@ -81,9 +87,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self.seed, self.rank, self.world, self.micro = seed, rank, world, accumulation_steps
         self.steps_per_epoch = num_images // (batch_size * world * accumulation_steps)
         if self.steps_per_epoch == 0:
-            factors = {"processes": world, "accumulation steps": accumulation_steps}
-            more = "".join(f" x {num} {name}" for name, num in factors.items() if num > 1)
-            batch = f"{batch_size}{more}"
+            batch = batch_factors(batch_size, world, accumulation_steps)
             raise ValueError(f"need a batch of at most {num_images} images, the data; got {batch}")
 
     def __len__(self) -> int:
@@ -686,7 +690,7 @@ def _scan(source: Path, index_folder: Path | None) -> _Found:
         from tar_shards import TarImages, scan_tars  # here, since this file works without it
 
         members = _indexed(source, index_folder, partial(scan_tars, tars, IMAGE_SUFFIXES))
-        classes = members.pop("classes")
+        classes = np.char.decode(members.pop("classes"), "utf-8", "surrogateescape")
         found = _Found(TarImages(members), classes if all(classes) else None)
     else:
         paths = _indexed(source, index_folder, partial(_walk, source))["paths"]
@@ -750,22 +754,16 @@ def _folder(root: Path, split: str, index_folder: Path | None) -> ImageDataset:
     kinds = None if found.classes is None else np.unique(found.classes)
     if split == "test" and has_test:
         found = _scan(test, index_folder)
-        unknown = (
-            [] if kinds is None or found.classes is None else np.setdiff1d(found.classes, kinds)
-        )
+        has_classes = kinds is not None and found.classes is not None
+        unknown = np.setdiff1d(found.classes, kinds) if has_classes else []
         if len(unknown):
-            names = ", ".join(map(_text, unknown[:5]))
-            raise ValueError(f"{test} has classes that {train} lacks: {names}")
+            raise ValueError(f"{test} has classes that {train} lacks: {', '.join(unknown[:5])}")
     elif split != "train" and not has_test:
         rows = np.flatnonzero(held_out(len(found.images)) == (split == "test"))
         found = _Found(found.images[rows], found.classes if kinds is None else found.classes[rows])
     if kinds is None or found.classes is None:
         return ImageDataset(found.images, None)
     return ImageDataset(found.images, np.searchsorted(kinds, found.classes))
-
-
-def _text(name: str | bytes) -> str:
-    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
 def held_out(num_images: int) -> np.ndarray:

@@ -42,12 +42,7 @@ from distributed import (
 from eval_knn import evaluation_splits, features_of_splits, knn_accuracy
 from losses import DinoLoss
 from models import DinoModel, skip_unread_tokens, update_teacher_EMA
-from monitor import (
-    Monitor,
-    iterate,
-    run_command,
-    stop_requests,
-)
+from monitor import Monitor, iterate, run_command, stop_requests
 from optimizers import build_optimizer, clip_gradients
 from run_io import Run, RunError, TrainingState
 
@@ -167,13 +162,15 @@ class StepMeans:
     def loss(self) -> Tensor:
         return torch.stack(self.losses).mean()
 
-    def log_figures(self, accelerator: Accelerator) -> dict[str, float]:
-        """Give teacher entropy, KL divergence and features' spread. A collective, a sync point."""
-        means = torch.cat([self.loss[None], torch.stack(self.figures).mean(dim=0)])
-        means = accelerator.reduce(means, reduction="mean")
-        loss, entropy = means[:2].tolist()
+    def log_figures(self, loss: float, accelerator: Accelerator) -> dict[str, float]:
+        """Give teacher entropy, KL divergence and features' spread. A collective, a sync point.
+
+        `loss` is the step's mean over all processes.
+        """
+        means = accelerator.reduce(torch.stack(self.figures).mean(dim=0), reduction="mean")
+        entropy = means[0].item()
         # the deviation of directions of length 1 follows from their mean: 0 when all are one
-        spread = (1 - means[2:].square().sum()).clamp(min=0).sqrt().item()
+        spread = (1 - means[1:].square().sum()).clamp(min=0).sqrt().item()
         return {"teacher_entropy": entropy, "kl": loss - entropy, "feature_spread": spread}
 
 
@@ -330,7 +327,7 @@ def train(config: Config) -> dict:
             if is_logged or is_saved:
                 monitor.report_unreadable(step, epoch)
             if is_logged:
-                figures = means.log_figures(accelerator)
+                figures = means.log_figures(last_loss, accelerator)
                 monitor.log_step(step, epoch, last_loss, now.lr, figures)
             if evaluates:
                 evaluate(step)

@@ -10,12 +10,10 @@ Axes: n train images, m test images, d features, c classes.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import tyro
@@ -29,12 +27,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
+from config import read_flags
 from data import ImageDataset, build_dataset, center_crop, collate, index_folder
 from distributed import make_accelerator
 from models import load_checkpoint, load_tensors, save_tensors
 from monitor import iterate, run_command
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -220,13 +217,6 @@ def checkpoint_features(options: EvalConfig, accelerator: Accelerator) -> tuple[
     return tensors, facts
 
 
-def parse_options(kind: type[T], description: str) -> T:
-    """Read an evaluation's command line; of several processes the first alone speaks."""
-    speaks = os.environ.get("RANK", "0") == "0"
-    flat = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(kind, description=description, config=flat, console_outputs=speaks)
-
-
 def report(facts: dict, table: Table, results: dict, json_out: Path | None) -> None:
     """Print the table under a line of facts, and write both to `json_out`."""
     console = Console()
@@ -242,7 +232,7 @@ def report(facts: dict, table: Table, results: dict, json_out: Path | None) -> N
 
 
 def main() -> None:
-    options = parse_options(KnnConfig, __doc__)
+    options = read_flags(KnnConfig, None, __doc__)
     check_votes(options.ks, options.temperature)
     out = options.features_out
     check_folder(out, "features")

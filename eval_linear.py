@@ -17,9 +17,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from config import read_flags
 from data import permutation
 from distributed import make_accelerator
-from eval_knn import EvalConfig, checkpoint_features, parse_options, report
+from eval_knn import EvalConfig, checkpoint_features, report
 from monitor import run_command
 
 
@@ -91,7 +92,7 @@ def linear_accuracy(
 
 
 def main() -> None:
-    options = parse_options(LinearConfig, __doc__)
+    options = read_flags(LinearConfig, None, __doc__)
     check_probes(options)
     accelerator = make_accelerator()
     tensors, facts = checkpoint_features(options.evaluation, accelerator)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from config import Config
-from data import ImageDataset, Sample
+from data import ImageDataset, Sample, batch_factors
 from distributed import has_compiler
 from run_io import Run, RunError
 
@@ -37,8 +37,7 @@ def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.
     """Lay out what is about to be trained, on what, and how."""
     optim, crops, world = config.optim, config.crops, accelerator.num_processes
     batch = optim.batch_size * world * optim.accumulation_steps
-    factors = {"processes": world, "accumulation steps": optim.accumulation_steps}
-    more = "".join(f" x {num} {name}" for name, num in factors.items() if num > 1)
+    factors = batch_factors(optim.batch_size, world, optim.accumulation_steps)
     device = accelerator.device.type
     name = torch.cuda.get_device_name() if device == "cuda" else device
     backbone, head = (sum(p.numel() for p in part.parameters()) / 1e6 for part in model.children())
@@ -54,7 +53,7 @@ def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.
         "data": f"{config.data.data}: {num_images:,} images, "
         f"crops 2 of {crops.global_crop_size}{local} px",
         "device": f"{world} x {name}{kind}, {precision}{compiled}",
-        "batch": f"{batch} images{f' ({optim.batch_size}{more})' * bool(more)}, "
+        "batch": f"{batch} images{f' ({factors})' * (optim.batch_size < batch)}, "
         f"{num_images // batch:,} steps an epoch, {optim.epochs} epochs",
         "optimizer": f"{optim.optimizer}, lr {optim.lr * batch / 256:.3g} "
         f"({optim.lr:g} x {batch} / 256)",
@@ -260,7 +259,7 @@ def run_command(main: Callable[[], object]) -> None:
         speaks = os.environ.get("RANK" if agreed else "LOCAL_RANK", "0") == "0"
         if speaks or isinstance(error, OSError):
             print(f"error: {text}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError | RunError) else 2)
+        sys.exit(1 if agreed else 2)
     except RuntimeError as error:  # raised anywhere, also by torch's signal handler
         reason = (str(error).strip().splitlines() or [""])[0]
         if "DataLoader worker" in reason:

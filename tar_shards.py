@@ -118,9 +118,8 @@ def _members(file: BufferedReader, path: str, end: int) -> list[tarfile.TarInfo]
                 members += [member] if member.isfile() else []
                 tar.members = []  # or all headers stay in memory
             file.seek(tar.offset)
-            if tar.offset < end and any(
-                file.read(tarfile.BLOCKSIZE)
-            ):  # tarfile ends quietly at a header that is broken
+            # tarfile ends quietly at a header that is broken
+            if tar.offset < end and any(file.read(tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError("what follows is no header")
     except (tarfile.TarError, EOFError) as error:
         text = f"{path} is damaged, compressed or no tar, at {last}: {error}"

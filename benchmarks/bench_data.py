@@ -25,7 +25,6 @@ from data import (
     build_dataset,
     collate,
     hash_keys,
-    to_canvas,
 )
 
 
@@ -71,9 +70,7 @@ def main() -> None:
     theirs = {name: baseline.PlainDataset(paths, a) for name, a in augmentations.items()}
 
     def ours(size: int) -> Dataset:
-        dataset = build_dataset(str(options.folder), canvas_size=size)
-        dataset.transform = partial(to_canvas, size=size)
-        return dataset
+        return build_dataset(str(options.folder), canvas_size=size)
 
     # ---- host part
     variants = {name: loaded(dataset, options) for name, dataset in theirs.items()}

@@ -22,10 +22,12 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_train import DinoSystem
+from config import Config, RunConfig
+from dino_train import build_networks
+from distributed import make_accelerator
 from losses import DinoLoss
-from models import DinoModel, ModelConfig, skip_unread_tokens, update_teacher_EMA
-from optimizers import build_optimizer, clip_gradients
+from models import DinoModel, ModelConfig, update_teacher_EMA
+from optimizers import clip_gradients
 
 K, TEMP, CLIP, MOMENTUM = 65536, 0.04, 3.0, 0.996
 Marks = list[tuple[str, float]]
@@ -48,8 +50,12 @@ def autocast(options: Options) -> torch.autocast:
     return torch.autocast(measure.device().type, torch.bfloat16, enabled=is_on)
 
 
+def model_config(arch: str) -> ModelConfig:
+    return ModelConfig(arch=arch, projection_hidden_dim=2048, projection_output_dim=K)
+
+
 def networks(arch: str) -> tuple[DinoModel, DinoModel]:
-    config = ModelConfig(arch=arch, projection_hidden_dim=2048, projection_output_dim=K)
+    config = model_config(arch)
     student, teacher = DinoModel.from_config(config), DinoModel.from_config(config)
     teacher.load_state_dict(student.state_dict())
     return student, teacher.requires_grad_(False)
@@ -57,18 +63,13 @@ def networks(arch: str) -> tuple[DinoModel, DinoModel]:
 
 def our_step(arch: str, options: Options) -> Callable[[list[Tensor]], Marks]:
     device = measure.device()
-    student, teacher = networks(arch)
-    for network in (student, teacher):
-        skip_unread_tokens(network.backbone)
-    system = DinoSystem(student, teacher).to(device, memory_format=torch.channels_last).train()
+    config = Config(model=model_config(arch), run=RunConfig(compile=options.compile))
+    system, optimizer = build_networks(config, make_accelerator())  # as training does
+    system = system.to(device).train()
+    student, teacher = system.student, system.teacher
     loss_of = DinoLoss(K).to(device)
     if options.compile:
-        from distributed import repeated_blocks
-
         loss_of.compile()
-        for block in repeated_blocks(system):
-            block.compile(dynamic=False)
-    optimizer = build_optimizer(student, "adamw")
 
     def step(crops: list[Tensor]) -> Marks:
         marks = [("", now())]

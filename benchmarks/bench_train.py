@@ -34,16 +34,8 @@ class Options(bench_step.Options):
     steps: int = 4 if not torch.cuda.is_available() else 50  # measured, after a tenth of them
 
 
-def endless(loader_of: Callable[[int], DataLoader]) -> Iterator:
-    epoch = 0
-    while True:
-        yield from loader_of(epoch)
-        epoch += 1
-
-
 def our_crops(options: Options) -> Iterator[list[Tensor]]:
-    dataset = build_dataset(str(options.folder))
-    dataset.transform = partial(data.to_canvas, size=options.canvas)
+    dataset = build_dataset(str(options.folder), canvas_size=options.canvas)
     # as if the images were repeated, for folders smaller than a batch
     images = torch.arange(max(len(dataset), options.batch * 20)) % len(dataset)
     dataset.images = dataset.images[images.numpy()]
@@ -77,8 +69,9 @@ def cut_in_workers(augment: Callable, options: Options) -> Iterator[list[Tensor]
         persistent_workers=True,
         pin_memory=device.type == "cuda",
     )
-    for crops in endless(lambda epoch: loader):
-        yield [crop.to(device, non_blocking=True) for crop in crops]
+    while True:
+        for crops in loader:
+            yield [crop.to(device, non_blocking=True) for crop in crops]
 
 
 def cut_each(pipelines: list[Callable], image: object) -> list[Tensor]:

@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from data import draw_patterns
-from monitor import run_command
+from monitor import Monitor, run_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +35,25 @@ def parity() -> dict[str, Tensor]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+MEASURED = ("images_per_second", "data_wait", "peak_memory_gib")  # a run's own, in its log
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, stop_step: int, number: int) -> None:
+    """Let a run receive a signal in a step."""
+    add = Monitor.add
+
+    def add_and_signal(self: Monitor, step: int, *args: object) -> None:
+        add(self, step, *args)
+        if step == stop_step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Monitor, "add", add_and_signal)
 
 
 class Result(NamedTuple):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import ROOT
+from conftest import ROOT, read_log, stop_at
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dino_train
-from config import check_values, default_precision, resolve
+from config import check_values, default_precision, resolve, settle_precision
 from data import MultiCrop, StepSampler, build_dataset, hash_keys
 from dino_train import (
     Config,
@@ -37,7 +37,6 @@ from dino_train import (
 from eval_knn import knn_accuracy
 from losses import DinoLoss
 from models import DinoModel, DinoProjectionHead, load_checkpoint
-from monitor import Monitor
 from run_io import Run, TrainingState
 
 
@@ -47,10 +46,6 @@ def tiny(tiny_flags: list[str]) -> Callable[..., Config]:
     return lambda folder, *flags: parse_config(
         [*tiny_flags, "--output-dir", str(folder), *map(str, flags)]
     )
-
-
-def read_log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -261,17 +256,6 @@ def test_config_file_of_a_run_reproduces_it(tmp_path: Path, tiny_run: Path) -> N
     args = ["--config", str(tiny_run / "config.yaml"), "--output-dir", str(tmp_path / "again")]
     train(parse_config(args))
     assert losses(tmp_path / "again") == losses(tiny_run)
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, stop_step: int, number: int) -> None:
-    add = Monitor.add
-
-    def add_and_signal(self: Monitor, step: int, *args: object) -> None:
-        add(self, step, *args)
-        if step == stop_step:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(Monitor, "add", add_and_signal)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
@@ -648,7 +632,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, tiny) -> No
     config = tiny(tmp_path / "run", "--knn-every", 0)
     train(config)
     dataset = build_dataset(config.data.data)
-    config = resolve(replace(config, run=replace(config.run, resume=True)), dataset)
+    config = resolve(
+        settle_precision(replace(config, run=replace(config.run, resume=True))), dataset
+    )
     run = Run(config, Accelerator(cpu=True), dataset)
     run.settle(config)
     model = DinoModel.from_config(replace(config.model, image_size=16))

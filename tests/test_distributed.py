@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from conftest import ROOT, Answer
+from conftest import MEASURED, ROOT, Answer, read_log
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -28,10 +28,6 @@ from dino_train import train
 from models import get_backbone
 
 Launch = Callable[..., Answer]
-
-
-def read_log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------- equal results
@@ -123,7 +119,7 @@ def test_two_identical_runs_of_two_processes_are_bit_identical(
     assert all(torch.equal(one[key], other[key]) for key in one)
     logs = [read_log(tmp_path / name) for name in "ab"]
     for first, second in zip(*logs, strict=True):
-        for measured in ("images_per_second", "data_wait", "peak_memory_gib"):
+        for measured in MEASURED:
             first.pop(measured, None), second.pop(measured, None)
         assert first == second
 

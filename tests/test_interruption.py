@@ -1,6 +1,5 @@
 """Runs that are killed, stopped or out of disk, against runs that were left alone."""
 
-import json
 import os
 import random
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Answer, same_files
+from conftest import MEASURED, ROOT, Answer, read_log, same_files
 from safetensors.torch import load_file
 
 from config import parse_config
@@ -23,10 +22,6 @@ from models import load_checkpoint
 Launch = Callable[..., Answer]
 
 
-def read_log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     """The same losses, and the same tensors bit for bit; each step once in the log."""
     logs = []
@@ -34,7 +29,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         lines = [line for line in read_log(folder) if "loss" in line]
         assert len({line["step"] for line in lines}) == len(lines)
         for line in lines:
-            for measured in ("images_per_second", "data_wait", "peak_memory_gib"):
+            for measured in MEASURED:
                 del line[measured]
         logs.append(lines + [line for line in read_log(folder) if "knn_top1" in line])
     assert logs[0] == logs[1]
@@ -68,8 +63,8 @@ INTERRUPTED = (
     *("--batch-size", "2", "--accumulation-steps", "2", "--num-workers", "2", "--epochs", "2"),
     *("--log-every", "1", "--save-every", "3", "--keep-last", "2", "--keep-every", "1"),
 )
-# each dies at its n-th save, evaluation or step of that start; the first two while a file is
-# written, the next two between state and checkpoint, then with the run's folder half open
+# each dies at the n-th such call of its start: while a file is written, between checkpoint and
+# state, with the run's folder half open, in an evaluation, in a step
 PLACES = (
     *(["os.replace", 3], ["os.replace", 5], ["run_io.save_tensors", 2], ["run_io._link", 3]),
     *(["run_io.write_text", 1], ["run_io.write_text", 2], ["os.link", 1], ["os.fsync", 2]),

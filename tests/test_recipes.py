@@ -1,15 +1,13 @@
 """Each recipe loads and trains, and the published ones hold the published numbers."""
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, stop_at
 
 from config import Config, parse_config
 from dino_train import schedules, train
-from monitor import Monitor
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # processes, images a step, epochs, peak lr, its end, decay at both ends, temperature at both ends
@@ -82,19 +80,8 @@ def test_recipe_takes_a_step_in_a_tiny_size(
         "--log-every",
         "1",
     ]
-    stop_after(1, monkeypatch)
+    stop_at(monkeypatch, 1, signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         train(load(path, *flags, "--output-dir", str(tmp_path / "run")))
     assert stopped.value.code == 128 + signal.SIGTERM
     assert (tmp_path / "run" / "ckpt.safetensors").exists()
-
-
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    add: Callable = Monitor.add
-
-    def add_and_signal(self: Monitor, number: int, *args: object) -> None:
-        add(self, number, *args)
-        if number == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Monitor, "add", add_and_signal)
