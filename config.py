@@ -76,6 +76,10 @@ class RunConfig:
     output_dir: Path | None = None  # for the run's files; None: runs/DATA-ARCH, numbered
     resume: bool = False  # go on with the run of --output-dir; also: --resume FOLDER
     overwrite: bool = False  # delete the run that --output-dir holds
+    # weights to start from: a ckpt.safetensors, an original's .pth, or a name such as dino_vits16;
+    # its head too, where it has one; --resume goes on with a run instead
+    init_from: str | None = None
+    init_network: Literal["teacher", "student"] = "teacher"  # of --init-from, where it holds both
     seed: int = 0  # of weights, order and crops
     # of the networks; loss, center and EMA are float32; None: bf16 on a GPU (fp16 on old ones),
     # else no
@@ -161,6 +165,8 @@ def check_values(config: Config) -> None:
                     raise ValueError(f"need --{name.replace('_', '-')} {bounds}, got {number}")
     if config.run.overwrite and config.run.output_dir is None:
         raise ValueError("--overwrite needs the --output-dir whose run it deletes")
+    if config.run.init_from and config.model.pretrained:
+        raise ValueError("--init-from and --pretrained both name weights to start from: need one")
     tracker = config.run.log_with
     # a folder of its name is found too, without an origin
     if tracker and getattr(importlib.util.find_spec(tracker), "origin", None) is None:

@@ -459,11 +459,15 @@ def crops_of(
 # ---------------------------------------------------------------- patterns
 
 
-def draw_patterns(index: Tensor, size: int = 48) -> Tensor:
-    """Draw textures (n, 3, size, size) uint8 of ten classes; index % 10 is the class.
+PATTERNS = ("stripes", "checks", "dots", "rings", "waves", "grid", "bricks", "honeycomb")
+PATTERNS += ("crosses", "triangles")
 
-    Stripes, checks, dots, rings, waves, grid, bricks, honeycomb, crosses, triangles. Angle, scale,
-    phase and near-grey colours are random in the index, so that only the structure tells the class.
+
+def draw_patterns(index: Tensor, size: int = 48) -> Tensor:
+    """Draw textures (n, 3, size, size) uint8 of ten classes; index % 10 is the class in PATTERNS.
+
+    Angle, scale, phase and near-grey colours are random in the index, so that only the structure
+    tells the class.
     """
     draws = uniforms(hash_keys(index), 12)
     angle, scale, right, down = rearrange(draws[:, :4], "n draw -> draw n 1 1")
@@ -534,8 +538,11 @@ class ImageDataset(Dataset):
     cannot be decoded is replaced by the next of the epoch's order, by `seed`, that can.
     """
 
-    def __init__(self, images: Sequence, labels: np.ndarray | None) -> None:
+    def __init__(
+        self, images: Sequence, labels: np.ndarray | None, classes: Sequence[str] | None = None
+    ) -> None:
         self.images, self.labels, self.seed = images, labels, 0
+        self.classes = classes  # the labels' names, where they have any
         self.transform: Callable[[Tensor], Tensor] = torch.nn.Identity()
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch that needed it last
 
@@ -763,7 +770,8 @@ def _folder(root: Path, split: str, index_folder: Path | None) -> ImageDataset:
         found = _Found(found.images[rows], found.classes if kinds is None else found.classes[rows])
     if kinds is None or found.classes is None:
         return ImageDataset(found.images, None)
-    return ImageDataset(found.images, np.searchsorted(kinds, found.classes))
+    labels = np.searchsorted(kinds, found.classes)
+    return ImageDataset(found.images, labels, kinds.tolist())
 
 
 def held_out(num_images: int) -> np.ndarray:
@@ -783,7 +791,9 @@ def _torchvision_set(name: str, split: str) -> ImageDataset:
     names = ("targets", "labels", "_labels")
     labels = next((getattr(images, name) for name in names if hasattr(images, name)), None)
     labels = np.array([label for _, label in images._samples] if labels is None else labels)
-    return ImageDataset(images, labels)
+    names = getattr(images, "classes", None)  # Imagenette's are tuples of synonyms
+    names = names and [name if isinstance(name, str) else name[0] for name in names]
+    return ImageDataset(images, labels, names)
 
 
 def build_dataset(
@@ -803,7 +813,7 @@ def build_dataset(
     if data == "patterns":
         num_images, first = (1000, 1 << 32) if split == "test" else (2000, 0)
         index = torch.arange(first, first + num_images)
-        dataset = ImageDataset(draw_patterns(index), (index % 10).numpy())
+        dataset = ImageDataset(draw_patterns(index), (index % 10).numpy(), PATTERNS)
     elif data in TORCHVISION_SETS:
         dataset = _torchvision_set(data, split)
     elif Path(data).is_dir() or (data.endswith(".tar") and Path(data).is_file()):

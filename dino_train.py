@@ -39,12 +39,14 @@ from distributed import (
     make_accelerator,
     stop_with_launcher,
 )
-from eval_knn import evaluation_splits, features_of_splits, knn_accuracy
+from eval_knn import knn_accuracy
+from features import evaluation_splits, features_of_splits
 from losses import DinoLoss
 from models import DinoModel, skip_unread_tokens, update_teacher_EMA
 from monitor import Monitor, iterate, run_command, stop_requests
 from optimizers import build_optimizer, clip_gradients
 from run_io import Run, RunError, TrainingState
+from weights import load_weights
 
 # ---------------------------------------------------------------- schedules
 
@@ -117,6 +119,9 @@ def build_networks(config: Config, accelerator: Accelerator) -> tuple[DinoSystem
     """Build student, teacher and optimizer, the same in every process, ready to be prepared."""
     torch.manual_seed(config.run.seed)
     student = DinoModel.from_config(config.model)
+    if config.run.init_from:
+        for line in load_weights(student, config.run.init_from, config.run.init_network):
+            accelerator.print(line)
     teacher = DinoModel.from_config(replace(config.model, drop_path_rate=0.0, pretrained=False))
     teacher.load_state_dict(student.state_dict())
     for network in (student, teacher):
@@ -225,6 +230,8 @@ def train(config: Config) -> dict:
     splits, why_no_knn = knn_splits(run)
 
     # ---- student, teacher, loss, optimizer
+    if run.saved:  # which holds all weights: what it began with may be gone
+        config = replace(config, run=replace(config.run, init_from=None))
     system, optimizer = build_networks(config, accelerator)
     model, stepper = accelerator.prepare(system, optimizer)
     model.train()  # the teacher too: its BatchNorm uses the batch, as in the original

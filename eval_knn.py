@@ -1,6 +1,7 @@
 """Evaluate a frozen backbone by weighted k-nearest neighbours.
 
     python eval_knn.py runs/patterns-resnet10_half/ckpt.safetensors
+    python eval_knn.py dino_vits16 --data /imagenet --num-workers 16
     torchrun --nproc_per_node 8 eval_knn.py runs/vits16/ckpt.safetensors --data /imagenet
 
 Architecture, sizes, normalisation and data come from the checkpoint itself; --data overrides.
@@ -9,39 +10,32 @@ vote with weight exp(similarity / 0.07). One search serves every k.
 Axes: n train images, m test images, d features, c classes.
 """
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-import tyro
 from accelerate import Accelerator
-from accelerate.utils import gather
-from einops import rearrange
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.transforms.v2 import functional as TF
 
 from config import read_flags
-from data import ImageDataset, build_dataset, center_crop, collate, index_folder
+from data import build_dataset
 from distributed import make_accelerator
-from models import load_checkpoint, load_tensors, save_tensors
-from monitor import iterate, run_command
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    checkpoint: tyro.conf.Positional[Path]  # ckpt.safetensors of a run
-    data: str | None = None  # a folder or a data set's name; None: what the run trained on
-    student: bool = False  # evaluate the student, from state.safetensors beside the checkpoint
-    batch_size: int = 256  # images a forward pass
-    num_workers: int = 0  # processes that decode images; about the number of cores for photographs
-    json_out: Path | None = None  # write the results there
+from features import (
+    EvalConfig,
+    Network,
+    center_cropped,
+    check_folder,
+    features_of_splits,
+    open_backbone,
+    open_splits,
+    report,
+    size_facts,
+)
+from models import save_tensors
+from monitor import run_command
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,7 @@ class KnnConfig:
     evaluation: EvalConfig
     ks: tuple[int, ...] = (10, 20, 100, 200)  # numbers of neighbours [paper: 10 20 100 200]
     temperature: float = 0.07  # of the votes [paper: 0.07]
+    rank_only: bool = False  # RankMe alone, of all training images: needs no classes
     features_out: Path | None = None  # write features and labels there, as safetensors
 
 
@@ -98,137 +93,17 @@ def knn_accuracy(
     return {k: tuple(percent * hits for hits in correct[min(k, num_train)]) for k in ks}
 
 
-@torch.no_grad()
-def extract_features(
-    forward: Callable[[Tensor], Tensor],
-    dataset: ImageDataset,
-    accelerator: Accelerator,
-    batch_size: int,
-    num_workers: int,
-) -> tuple[Tensor, Tensor]:
-    """Give features (n, d) float32 and labels (n,) of all images, in the data's order.
-
-    `forward` maps uint8 images on the device to features. What cannot be decoded is left out, and
-    said. A collective: each process takes every world-th image, and all get all features.
-    """
-    world, rank = accelerator.num_processes, accelerator.process_index
-    # all processes must gather as many: the last image is repeated, and the cut below drops it
-    last = len(dataset) - 1
-    rows = [min(row, last) for row in range(rank, rank + world * (last // world + 1), world)]
-    parts: list[tuple[Tensor, ...]] = []
-    images = Subset(dataset, rows)
-    loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=collate)
-    for batch in iterate(loader):
-        facts = (batch.label, batch.source == batch.index)
-        features = forward(batch.image.to(accelerator.device)).float()
-        parts.append((features, *(x.to(accelerator.device) for x in facts)))
-    of_ranks = gather(tuple(torch.cat(part) for part in zip(*parts, strict=True)))
-    of_all = (rearrange(x, "(w i) ... -> (i w) ...", w=world)[: last + 1] for x in of_ranks)
-    features, labels, is_read = of_all
-    if not is_read.all():
-        num = int((~is_read).sum())
-        accelerator.print(f"warning: {num} of {last + 1:,} images cannot be decoded: left out")
-    return features[is_read], labels[is_read]
-
-
-def evaluation_splits(
-    config: dict, index_folder: Path | None = None
-) -> tuple[ImageDataset, ImageDataset]:
-    """Open the labelled images of a run's resolved config: those remembered, and those that test.
-
-    Images are center crops as the paper's evaluation has them. ValueError without classes.
-    """
-    source = config["data"]["data"]
-    splits = tuple(
-        build_dataset(source, split, index_folder=index_folder) for split in ("memory", "test")
-    )
-    for split in splits:
-        size = config["crops"]["global_crop_size"]
-        split.transform = partial(center_crop, resize=config["data"]["eval_resize"], size=size)
-    return splits
-
-
-def normalized(images: Tensor, config: dict) -> Tensor:
-    """Turn uint8 images (b, 3, h, w) into what the backbone of a run was trained on."""
-    images = TF.to_dtype(images, torch.float32, scale=True)
-    return TF.normalize(images, config["crops"]["mean"], config["crops"]["std"])
-
-
-def features_of_splits(
-    backbone: Callable[[Tensor], Tensor],
-    splits: Sequence[Dataset],
-    config: dict,
-    accelerator: Accelerator,
-    batch_size: int,
-    num_workers: int,
-) -> list[Tensor]:
-    """Give features and labels of each split in turn, for a run's resolved config. A collective."""
-    tensors: list[Tensor] = []
-    for split in splits:
-        forward = lambda images: backbone(normalized(images, config))  # noqa: E731
-        tensors += extract_features(forward, split, accelerator, batch_size, num_workers)
-    return tensors
-
-
-def check_folder(path: Path | None, content: str) -> None:
-    """Raise ValueError where the file `path` could not be written for want of its folder."""
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"no such folder for the {content}: {path.parent}")
-
-
-def checkpoint_features(options: EvalConfig, accelerator: Accelerator) -> tuple[list[Tensor], dict]:
-    """Give [train features, train labels, test features, test labels] and facts about them.
-
-    A collective. Raises ValueError for a checkpoint or data that cannot be used.
-    """
-    check_folder(options.json_out, "results")
-    model, metadata = load_checkpoint(options.checkpoint)
-    if options.student:
-        name = options.checkpoint.name.replace("ckpt", "state", 1)
-        state, texts = load_tensors(options.checkpoint.with_name(name))
-        step = json.loads(texts.get("metadata", "{}")).get("step")
-        if step != metadata.get("step"):
-            wanted = f"step {metadata.get('step')} of {options.checkpoint}"
-            raise ValueError(f"the student in {name} is of step {step}: need {wanted}")
-        prefix = "student."
-        model.load_state_dict(
-            {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
-        )
-    config = metadata.get("config", {})
-    if not {"model", "data", "crops"} <= config.keys():
-        raise ValueError(f"{options.checkpoint} does not say how its images were prepared")
-    if options.data is not None:
-        config["data"]["data"] = options.data
-    backbone = model.backbone.to(accelerator.device)
-    sizes = options.batch_size, options.num_workers
+def print_rank(network: Network, options: EvalConfig, accelerator: Accelerator) -> None:
+    """Judge the features of the training images without labels. A collective."""
     with accelerator.local_main_process_first():  # which may have to download
-        splits = evaluation_splits(config, index_folder(options.checkpoint.parent))
-    tensors = features_of_splits(backbone, splits, config, accelerator, *sizes)
-    facts = {
-        "checkpoint": str(options.checkpoint),
-        "network": "student" if options.student else "teacher",
-        "arch": config["model"]["arch"],
-        "step": metadata.get("step"),
-        "data": config["data"]["data"],
-        "num_train": len(tensors[0]),
-        "num_test": len(tensors[2]),
-        "features": tensors[0].shape[1],
-    }
-    return tensors, facts
-
-
-def report(facts: dict, table: Table, results: dict, json_out: Path | None) -> None:
-    """Print the table under a line of facts, and write both to `json_out`."""
-    console = Console()
-    step = "" if facts["step"] is None else f" at step {facts['step']:,}"
-    console.print(
-        f"[bold]{facts['arch']}[/] {facts['network']}{step}: {facts['features']} features; "
-        f"{facts['data']}: {facts['num_train']:,} train, {facts['num_test']:,} test images",
-        soft_wrap=True,
-    )
-    console.print(table)
-    if json_out is not None:
-        json_out.write_text(json.dumps(facts | results, indent=2) + "\n")
+        images = build_dataset(network.config["data"]["data"])
+    images = center_cropped(images, network.config)
+    sizes = options.batch_size, options.num_workers
+    args = [images], network.config, accelerator, *sizes
+    features, _ = features_of_splits(network.backbone, *args)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        report(network.facts | size_facts(features), None, {}, options.json_out)
 
 
 def main() -> None:
@@ -237,7 +112,13 @@ def main() -> None:
     out = options.features_out
     check_folder(out, "features")
     accelerator = make_accelerator()
-    tensors, facts = checkpoint_features(options.evaluation, accelerator)
+    evaluation = options.evaluation
+    network = open_backbone(evaluation, accelerator)
+    if options.rank_only:
+        return print_rank(network, evaluation, accelerator)
+    splits = open_splits(network, evaluation, accelerator)
+    sizes = evaluation.batch_size, evaluation.num_workers
+    tensors = features_of_splits(network.backbone, splits, network.config, accelerator, *sizes)
     accuracies = knn_accuracy(*tensors, options.ks, options.temperature)
     accelerator.end_training()
     if not accelerator.is_main_process:
@@ -247,7 +128,7 @@ def main() -> None:
         table.add_row(str(k), f"{top1:.2f}", f"{top5:.2f}")
     results = {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracies.items()}
     results = {"temperature": options.temperature, "knn": results}
-    report(facts, table, results, options.evaluation.json_out)
+    report(network.facts | size_facts(tensors[0], tensors[2]), table, results, evaluation.json_out)
     if out is not None:
         names = ("train_features", "train_labels", "test_features", "test_labels")
         save_tensors(out, dict(zip(names, tensors, strict=True)), {})

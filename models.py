@@ -11,6 +11,7 @@ Source: DINO, arXiv 2104.14294. Axes: b batch, v views, d features, k output_dim
 import dataclasses
 import difflib
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ class ModelConfig:
     # pixels that position embeddings and ResNet stem are made for; None: the global crop size in
     # training, the arch's own where weights are published
     image_size: int | None = None
+    # interpolate position embeddings for crops of other sizes as the original does, for its weights
+    original_pos_embed: bool = False
     # stochastic depth, student only [paper: 0.1 for ViTs]; None: 0.1 for dino_*, else 0
     drop_path_rate: float | None = None
     projection_hidden_dim: int = 1024  # width of the head's two hidden layers [paper: 2048]
@@ -123,6 +126,39 @@ def _timm(name: str, pretrained: bool, drop_path_rate: float, **sizes: int) -> n
     raise ValueError(f"{name} has no such option: {refusal}")
 
 
+def interpolate_as_original(pos_embed: Tensor, height: int, width: int) -> Tensor:
+    """Resample position embeddings (1, 1 + n * n, d), class token first, to height * width patches.
+
+    Not antialiased, and with the scale of 0.1 patch more: what the published weights were trained
+    with at crops of 96 px, where timm's own differs. facebookresearch/dino#8.
+    """
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    if height == width == side:
+        return pos_embed
+    grid = rearrange(pos_embed[:, 1:].float(), "1 (h w) d -> 1 d h w", h=side)
+    scale = ((height + 0.1) / side, (width + 0.1) / side)
+    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    patches = rearrange(grid, "1 d h w -> 1 (h w) d").to(pos_embed.dtype)
+    return torch.cat([pos_embed[:, :1], patches], dim=1)
+
+
+class _OriginalPositions(timm.models.vision_transformer.VisionTransformer):
+    """timm's ViT with the original's position embeddings at sizes other than its own."""
+
+    def _pos_embed(self, patches: Tensor) -> Tensor:
+        batch, height, width, _ = patches.shape
+        tokens = rearrange(patches, "b h w d -> b (h w) d")
+        tokens = torch.cat([self.cls_token.expand(batch, -1, -1), tokens], dim=1)
+        return self.pos_drop(tokens + interpolate_as_original(self.pos_embed, height, width))
+
+
+def _use_original_positions(net: nn.Module, name: str) -> None:
+    plain = type(net) is timm.models.vision_transformer.VisionTransformer
+    if not plain or net.pos_embed is None or net.no_embed_class or net.num_prefix_tokens != 1:
+        raise ValueError(f"{name} has no position embeddings of the original's kind")
+    net.__class__ = _OriginalPositions
+
+
 def get_backbone(
     name: str,
     pretrained: bool = False,
@@ -130,6 +166,7 @@ def get_backbone(
     drop_path_rate: float = 0.0,
     patch_size: int | None = None,
     image_size: int | None = None,
+    original_pos_embed: bool = False,
 ) -> nn.Module:
     """Build a backbone without classifier: (b, 3, h, w) to (b, output_dim), at any h and w.
 
@@ -159,6 +196,8 @@ def get_backbone(
             raise
         reason = str(error).split("\n")[0]
         raise OSError(f"cannot load the published weights of {name}: {reason}") from error
+    if original_pos_embed:
+        _use_original_positions(net, name)
     if drop_path_rate:
         _share_drop_path(net)
     if name in TIMM_NAMES and not pretrained:
@@ -196,7 +235,8 @@ def skip_unread_tokens(backbone: nn.Module) -> bool:
     Only where timm's plain attention is pooled by its class token, without dropout.
     """
     transformer = timm.models.vision_transformer
-    last = backbone.blocks[-1] if type(backbone) is transformer.VisionTransformer else None
+    is_vit = type(backbone) in (transformer.VisionTransformer, _OriginalPositions)
+    last = backbone.blocks[-1] if is_vit else None
     plain = type(last) is transformer.Block and type(last.attn) is transformer.Attention
     if not plain or backbone.global_pool != "token" or not backbone.has_class_token:
         return False
@@ -284,8 +324,9 @@ class DinoModel(nn.Module):
         rate = config.drop_path_rate
         if rate is None:
             rate = 0.1 if config.arch in TIMM_NAMES else 0.0
-        sizes = {"patch_size": config.patch_size, "image_size": config.image_size}
-        backbone = get_backbone(config.arch, config.pretrained, drop_path_rate=rate, **sizes)
+        options = {"patch_size": config.patch_size, "image_size": config.image_size}
+        options |= {"original_pos_embed": config.original_pos_embed, "drop_path_rate": rate}
+        backbone = get_backbone(config.arch, config.pretrained, **options)
         dims = config.projection_hidden_dim, config.projection_bottleneck_dim
         kind = config.use_weight_norm, config.norm_last_layer, config.use_bn
         output_dim = config.projection_output_dim

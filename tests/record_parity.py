@@ -26,6 +26,8 @@ knn.ks, .top1, .top5             int64 numbers of neighbours and float64 accurac
                                  at temperature 0.07; no value hangs on the order of tied classes
 clip.grads.<i>, .clipped.<i>     gradient of parameter i before and after clipping at norm 0.5
 clip.norms                       the norms before clipping
+positions.embed                  (1, 1 + 4 * 4, 6) position embeddings, class token first
+positions.<height>x<width>       what they become for so many patches
 
 The metadata holds `param_groups`, a JSON object with the parameter names of the gain head that
 are `regularized` and `not_regularized`, and `source` and `torch`, the versions used.
@@ -154,6 +156,17 @@ def record_clip(utils: ModuleType) -> Tensors:
     return out | {f"clip.clipped.{i}": p.grad for i, p in enumerate(model.parameters())}
 
 
+def record_positions(vits: ModuleType) -> Tensors:
+    torch.manual_seed(4)
+    vit = vits.VisionTransformer([32], patch_size=8, embed_dim=6, depth=0)
+    out: Tensors = {"positions.embed": vit.pos_embed.detach()}
+    for height, width in [(2, 2), (3, 5), (2, 8), (4, 4), (6, 6)]:
+        tokens = torch.empty(1, 1 + height * width, 6)
+        positions = vit.interpolate_pos_encoding(tokens, 8 * height, 8 * width)
+        out[f"positions.{height}x{width}"] = positions.detach()
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Record what the original DINO code computes.")
     parser.add_argument("checkout", type=Path, help="a checkout of facebookresearch/dino")
@@ -164,7 +177,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     tensors, groups = record_heads(vits, utils)
     tensors |= record_loss(main_dino) | record_schedules(utils) | record_lars(utils)
-    tensors |= record_knn(eval_knn) | record_clip(utils)
+    tensors |= record_knn(eval_knn) | record_clip(utils) | record_positions(vits)
     dist.destroy_process_group()
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     versions = {"source": SOURCE, "torch": torch.__version__}

@@ -717,3 +717,35 @@ def test_second_interrupt_stops_at_once() -> None:
         assert stop == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_run_starts_from_given_weights(tmp_path: Path, tiny_run: Path, tiny_flags, script) -> None:
+    """Its untrained k-NN is what the other run ended with; resumed, it does not read them again."""
+    weights, folder = tmp_path / "ckpt.safetensors", tmp_path / "run"
+    weights.write_bytes((tiny_run / "ckpt.safetensors").read_bytes())
+    flags = [*tiny_flags, "--epochs", "1", "--init-from", weights, "--output-dir", folder]
+    result = script("dino_train", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "backbone: from" in result.stdout and "projection head: from" in result.stdout
+    assert read_log(folder)[0]["knn_top1"] == read_log(tiny_run)[-1]["knn_top1"]
+    weights.unlink()
+    result = script("dino_train", "--resume", folder, "--epochs", 2)
+    assert result.returncode == 0, result.stderr
+    assert read_log(folder)[-1]["step"] == 20
+
+
+def test_weights_that_do_not_fit_are_named(
+    tmp_path: Path, tiny_run: Path, tiny_flags, script
+) -> None:
+    folder = tmp_path / "run"
+    flags = [*tiny_flags, "--output-dir", folder, "--init-from"]
+    for source, said in (("none.safetensors", "no such checkpoint"), ("resnet19", "unknown arch")):
+        result = script("dino_train", *flags, source)
+        assert result.returncode == 2 and said in result.stderr
+        assert result.stderr.count("\n") == 1
+    checkpoint = tiny_run / "ckpt.safetensors"
+    result = script("dino_train", *flags, checkpoint, "--projection-output-dim", 32)
+    assert result.returncode == 2 and "(16, 8), not (32, 8)" in result.stderr
+    result = script("dino_train", *flags, checkpoint, "--pretrained")
+    assert result.returncode == 2 and "need one" in result.stderr
+    assert not folder.exists()

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from data import ImageDataset
-from eval_knn import extract_features, knn_accuracy
+from eval_knn import knn_accuracy
+from features import extract_features
 
 
 def test_equals_the_original(parity: dict) -> None:

@@ -3,14 +3,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from eval_knn import EvalConfig
-from eval_linear import LinearConfig, linear_accuracy, train_probes
+from data import PATTERNS, StepSampler, build_dataset
+from eval_linear import (
+    LinearConfig,
+    Probes,
+    by_class,
+    confusion_matrix,
+    linear_accuracy,
+    train_on_crops,
+    train_probes,
+)
+from features import EvalConfig, Network
 
 
 def config(**kwargs: object) -> LinearConfig:
-    return LinearConfig(EvalConfig(Path("none")), **kwargs)
+    return LinearConfig(EvalConfig("none"), **kwargs)
 
 
 def test_probe_equals_torch_sgd_on_a_linear_layer() -> None:
@@ -18,7 +28,7 @@ def test_probe_equals_torch_sgd_on_a_linear_layer() -> None:
     features, labels = torch.randn(40, 6).double(), torch.randint(3, (40,))
     lrs = torch.tensor([0.05, 0.5, 2.0], dtype=torch.float64)
     settings = config(epochs=4, probe_batch_size=40, seed=3)
-    weight, bias = train_probes(features, labels, 3, lrs, settings)
+    probes = train_probes(features, labels, 3, lrs, settings)
     for i, lr in enumerate(lrs.tolist()):
         layer = nn.Linear(6, 3).double()
         with torch.no_grad():
@@ -32,8 +42,8 @@ def test_probe_equals_torch_sgd_on_a_linear_layer() -> None:
             nn.functional.cross_entropy(layer(features), labels).backward()
             optimizer.step()
             schedule.step()
-        torch.testing.assert_close(weight[i], layer.weight.detach(), rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(bias[i], layer.bias.detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(probes.weight[i], layer.weight.detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(probes.bias[i], layer.bias.detach(), rtol=1e-6, atol=1e-7)
 
 
 def test_separable_classes_are_separated_and_random_labels_are_not() -> None:
@@ -68,3 +78,79 @@ def test_table_and_json_report_the_best_rate(tmp_path: Path, tiny_run: Path, scr
     assert report["best_top1"] == max(row["top1"] for row in report["linear"])
     assert f"{report['best_top1']:.2f} best" in result.stdout
     assert report["linear"][0]["top5"] == 100  # two classes
+    # the best probe's mistakes, as its accuracy counts them
+    confusion = torch.tensor(report["confusion"])
+    assert confusion.sum() == report["num_test"]
+    right = 100 * confusion.diag().sum().item() / report["num_test"]
+    assert right == pytest.approx(report["best_top1"])
+    assert list(report["per_class_top1"]) == ["checks", "stripes"]
+
+
+def test_confusion_counts_pairs_of_classes() -> None:
+    probes = Probes(torch.zeros(1, 3), 3, torch.tensor([0.1, 0.2]), seed=0)
+    features, labels = torch.randn(50, 3), torch.randint(3, (50,))
+    confusion = confusion_matrix(probes, features, labels, row=1)
+    expected = torch.zeros(3, 3, dtype=torch.int64)
+    for feature, label in zip(features, labels.tolist(), strict=True):
+        guess = (probes.weight[1] @ feature + probes.bias[1]).argmax().item()
+        expected[label, guess] += 1
+    assert torch.equal(confusion, expected)
+
+
+def test_class_without_images_has_no_accuracy() -> None:
+    report = by_class(torch.tensor([[3, 1], [0, 0]]), ["cat", "dog"])
+    assert report["per_class_top1"] == {"cat": 75.0, "dog": None}
+
+
+def test_probe_on_crops_equals_torch_sgd_on_the_features_it_saw() -> None:
+    """Every epoch sees each image once, in another crop, and one probe is plain SGD."""
+    dataset = build_dataset("patterns")
+    dataset.images, dataset.labels = dataset.images[:40], dataset.labels[:40]
+    network = Network(nn.Identity(), {"crops": {"global_crop_size": 16}}, {})
+    seen: list = []
+
+    def forward(crops: torch.Tensor) -> torch.Tensor:
+        assert crops.shape[1:] == (3, 16, 16) and crops.min() >= 0 and crops.max() <= 1
+        seen.append(crops.mean(dim=(2, 3)))
+        return seen[-1]
+
+    settings = config(epochs=3, probe_batch_size=8, lrs=(0.1, 25.6))
+    accelerator = Accelerator(cpu=True)
+    probes = train_on_crops(forward, dataset, network, 10, settings, accelerator)
+    assert len(seen) == 15
+    by_epoch = torch.stack(seen).view(3, 40, 3)
+    assert not torch.equal(by_epoch[0].sort(dim=0).values, by_epoch[1].sort(dim=0).values)
+    layer = nn.Linear(3, 10)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        layer.weight.copy_(0.01 * torch.randn(10, 3, generator=generator))
+        layer.bias.zero_()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=25.6 * 8 / 256, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
+    order = [[i for _, i in rows] for rows in StepSampler(40, 8, 0, 0, 1, range(15))]
+    for step, (features, rows) in enumerate(zip(seen, order, strict=True)):
+        optimizer.zero_grad()
+        targets = torch.tensor([int(dataset.labels[i]) for i in rows])
+        nn.functional.cross_entropy(layer(features), targets).backward()
+        optimizer.step()
+        if step % 5 == 4:
+            schedule.step()
+    torch.testing.assert_close(probes.weight[1], layer.weight.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_augmented_probe_learns(tmp_path: Path, tiny_run: Path, script) -> None:
+    out = tmp_path / "linear.json"
+    flags = ("--augment", "--epochs", 2, "--probe-batch-size", 24, "--json-out", out)
+    result = script("eval_linear", tiny_run / "ckpt.safetensors", *flags)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
+    assert report["augment"] is True and report["num_test"] == 8
+    assert PATTERNS[0] in report["per_class_top1"]  # the classes' folders
+
+
+def test_blocks_that_a_network_lacks_are_named(tiny_run: Path, script) -> None:
+    checkpoint = tiny_run / "ckpt.safetensors"
+    for flag in (("--n-last-blocks", 4), ("--avgpool",)):
+        result = script("eval_linear", checkpoint, *flag)
+        assert result.returncode == 2
+        assert "need a ViT" in result.stderr and result.stderr.count("\n") == 1

@@ -1,0 +1,85 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from features import feature_quality, layer_features
+from models import get_backbone
+
+
+@pytest.mark.parametrize("avgpool", [False, True])
+@pytest.mark.parametrize("num_last_blocks", [1, 4])
+def test_layers_are_the_normalised_tokens_of_the_last_blocks(
+    num_last_blocks: int, avgpool: bool
+) -> None:
+    """Against the blocks run one by one, as the original's get_intermediate_layers has them."""
+    vit = get_backbone("vit_tiny_patch16_224", patch_size=8, image_size=32).eval()
+    images = torch.randn(2, 3, 32, 48)  # not square
+    with torch.no_grad():
+        features = layer_features(vit, num_last_blocks, avgpool)(images)
+        tokens, outputs = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))), []
+        for block in vit.blocks:
+            tokens = block(tokens)
+            outputs.append(vit.norm(tokens))
+    expected = [output[:, 0] for output in outputs[-num_last_blocks:]]
+    expected += [outputs[-1][:, 1:].mean(dim=1)] * avgpool
+    torch.testing.assert_close(features, torch.cat(expected, dim=1))
+
+
+def test_layers_that_a_network_lacks_are_named() -> None:
+    vit = get_backbone("vit_tiny_patch16_224", patch_size=8, image_size=32)
+    with pytest.raises(ValueError, match="from 1 to 12, got 13"):
+        layer_features(vit, 13)
+    with pytest.raises(ValueError, match="need a ViT"):
+        layer_features(get_backbone("resnet18"), 4)
+
+
+def test_rank_is_the_number_of_directions_in_use() -> None:
+    axes = torch.linalg.qr(torch.randn(16, 16)).Q
+    for rank in (1, 3, 16):  # as many orthogonal directions, of the same size
+        features = axes[:rank].repeat(16, 1)
+        quality = feature_quality(features)
+        assert quality["rankme"] == pytest.approx(rank, rel=1e-3)
+    assert feature_quality(torch.ones(50, 8))["rankme"] == pytest.approx(1, rel=1e-3)
+
+
+def test_rank_and_shares_against_their_formulas() -> None:
+    features = torch.randn(60, 12) * torch.arange(1, 13)
+    quality = feature_quality(features)
+    values = torch.linalg.svdvals(features.double()).tolist()
+    shares = [value / sum(values) + 1e-7 for value in values]
+    entropy = -sum(share * math.log(share) for share in shares)
+    assert quality["rankme"] == pytest.approx(math.exp(entropy))
+    variances = torch.linalg.eigvalsh(torch.cov(features.double().T)).flip(0)
+    for k, share in quality["variance_share"].items():
+        assert share == pytest.approx((variances[:k].sum() / variances.sum()).item())
+    assert list(quality["variance_share"]) == [1, 10]
+
+
+def test_quality_of_many_images_is_that_of_some() -> None:
+    features = torch.randn(1000, 4)
+    rows = torch.linspace(0, 999, 10).long()
+    assert feature_quality(features, most=10) == feature_quality(features[rows])
+
+
+def test_evaluation_reports_the_rank(tmp_path: Path, tiny_run: Path, script) -> None:
+    out = tmp_path / "knn.json"
+    result = script("eval_knn", tiny_run / "ckpt.safetensors", "--json-out", out)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
+    assert 1 <= report["rankme"] <= 72
+    assert f"RankMe {report['rankme']:.1f}" in result.stdout
+
+
+def test_rank_alone_needs_no_classes(tmp_path: Path, tiny_run: Path, image_folder, script) -> None:
+    folder, out = tmp_path / "flat", tmp_path / "rank.json"
+    folder.mkdir()
+    for file in list(image_folder.glob("stripes/*.jpg"))[:9]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    flags = ("--data", folder, "--rank-only", "--json-out", out)
+    result = script("eval_knn", tiny_run / "ckpt.safetensors", *flags)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
+    assert report["num_train"] == 9 and 1 <= report["rankme"] <= 9
