@@ -48,6 +48,7 @@ Tensors = dict[str, Tensor]
 Network = Literal["teacher", "student"]
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 CLASSIFIER = ("fc.weight", "fc.bias", "head.weight", "head.bias")  # of supervised networks
+UNREAD = "num_batches_tracked"  # a counter that old files lack
 HEAD_NAMES = {  # weight_norm's two spellings, and ours
     "last_layer.weight_g": "last_layer.gain",
     "last_layer.weight_v": "last_layer.weight",
@@ -124,6 +125,8 @@ def read_weights(path: str | Path, network: Network = "teacher") -> tuple[Tensor
     is neither ours, the original's nor a backbone's own state dict.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
     tensors, settings = _of_network(path, network)
     others = [key for key, x in tensors.items() if not isinstance(x, Tensor)]
     if others or not tensors:
@@ -150,8 +153,7 @@ def _load(module: nn.Module, tensors: Tensors, source: object) -> None:
     own = module.state_dict()
     both = [key for key in tensors if key in own and tensors[key].shape != own[key].shape]
     problems = {
-        # old files lack this counter, which nothing reads
-        "missing": [x for x in own if x not in tensors and not x.endswith("num_batches_tracked")],
+        "missing": [key for key in own if key not in tensors and not key.endswith(UNREAD)],
         "unexpected": [key for key in tensors if key not in own],
         "of another shape": [f"{x} {(*tensors[x].shape,)} for {(*own[x].shape,)}" for x in both],
     }
@@ -225,8 +227,9 @@ def config_of(backbone: Tensors, path: str | Path) -> ModelConfig:
     for arch in (*vits, "vit_tiny_patch16_224") if sizes else RESNETS:
         with torch.device("meta"):  # shapes alone
             own = get_backbone(arch, **sizes).state_dict()
-        shapes = {x: own[x].shape for x in own if not x.endswith("num_batches_tracked")}
-        if shapes.items() <= {key: x.shape for key, x in backbone.items()}.items():
+        differ = own.keys() ^ backbone.keys()
+        differ |= {key for key in own if key in backbone and own[key].shape != backbone[key].shape}
+        if all(key in CLASSIFIER or key.endswith(UNREAD) for key in differ):
             return ModelConfig(arch, **sizes)
     some = ", ".join(f"{key} {(*x.shape,)}" for key, x in list(backbone.items())[:3])
     wanted = "a ViT-T, S or B of the original or a torchvision ResNet"

@@ -1,0 +1,457 @@
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models import (
+    DinoModel,
+    ModelConfig,
+    get_backbone,
+    interpolate_as_original,
+    save_checkpoint,
+    save_tensors,
+)
+from weights import load_weights, open_network, read_weights
+
+HEAD = {
+    "projection_hidden_dim": 16,
+    "projection_bottleneck_dim": 8,
+    "projection_output_dim": 12,
+}
+VIT = ModelConfig("vit_tiny_patch16_224", patch_size=8, image_size=32, **HEAD)
+RESNET = ModelConfig("resnet18", **HEAD)
+SMALL = ModelConfig("resnet10_half", image_size=32, **HEAD)
+
+# of the original's MultiCropWrapper(vit_tiny(), DINOHead(192, 12)), of whose blocks the first
+BLOCK = [
+    f"blocks.0.{name}.{kind}"
+    for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    for kind in ("weight", "bias")
+]
+PATCHES = ["patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"]
+ORIGINAL_BACKBONE = ["cls_token", "pos_embed", *PATCHES, *BLOCK]
+ORIGINAL_HEAD = [
+    *(f"mlp.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")),
+    "last_layer.weight_g",
+    "last_layer.weight_v",
+]
+
+
+def build(config: ModelConfig, seed: int = 1) -> DinoModel:
+    """A model whose every tensor is random, in eval mode."""
+    torch.manual_seed(seed)
+    model = DinoModel.from_config(config).eval()
+    for name, tensor in model.state_dict().items():
+        if name.endswith("gain"):
+            tensor.uniform_(0.5, 2)
+        elif tensor.is_floating_point():
+            tensor.add_(0.02 * torch.rand_like(tensor))
+    return model
+
+
+def as_original(model: DinoModel, backbone: str = "backbone.", head: str = "head.") -> dict:
+    """What the original's state dict of such a network is, with weight_norm's first spelling."""
+    state = {}
+    for key, tensor in model.state_dict().items():
+        key = key.replace("backbone.", backbone).replace("projection_head.", head)
+        state[key.replace("last_layer.weight", "last_layer.weight_v")] = tensor.clone()
+    gain = state.pop(f"{head}last_layer.gain", torch.ones(12, 1))
+    return state | {f"{head}last_layer.weight_g": gain}
+
+
+def same_state(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """A full checkpoint as the original writes it, of a student with a learned gain."""
+    rate = np.linspace(0, 0.1, 3)[1]  # the original's schedules leave numpy's numbers
+    content = {
+        "student": as_original(
+            build(replace(SMALL, norm_last_layer=False), 2), "module.backbone.", "module.head."
+        ),
+        "teacher": as_original(build(SMALL)),
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": rate}]},
+        "epoch": 3,
+        "args": argparse.Namespace(arch="resnet10_half", lr=0.1, local_crops_scale=(0.05, 0.4)),
+        "dino_loss": {"center": torch.zeros(1, 12)},
+        "fp16_scaler": None,
+    }
+    torch.save(content, tmp_path / "full.pth")
+    return tmp_path / "full.pth"
+
+
+# ---------------------------------------------------------------- from elsewhere
+
+
+def test_full_checkpoint_of_the_original_gives_teacher_and_student(full: Path) -> None:
+    teacher, student = build(SMALL, 3), build(replace(SMALL, norm_last_layer=False), 3)
+    lines = load_weights(teacher, full)
+    assert same_state(teacher, build(SMALL))
+    assert lines[1] == f"projection head: from {full}, 7 tensors"
+    load_weights(student, full, "student")
+    assert same_state(student, build(replace(SMALL, norm_last_layer=False), 2))
+
+
+def test_a_learned_gain_is_not_dropped(full: Path) -> None:
+    fixed = build(SMALL)
+    with pytest.raises(ValueError, match="has a learned gain in its head: need --no-norm-last"):
+        load_weights(fixed, full, "student")
+    assert same_state(fixed, build(SMALL))
+    learned = build(replace(SMALL, norm_last_layer=False))
+    load_weights(learned, full)  # whose gain is 1
+    assert (learned.projection_head.last_layer.gain == 1).all()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(learned(images), build(SMALL)(images))
+
+
+def test_an_ema_of_ones_is_a_fixed_gain(tmp_path: Path) -> None:
+    state = as_original(build(SMALL))
+    state["head.last_layer.weight_g"] += 5e-7
+    torch.save({"teacher": state}, tmp_path / "a.pth")
+    load_weights(build(SMALL, 2), tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+def test_backbone_alone_leaves_the_head_as_it_is(prefix: str, tmp_path: Path) -> None:
+    source, model, other = build(SMALL), build(SMALL, 2), build(SMALL, 2)
+    state = {f"{prefix}{key}": x for key, x in source.backbone.state_dict().items()}
+    torch.save(state, tmp_path / "a.pth")
+    lines = load_weights(model, tmp_path / "a.pth")
+    assert lines[-1].startswith("projection head: as initialised")
+    assert same_state(model.backbone, source.backbone)
+    assert same_state(model.projection_head, other.projection_head)
+
+
+def test_parametrised_weight_norm_is_read(tmp_path: Path) -> None:
+    model = build(SMALL)
+    state = {
+        key.replace("weight_g", "parametrizations.weight.original0").replace(
+            "weight_v", "parametrizations.weight.original1"
+        ): tensor
+        for key, tensor in as_original(model).items()
+    }
+    torch.save(state, tmp_path / "a.pth")
+    loaded = build(SMALL, 2)
+    load_weights(loaded, tmp_path / "a.pth")
+    assert same_state(loaded, model)
+
+
+def test_own_checkpoint_and_state_are_sources(tmp_path: Path) -> None:
+    teacher, student = build(SMALL, 2), build(SMALL, 3)
+    save_checkpoint(tmp_path / "ckpt.safetensors", teacher, {})
+    loaded = build(SMALL)
+    load_weights(loaded, tmp_path / "ckpt.safetensors")
+    assert same_state(loaded, teacher)
+    with pytest.raises(ValueError, match=r"teacher alone: need the run's state\.safetensors"):
+        load_weights(loaded, tmp_path / "ckpt.safetensors", "student")
+    both = {"student": student, "teacher": teacher}
+    state = {f"{name}.{key}": x for name in both for key, x in both[name].state_dict().items()}
+    save_tensors(tmp_path / "state.safetensors", state | {"center": torch.zeros(1, 12)}, {})
+    load_weights(loaded, tmp_path / "state.safetensors", "student")
+    assert same_state(loaded, student)
+
+
+def test_head_without_weight_norm_is_another_head(tmp_path: Path) -> None:
+    plain = replace(SMALL, use_weight_norm=False)
+    save_checkpoint(tmp_path / "ckpt.safetensors", build(plain), {})
+    load_weights(build(plain, 2), tmp_path / "ckpt.safetensors")
+    with pytest.raises(ValueError, match=r"1 missing: projection_head\.last_layer\.gain"):
+        load_weights(build(replace(SMALL, norm_last_layer=False)), tmp_path / "ckpt.safetensors")
+
+
+def test_classifier_of_a_supervised_network_is_left_out_and_said(tmp_path: Path) -> None:
+    net, model = torchvision.models.resnet18(), build(RESNET)
+    torch.save(net.state_dict(), tmp_path / "resnet18.pth")
+    lines = load_weights(model, tmp_path / "resnet18.pth")
+    assert lines[1] == "classifier: left out (fc.weight, fc.bias)"
+    assert torch.equal(model.backbone.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
+
+
+def test_keys_that_do_not_fit_are_listed_and_nothing_is_loaded(tmp_path: Path) -> None:
+    model = build(SMALL, 2)
+    state = as_original(build(SMALL))
+    del state["backbone.bn1.weight"], state["head.mlp.0.bias"]
+    state |= {"backbone.bn1.scale": torch.ones(1), "head.mlp.2.weight": torch.ones(2, 3)}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        load_weights(model, tmp_path / "a.pth")
+    assert str(caught.value).endswith(
+        "2 missing: backbone.bn1.weight, projection_head.mlp.0.bias; "
+        "1 unexpected: backbone.bn1.scale; "
+        "1 of another shape: projection_head.mlp.2.weight (2, 3) for (16, 16)"
+    )
+    assert same_state(model, build(SMALL, 2))
+    with pytest.raises(
+        ValueError, match=r"^\S+ does not fit: 42 missing: .* and 32 more; "
+    ) as caught:
+        load_weights(build(RESNET), tmp_path / "a.pth")
+    assert "\n" not in str(caught.value)
+    torch.save({"backbone.a": torch.ones(1), "neck.b": torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"keys of neither backbone nor head: neck\.b"):
+        load_weights(model, tmp_path / "a.pth")
+
+
+def test_a_small_stem_does_not_fit_the_large_one(tmp_path: Path) -> None:
+    torch.save(get_backbone("resnet18").state_dict(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"1 of another shape: backbone\.conv1\.weight"):
+        load_weights(build(replace(RESNET, image_size=32)), tmp_path / "a.pth")
+
+
+def test_head_of_another_size_names_the_way_around_it(tmp_path: Path, script: Callable) -> None:
+    source, backbone = tmp_path / "ckpt.safetensors", tmp_path / "backbone.safetensors"
+    save_checkpoint(source, build(SMALL), {})
+    wide = build(replace(SMALL, projection_output_dim=20), 2)
+    with pytest.raises(ValueError, match=f"alone: python weights.py {source} backbone"):
+        load_weights(wide, source)
+    assert script("weights", source, backbone).returncode == 0
+    load_weights(wide, backbone)
+    assert same_state(wide.backbone, build(SMALL).backbone)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return (open, ("exploded", "w"))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_other_classes_in_a_pickle_are_refused_in_one_line(
+    legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Callable
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = {"teacher": as_original(build(SMALL)), "args": Bomb()}
+    torch.save(content, "a.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"a\.pth is no file of plain weights: it holds io\.open"):
+        read_weights("a.pth")
+    result = script("weights", "a.pth", "b.safetensors")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert not Path("exploded").exists()
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # nor elsewhere, later
+
+
+def test_files_that_are_no_weights_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    cases = {
+        "holds a list": [torch.ones(1)],
+        "need tensors alone, it holds model, epoch": {"model": {}, "epoch": 1},
+        "it holds nothing": {},
+        "holds no teacher, but student": {"student": {"a": torch.ones(1)}},
+    }
+    for message, content in cases.items():
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            read_weights(path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:3], b"", b"some text"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no file of plain weights") as caught:
+            read_weights(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_name_without_network_or_meaning_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    empty = DinoModel(nn.Identity(), nn.Identity())
+    for call in (partial(load_weights, empty), open_network):
+        with pytest.raises(OSError, match="cannot load the published weights of resnet18") as error:
+            call("resnet18")
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match="unknown arch 'resnet81'; close matches: resnet"):
+            call("resnet81")
+        for name in ("a.pth", "runs/vits16"):
+            with pytest.raises(FileNotFoundError, match=f"no such checkpoint: {name}"):
+                call(name)
+
+
+# ---------------------------------------------------------------- position embeddings
+
+
+def test_position_embeddings_equal_the_originals(parity: dict[str, Tensor]) -> None:
+    vit = get_backbone(VIT.arch, patch_size=8, image_size=32, original_pos_embed=True)
+    vit.pos_embed = nn.Parameter(parity["positions.embed"])
+    vit.cls_token = nn.Parameter(torch.zeros(1, 1, 6))
+    timms = {}
+    sizes = [key.removeprefix("positions.") for key in parity if key.startswith("positions.")]
+    for size in set(sizes) - {"embed"}:
+        height, width = map(int, size.split("x"))
+        recorded = parity[f"positions.{size}"]
+        torch.testing.assert_close(
+            interpolate_as_original(parity["positions.embed"], height, width), recorded
+        )
+        patches = torch.zeros(1, height, width, 6)
+        torch.testing.assert_close(vit._pos_embed(patches), recorded)
+        timms[size] = timm.models.vision_transformer.VisionTransformer._pos_embed(vit, patches)
+    differ = [
+        x for x, other in timms.items() if not torch.allclose(other, parity[f"positions.{x}"])
+    ]
+    assert sorted(differ) == ["2x2", "2x8", "3x5", "6x6"]
+
+
+def test_position_option_changes_other_sizes_alone() -> None:
+    model, original = build(VIT), build(replace(VIT, original_pos_embed=True))
+    assert same_state(model, original)
+    for size, agrees in {(32, 32): True, (16, 16): False, (24, 40): False}.items():
+        images = torch.randn(1, 3, *size)
+        assert torch.allclose(model(images), original(images)) == agrees
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_base_patch16_siglip_224"])
+def test_position_option_needs_the_originals_positions(arch: str) -> None:
+    with pytest.raises(ValueError, match=f"{arch} has no position embeddings of the original's"):
+        get_backbone(arch, original_pos_embed=True)
+
+
+def test_position_embeddings_of_another_image_size_are_resampled(tmp_path: Path) -> None:
+    source, model = build(VIT), build(replace(VIT, image_size=48), 2)
+    torch.save(source.backbone.state_dict(), tmp_path / "a.pth")
+    lines = load_weights(model, tmp_path / "a.pth")
+    assert lines[1] == "position embeddings: resampled from 16 patches to (6, 6)"
+    images = torch.randn(1, 3, 48, 48)
+    torch.testing.assert_close(model.backbone(images), source.backbone(images))
+
+
+# ---------------------------------------------------------------- to evaluate
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig("dino_vits16", patch_size=16, image_size=224),
+        ModelConfig("dino_vits8", patch_size=8, image_size=96),
+        ModelConfig("vit_tiny_patch16_224", patch_size=8, image_size=32),
+        ModelConfig("resnet34"),
+        ModelConfig("resnet50"),
+    ],
+)
+def test_architecture_follows_from_the_weights(config: ModelConfig, tmp_path: Path) -> None:
+    sizes = {"patch_size": config.patch_size, "image_size": config.image_size}
+    backbone = get_backbone(config.arch, **sizes)
+    torch.save({"teacher": {f"backbone.{k}": x for k, x in backbone.state_dict().items()}},
+               tmp_path / "a.pth")  # fmt: skip
+    model, metadata = open_network(tmp_path / "a.pth")
+    assert model.config == config
+    assert not model.training
+    assert same_state(model.backbone, backbone)
+    assert metadata["config"]["model"]["arch"] == config.arch
+    size = config.image_size or 224
+    assert metadata["config"]["crops"]["global_crop_size"] == size
+    assert metadata["config"]["data"] == {"data": None, "eval_resize": round(size * 8 / 7)}
+
+
+def test_unknown_architecture_names_what_it_found(tmp_path: Path) -> None:
+    torch.save({"stem.weight": torch.ones(2, 3)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"known architecture: need .*, got stem\.weight \(2, 3\)"):
+        open_network(tmp_path / "a.pth")
+
+
+def test_own_checkpoint_opens_with_its_metadata(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "ckpt.safetensors", build(SMALL), {"step": 3})
+    model, metadata = open_network(tmp_path / "ckpt.safetensors")
+    assert same_state(model, build(SMALL))
+    assert metadata == {"step": 3}
+
+
+def test_published_names_say_how_images_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_net = get_backbone
+    monkeypatch.setattr("weights.get_backbone", lambda name, pretrained, **_: build_net(name))
+    expected = {
+        "dino_vits16": (224, 256, 0.485),  # the paper's, where timm says 249
+        "resnet18": (224, 256, 0.485),
+        "vit_tiny_patch16_224": (224, 249, 0.5),
+    }
+    for name, facts in expected.items():
+        config = open_network(name)[1]["config"]
+        crops, resize = config["crops"], config["data"]["eval_resize"]
+        assert (crops["global_crop_size"], resize, crops["mean"][0]) == facts
+        assert config["model"]["pretrained"]
+
+
+# ---------------------------------------------------------------- export
+
+
+def test_export_loads_strictly_in_timm(tmp_path: Path, script: Callable) -> None:
+    model, out = build(VIT), tmp_path / "backbone.safetensors"
+    save_checkpoint(tmp_path / "ckpt.safetensors", model, {})
+    result = script("weights", tmp_path / "ckpt.safetensors", out)
+    assert result.stdout.endswith("150 tensors, patch_size 8, image_size 32\n")
+    sizes = {"patch_size": 8, "img_size": 32}
+    net = timm.create_model(VIT.arch, num_classes=0, checkpoint_path=str(out), **sizes).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(net(images), model.backbone(images), rtol=0, atol=0)
+
+
+def test_export_loads_strictly_in_torchvision(tmp_path: Path, script: Callable) -> None:
+    model, out = build(RESNET), tmp_path / "backbone.safetensors"
+    save_checkpoint(tmp_path / "ckpt.safetensors", model, {})
+    assert script("weights", tmp_path / "ckpt.safetensors", out).returncode == 0
+    net = torchvision.models.resnet18().eval()
+    net.fc = nn.Identity()
+    net.load_state_dict(load_file(out), strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(net(images), model.backbone(images), rtol=0, atol=0)
+
+
+def test_export_says_that_a_small_stem_fits_no_other(tmp_path: Path, script: Callable) -> None:
+    save_checkpoint(tmp_path / "c.safetensors", build(replace(RESNET, image_size=32)), {})
+    result = script("weights", tmp_path / "c.safetensors", tmp_path / "b.safetensors")
+    assert "3x3 stem for small images does not fit an ImageNet ResNet's 7x7 conv1" in result.stdout
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_last_layer": False}, {"use_weight_norm": False}])
+def test_export_for_the_original_has_its_keys_and_comes_back(
+    options: dict, tmp_path: Path, script: Callable
+) -> None:
+    model, out = build(replace(VIT, **options)), tmp_path / "dino.pth"
+    save_checkpoint(tmp_path / "ckpt.safetensors", model, {})
+    result = script("weights", tmp_path / "ckpt.safetensors", out, "--format", "original")
+    assert result.returncode == 0, result.stderr
+    teacher = torch.load(out, weights_only=True)["teacher"]
+    keys = [f"backbone.{key}" for key in ORIGINAL_BACKBONE]
+    for index in range(1, 12):
+        keys += [f"backbone.{key.replace('0', str(index), 1)}" for key in BLOCK]
+    assert sorted(teacher) == sorted([*keys, *(f"head.{key}" for key in ORIGINAL_HEAD)])
+    # a plain layer is one whose learned gain undoes the normalisation
+    loaded = build(replace(VIT, norm_last_layer=not options), 2)
+    load_weights(loaded, out)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(images), model(images))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.safetensors", "dino.pth"]
+
+
+def test_export_of_the_student(full: Path, tmp_path: Path, script: Callable) -> None:
+    out = tmp_path / "student.pth"
+    result = script("weights", full, out, "--format", "original", "--student")
+    assert result.returncode == 0, result.stderr
+    assert set(torch.load(out, weights_only=True)) == {"student"}
+    loaded = build(replace(SMALL, norm_last_layer=False))
+    load_weights(loaded, out, "student")
+    assert same_state(loaded, build(replace(SMALL, norm_last_layer=False), 2))
+
+
+def test_export_refuses_a_wrong_place(tmp_path: Path, script: Callable) -> None:
+    source = tmp_path / "ckpt.safetensors"
+    save_checkpoint(source, build(SMALL), {})
+    before = source.read_bytes()
+    for out in (source, tmp_path / "a.pth", tmp_path / "none" / "a.safetensors"):
+        result = script("weights", source, out)
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: need a new file in .safetensors, in a folder")
+    assert source.read_bytes() == before
+    assert script("weights", tmp_path / "b.pth", tmp_path / "a.safetensors").stderr == (
+        f"error: no such checkpoint: {tmp_path / 'b.pth'}\n"
+    )
