@@ -74,6 +74,9 @@ class TeacherConfig:
 class RunConfig:
     config: Path | None = None  # a YAML recipe, or a run's config.yaml; flags override it
     output_dir: Path | None = None  # for the run's files; None: runs/DATA-ARCH, numbered
+    # a few real steps, then speed, memory, the time that the run will take and crops.png; it writes
+    # nothing else
+    dry_run: bool = False
     resume: bool = False  # go on with the run of --output-dir; also: --resume FOLDER
     overwrite: bool = False  # delete the run that --output-dir holds
     # weights to start from: a ckpt.safetensors, an original's .pth, or a name such as dino_vits16;
@@ -93,6 +96,7 @@ class RunConfig:
     keep_last: int = 1  # saved states to keep, the older ones as state-STEP and ckpt-STEP
     keep_every: int = 0  # epochs between teachers to keep for good, as ckpt-epoch-N; 0: none
     log_every: int = 10  # steps between lines of log.jsonl
+    stop_on_collapse: bool = False  # end the run where the teacher stays uniform or one-hot
     knn_every: int = 10  # epochs; the teacher's k-NN, also before and after; 0: never
     knn_images: int = 50_000  # training images that this k-NN remembers, at most
     log_with: Literal["tensorboard", "wandb"] | None = None  # a tracker besides log.jsonl
@@ -165,6 +169,10 @@ def check_values(config: Config) -> None:
                     raise ValueError(f"need --{name.replace('_', '-')} {bounds}, got {number}")
     if config.run.overwrite and config.run.output_dir is None:
         raise ValueError("--overwrite needs the --output-dir whose run it deletes")
+    if config.run.dry_run and (config.run.resume or config.run.overwrite):
+        raise ValueError(
+            "--dry-run starts anew and deletes nothing: not with --resume, --overwrite"
+        )
     if config.run.init_from and config.model.pretrained:
         raise ValueError("--init-from and --pretrained both name weights to start from: need one")
     tracker = config.run.log_with

@@ -43,7 +43,15 @@ from eval_knn import knn_accuracy
 from features import evaluation_splits, features_of_splits
 from losses import DinoLoss
 from models import DinoModel, skip_unread_tokens, update_teacher_EMA
-from monitor import Monitor, iterate, run_command, stop_requests
+from monitor import (
+    DRY_SECONDS,
+    DRY_STEPS,
+    DRY_WARM_UP,
+    Monitor,
+    iterate,
+    run_command,
+    stop_requests,
+)
 from optimizers import build_optimizer, clip_gradients
 from run_io import Run, RunError, TrainingState
 from weights import load_weights
@@ -184,6 +192,8 @@ def open_run(config: Config) -> tuple[Config, Accelerator, Run, ImageDataset]:
     config = settle_precision(config)
     accelerator = make_accelerator(config.run.mixed_precision, config.run.log_with)
     index_folder = data.index_folder(config.run.output_dir or Path("runs", "run"))
+    if config.run.dry_run:
+        index_folder = None
     with accelerator.local_main_process_first():  # which may have to download or to scan
         dataset = data.build_dataset(config.data.data, index_folder=index_folder)
     config = resolve(config, dataset)
@@ -195,8 +205,8 @@ def open_run(config: Config) -> tuple[Config, Accelerator, Run, ImageDataset]:
 
 def knn_splits(run: Run) -> tuple[tuple[Dataset, Dataset] | None, str]:
     """Give the images that k-NN remembers and is tested on, or None and why. A collective."""
-    splits, why = None, "--knn-every 0"
-    if run.config["run"]["knn_every"]:
+    splits, why = None, "--dry-run" if run.is_dry else "--knn-every 0"
+    if run.config["run"]["knn_every"] and not run.is_dry:
         try:
             memory, test = evaluation_splits(run.config, data.index_folder(run.folder))
             order = permutation(len(memory), 0)[: run.config["run"]["knn_images"]]
@@ -253,7 +263,7 @@ def train(config: Config) -> dict:
     monitor.introduce(config, student, why_no_knn)
     accelerator.wait_for_everyone()  # the others have looked into the folder by now
     run.open(first)
-    if config.run.log_with:
+    if config.run.log_with and not run.is_dry:
         accelerator.project_configuration.logging_dir = str(run.folder)
         accelerator.init_trackers("dino")
 
@@ -276,14 +286,19 @@ def train(config: Config) -> dict:
         collate_fn=data.collate,
         pin_memory=device.type == "cuda",
     )
-    last_step, last_loss, saved_at = first, math.nan, time.monotonic()
+    last_step, last_loss, saved_at, stop_signal = first, math.nan, time.monotonic(), 0
+    final_step = min(total_steps, DRY_WARM_UP + DRY_STEPS) if run.is_dry else total_steps
+    minutes_between = DRY_SECONDS / 60 if run.is_dry else config.run.save_minutes
     with monitor.progress, stop_requests() as stop:
         # untrained; or what a stop after this step put off
         if is_evaluated(first) and metrics.get("knn_step") != first:
             evaluate(first)
         batches = iterate(loader)
         monitor.restart_clock()
-        for step in range(first + 1, total_steps + 1):
+        for step in range(first + 1, final_step + 1):
+            if run.is_dry and step == DRY_WARM_UP + 1:
+                monitor.restart_clock()
+                saved_at = time.monotonic()
             # ---- algorithm 1
             now = schedules(config, step - 1, steps_per_epoch, batch_size)
             for group in optimizer.param_groups:
@@ -320,12 +335,13 @@ def train(config: Config) -> dict:
             epoch = step / steps_per_epoch
             monitor.add(step, means.loss, batch_size)
             minutes = (time.monotonic() - saved_at) / 60
-            is_due = 0 < config.run.save_minutes <= minutes
+            is_due = 0 < minutes_between <= minutes
             flags = stop[0] if stop else 0, is_due, bool(monitor.failure)
             stop_signal, is_due, has_failed = run.agreement.largest(*flags)
             if has_failed:
                 raise RunError(monitor.failure)
-            is_last = step == total_steps or stop_signal > 0
+            is_last = step == final_step or stop_signal > 0
+            is_last |= run.is_dry and is_due and step > DRY_WARM_UP
             evaluates = is_evaluated(step) and (step == total_steps or not stop_signal)
             is_kept = config.run.keep_every and epoch % config.run.keep_every == 0
             is_saved = is_last or is_due or is_kept or step % config.run.save_every == 0
@@ -335,22 +351,30 @@ def train(config: Config) -> dict:
                 monitor.report_unreadable(step, epoch)
             if is_logged:
                 figures = means.log_figures(last_loss, accelerator)
+                figures |= monitor.watch(step, steps_per_epoch, figures, metrics)
                 monitor.log_step(step, epoch, last_loss, now.lr, figures)
+            if config.run.stop_on_collapse and monitor.collapse:
+                text = monitor.collapse_text(metrics["collapse"])
+                raise RunError(f"{text}; {run.kept()}")
             if evaluates:
                 evaluate(step)
             if is_saved:
                 run.save(state, step, epoch, metrics, monitor.unreadable)
                 saved_at = time.monotonic()
-            if evaluates or is_saved:
+            if (evaluates or is_saved) and not run.is_dry:
+                monitor.draw_curves()
                 monitor.restart_clock()
             last_step = step
             if is_last:
                 break
     accelerator.end_training()
-    if last_step < total_steps:
+    if run.is_dry:
+        monitor.report_dry_run(crops, multi_crop)
+    elif last_step < total_steps:
         say(f"stopped after step {last_step:,} of {total_steps:,}; to go on:")
         folder = shlex.quote(str(run.folder))
         say(f"  {launch_line(accelerator)} dino_train.py --resume {folder}")
+    if stop_signal and last_step < total_steps:
         sys.exit(128 + stop_signal)
     result = {"folder": str(run.folder), "checkpoint": str(run.checkpoint), "step": last_step}
     unreadable = len(monitor.unreadable)
@@ -364,6 +388,8 @@ def main() -> None:
     if config.run.config == QUICKSTART:
         console.print("quick start: recipes/quickstart.yaml on embedded data; flags override it")
     result = train(config)
+    if config.run.dry_run:
+        return
     checkpoint, rows = shlex.quote(result["checkpoint"]), {}
     if "knn_top1" in result:
         before, after = result["knn_top1_untrained"], result["knn_top1"]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 try:
     import resource
@@ -26,10 +27,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from config import Config
-from data import ImageDataset, Sample, batch_factors
+from data import ImageDataset, MultiCrop, Sample, batch_factors
 from distributed import has_compiler
+from pictures import crop_cells, curves, sheet
 from run_io import Run, RunError
 
+DRY_WARM_UP, DRY_STEPS, DRY_SECONDS = 2, 12, 30  # steps not timed, steps at most, their time
+KNOBS = {
+    "uniform": "lower --teacher-temp and --warmup-teacher-temp, take --use-bn, or fewer prototypes "
+    "by --projection-output-dim",
+    "one-hot": "raise --teacher-temp and --warmup-teacher-temp, or lower --center-momentum or --lr",
+}
 MOST_UNREADABLE = 0.01  # of the images; more are no accident
 
 
@@ -47,16 +55,23 @@ def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.
     if config.run.compile and not has_compiler():
         compiled = ", not compiled: no C compiler was found"
     kind = " FSDP" if accelerator.is_fsdp2 else " DDP" if world > 1 else ""
+    output_dim = config.model.projection_output_dim
+    first, last = config.teacher.warmup_teacher_temp, config.teacher.teacher_temp
+    warmup = config.teacher.warmup_teacher_temp_epochs
+    temp = f"{first:g} to {last:g} in {warmup} of {optim.epochs} epochs" if warmup else f"{last:g}"
+    half_life = ema_half_life(config.teacher.teacher_momentum)
     rows = {
-        "arch": f"{config.model.arch}: {backbone:.2f} M parameters, {head:.2f} M in the head, "
-        f"K {config.model.projection_output_dim:,}",
+        "arch": f"{config.model.arch}: {backbone:.2f} M parameters, {head:.2f} M in the head",
+        "prototypes": f"K {output_dim:,}, {num_images / output_dim:.3g} images to each",
         "data": f"{config.data.data}: {num_images:,} images, "
         f"crops 2 of {crops.global_crop_size}{local} px",
         "device": f"{world} x {name}{kind}, {precision}{compiled}",
         "batch": f"{batch} images{f' ({factors})' * (optim.batch_size < batch)}, "
         f"{num_images // batch:,} steps an epoch, {optim.epochs} epochs",
         "optimizer": f"{optim.optimizer}, lr {optim.lr * batch / 256:.3g} "
-        f"({optim.lr:g} x {batch} / 256)",
+        f"({optim.lr:g} x {batch} / 256), warm-up of {optim.warmup_epochs:g} epochs",
+        "teacher": f"half of it newer than {half_life:.3g} steps at first "
+        f"({half_life / (num_images // batch):.2g} epochs), temperature {temp}",
     }
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
@@ -64,9 +79,29 @@ def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.
     return table
 
 
-def warnings(config: Config, accelerator: Accelerator, model: nn.Module) -> list[str]:
+def ema_half_life(momentum: float) -> float:
+    """Give the steps after which half of an EMA is newer."""
+    return math.log(0.5) / math.log(momentum) if 0 < momentum < 1 else math.inf * momentum
+
+
+def warnings(
+    config: Config, accelerator: Accelerator, num_images: int, model: nn.Module
+) -> list[str]:
     """Name what is likely not meant."""
     lines, epochs = [], config.optim.epochs
+    batch = config.optim.batch_size * accelerator.num_processes * config.optim.accumulation_steps
+    steps, half_life = num_images // batch * epochs, ema_half_life(config.teacher.teacher_momentum)
+    if half_life > steps:
+        lines.append(
+            f"--teacher-momentum {config.teacher.teacher_momentum:g} has a half-life of "
+            f"{half_life:.3g} steps, the run {steps:,}: the teacher stays as it is"
+        )
+    if config.model.projection_output_dim > num_images:
+        given = f"--projection-output-dim {config.model.projection_output_dim}"
+        lines.append(f"{given} is more prototypes than the {num_images:,} images")
+    if config.run.knn_every and min(config.run.knn_images, num_images) < 20:
+        flag = "--knn-images" if config.run.knn_images < 20 else "--data"
+        lines.append(f"k-NN asks 20 images, {flag} gives it fewer")
     warm_ups = {
         "--warmup-epochs": config.optim.warmup_epochs,
         "--warmup-teacher-temp-epochs": config.teacher.warmup_teacher_temp_epochs,
@@ -106,6 +141,8 @@ class Monitor:
         self.unreadable = set(run.saved.get("unreadable", []))
         self.new_unreadable: set[int] = set()
         self.failure = ""  # of writing the log
+        self.collapse = ""  # what the teacher has been for long
+        self.output_dim = run.config["model"]["projection_output_dim"]
         self.restart_clock()
 
     def introduce(self, config: Config, student: nn.Module, why_no_knn: str) -> None:
@@ -114,7 +151,7 @@ class Monitor:
         self.console.print(header(config, self.accelerator, len(self.dataset), student))
         if why_no_knn:
             say(f"no k-NN during training: {why_no_knn}")
-        for warning in warnings(config, self.accelerator, student):
+        for warning in warnings(config, self.accelerator, len(self.dataset), student):
             say(f"warning: {warning}")
         if config.run.resume:
             say(f"resumed {self.run.folder} after step {self.first:,} of {self.total_steps:,}")
@@ -124,6 +161,7 @@ class Monitor:
     def restart_clock(self) -> None:
         """Leave out of images/s what was done since the last step."""
         self.since, self.num_images, self.waited = time.perf_counter(), 0, 0.0
+        self.num_timed = 0  # steps
 
     def next_batch(self, batches: Iterator) -> Sample:
         """Take a batch; the time that it takes is waiting for data, on a GPU while it works."""
@@ -136,11 +174,12 @@ class Monitor:
     def add(self, step: int, loss: Tensor, num_images: int) -> None:
         self.losses[step] = loss.detach()
         self.num_images += num_images
+        self.num_timed += 1
         self.progress.update(self.bar, completed=step)
 
     def log(self, step: int, epoch: float, values: dict) -> None:
         """Write a line; a failure is kept for the step's end, where all processes stop."""
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and not self.run.is_dry:
             try:
                 with open(self.run.log_file, "a") as file:
                     file.write(json.dumps({"step": step, "epoch": round(epoch, 4)} | values) + "\n")
@@ -149,6 +188,80 @@ class Monitor:
                 self.failure = text
         figures = {name: value for name, value in values.items() if not isinstance(value, list)}
         self.accelerator.log(figures, step=step)
+
+    def draw_curves(self) -> None:
+        """Draw curves.png anew from the log; a failure is said, and ends nothing."""
+        if not self.accelerator.is_main_process or self.run.is_dry:
+            return
+        file = self.run.folder / "curves.png"
+        temporary = file.with_name(f".tmp-{file.name}")
+        try:
+            log = [json.loads(line) for line in self.run.log_file.read_text().splitlines()]
+            curves(log, self.output_dim).save(temporary)
+            os.replace(temporary, file)
+        except (OSError, ValueError) as error:
+            temporary.unlink(missing_ok=True)
+            self.console.print(f"warning: cannot draw {file}: {error}", markup=False)
+
+    def watch(self, step: int, steps_per_epoch: int, figures: dict, metrics: dict) -> dict:
+        """Give {"collapse": kind} where the teacher has been collapsed for long, else {}.
+
+        Long is an epoch, or a twentieth of the run where that is longer. What it has been since
+        when is kept in the saved `metrics`, so that a resumed run says the same. A name and what to
+        change are printed once.
+        """
+        kind = collapse_of(figures["teacher_entropy"], figures["kl"], self.output_dim)
+        known = metrics.get("collapse", {"kind": ""})
+        if kind != known["kind"]:
+            known = {"kind": kind, "since": step}
+        metrics.pop("collapse", None)
+        if not kind:
+            if self.collapse:
+                self.console.print(f"step {step:,}: the teacher is no longer {self.collapse}")
+            self.collapse = ""
+            return {}
+        metrics["collapse"] = known
+        if step - known["since"] < max(steps_per_epoch, self.total_steps // 20):
+            return {}
+        if self.collapse != kind:
+            self.collapse = kind
+            text = f"step {step:,}: {self.collapse_text(known)}"
+            self.console.print(f"warning: {text}", markup=False, soft_wrap=True)
+        return {"collapse": kind}
+
+    def collapse_text(self, known: dict) -> str:
+        kind, since = known["kind"], known["since"]
+        return f"collapse: the teacher is {kind} since step {since:,}; {KNOBS[kind]}"
+
+    def report_dry_run(self, crops: list[Tensor], multi_crop: MultiCrop) -> None:
+        """Print what the steps since the warm-up tell of the run, and write crops.png."""
+        if not self.accelerator.is_main_process:
+            return
+        seconds = time.perf_counter() - self.since
+        speed = self.num_images / seconds
+        batch = self.num_images / self.num_timed
+        folder = self.run.folder if self.run.is_named else Path()
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "crops.png"
+        cells = [
+            cell
+            for row in range(min(8, len(crops[0])))
+            for cell in crop_cells(crops, multi_crop.mean, multi_crop.std, row)
+        ]
+        title = f"crops of {len(cells) // len(crops)} images, as the network sees them"
+        sheet(title, cells, len(crops)).save(file)
+        eta = self.total_steps * batch / speed
+        device = "device" if torch.cuda.is_available() else "process"
+        rows = {
+            "speed": f"{speed:.3g} images/s, {batch / speed:.3g} s a step, of {self.num_timed} steps",
+            "waiting": f"{self.waited / seconds:.0%} of the time, for data",
+            "memory": f"{peak_memory():.2f} GiB at most, of the {device}",
+            "whole run": f"{duration(eta)} for {self.total_steps:,} steps, without k-NN and saving",
+            "crops": str(file),
+        }
+        self.console.print("dry run: nothing but crops.png was written", markup=False)
+        for name, text in rows.items():
+            self.console.print(f"[bold]{name:10}[/]  {escape(text)}", soft_wrap=True)
 
     def log_step(self, step: int, epoch: float, loss: float, lr: float, more: dict) -> None:
         seconds = time.perf_counter() - self.since
@@ -192,6 +305,31 @@ class Monitor:
             more = [f"and {num - 10} more, in {self.run.log_file}"] if num > 10 else []
             text = f"{num} of {total:,} images cannot be decoded, more than {MOST_UNREADABLE:.0%}:"
             raise RunError("\n  ".join([text, *reasons, *more]))
+
+
+def collapse_of(entropy: float, kl: float, output_dim: int) -> str:
+    """Name what a teacher of this entropy has collapsed to: `uniform`, `one-hot` or nothing.
+
+    Uniform is within 2 % of ln K, with a student that says the same; one-hot below 2 % of it. The
+    healthy runs of the quick start stay between 7 and 83 %, with a KL divergence above 0.1 % of it.
+    """
+    most = math.log(output_dim)
+    if entropy > 0.98 * most and kl < 0.01 * most:
+        return "uniform"
+    return "one-hot" if entropy < 0.02 * most else ""
+
+
+def duration(seconds: float) -> str:
+    """Give a time as `2 d 03 h`, `3 h 05 min`, `4 min 06 s`, or `7 s`."""
+    seconds = round(seconds)
+    for size, unit, part, name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if seconds >= size:
+            return f"{seconds // size} {unit} {seconds % size // part:02} {name}"
+    return f"{seconds} s"
 
 
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]

@@ -29,6 +29,7 @@ from models import load_tensors, save_checkpoint, save_tensors
 # what a resumed run may have otherwise
 CHANGEABLE = {
     *("epochs", "num_workers", "eval_resize", "compile", "log_every", "log_with"),
+    "stop_on_collapse",
     *("save_every", "save_minutes", "keep_last", "keep_every", "knn_every", "knn_images"),
 }
 
@@ -118,6 +119,7 @@ class Run:
             wanted = "--resume, --overwrite or another --output-dir"
             raise ValueError(f"{folder} already holds a run ({taken[0].name}): need {wanted}")
         self.stale = taken + self._files(KEPT) if config.run.overwrite else []
+        self.is_dry = config.run.dry_run  # nothing is written, then
         self.is_named = config.run.output_dir is not None
         self.saved = {}
         if config.run.resume and self.state_file.exists():
@@ -151,7 +153,7 @@ class Run:
             config = self._refit(config)
         # the resolved config as plain data, less what belongs to one start of the run
         self.config = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        for key in ("config", "output_dir", "resume", "overwrite"):
+        for key in ("config", "output_dir", "resume", "overwrite", "dry_run"):
             del self.config["run"][key]
         return config
 
@@ -197,6 +199,8 @@ class Run:
 
         A collective. Raises ValueError in all processes where it cannot be written.
         """
+        if self.is_dry:
+            return
         error = ""
         if self.is_main:
             try:
@@ -234,6 +238,8 @@ class Run:
         A collective. Raises, in all processes alike, RunError where the disk is full, and
         FloatingPointError before a file is touched where a weight is not finite.
         """
+        if self.is_dry:
+            return
         tensors = state.whole_tensors(keep=self.is_main)
         error: Exception | None = None
         if self.is_main:

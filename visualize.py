@@ -34,9 +34,9 @@ import data
 from config import read_flags
 from features import normalized
 from monitor import run_command
+from pictures import CARD, INK, OTHER, PLOT, SMALL_TILE, Cell, clipped, crop_cells, sheet, tile
 from weights import open_network
 
-CARD, INK, PLOT, OTHER = "#202226", "#e4e6e9", "#141518", "#70747a"  # legible on any page
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 CLASS_COLOURS = (
     *("#e6454a", "#4cc46a", "#ffe14a", "#5b86f5", "#f58b3c", "#b565e0", "#4fd8f2", "#f25be0"),
@@ -47,11 +47,10 @@ MOST_FEATURES = 2000  # images that are compared and scattered
 MOST_VECTORS = 10_000  # of feature maps, that a PCA is fitted to
 SAMPLED_FRAMES = 16  # of a video, that fix the scale of its colours
 NUM_QUERIES, NUM_NEIGHBOURS = 6, 8
-GAP, TILE, SMALL_TILE = 8, 240, 120  # pixels
+TILE = 240  # pixels
 
 Kind = Literal["attention", "pca", "crops", "neighbours", "scatter"]
 KINDS = get_args(Kind)
-Cell = tuple[Image.Image, str]  # a picture and the label under it
 Pictures = dict[str, Image.Image | Iterator[Image.Image]]  # by file name; a video's frames
 
 
@@ -279,14 +278,6 @@ def read(images: data.ImageDataset, rows: Sequence[int]) -> Iterator[tuple[int, 
 # ---------------------------------------------------------------- drawing
 
 
-def tile(image: Tensor, side: int) -> Image.Image:
-    """Fit (3, h, w) uint8 into a square, aspect kept; what grows much keeps its pixels."""
-    scale = side / max(image.shape[1:])
-    height, width = (max(1, round(scale * length)) for length in image.shape[1:])
-    resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    return TF.to_pil_image(image).resize((width, height), resample)
-
-
 def enlarged(values: np.ndarray, like: Image.Image) -> Image.Image:
     """Enlarge a map (h, w) or (h, w, 3) uint8 to a picture's size, its cells kept visible."""
     return Image.fromarray(values).resize(like.size, Image.Resampling.NEAREST)
@@ -299,40 +290,6 @@ def heat(picture: Image.Image, attention: Tensor, top: float) -> Image.Image:
     colours = np.stack([np.interp(share, stops, x) for x in zip(*HEAT, strict=True)], axis=-1)
     grey = ImageOps.grayscale(picture).convert("RGB")
     return Image.blend(grey, enlarged(colours.astype(np.uint8), picture), 0.75)
-
-
-def clipped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Shorten a text to one line of at most `width` pixels, by an ellipsis."""
-    text = " ".join(text.encode("utf-8", "replace").decode().split())
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
-
-
-def sheet(title: str, cells: Sequence[Cell], num_columns: int) -> Image.Image:
-    """Lay out pictures in rows, each with its label below, under a title. Sizes follow theirs."""
-    large, small = ImageFont.load_default(17), ImageFont.load_default(14)
-    rows = [cells[i : i + num_columns] for i in range(0, len(cells), num_columns)]
-    columns = [cells[i::num_columns] for i in range(min(num_columns, len(cells)))]
-    least = [SMALL_TILE * any(label for _, label in column) for column in columns]
-    widths = [max(x, *(p.width for p, _ in y)) for x, y in zip(least, columns, strict=True)]
-    below = GAP + 22 * any(label for _, label in cells)
-    heights = [max(picture.height for picture, _ in row) + below for row in rows]
-    top, width = 40 if title else GAP, sum(widths) + GAP * (len(widths) + 1)
-    card = Image.new("RGB", (width, top + sum(heights)), CARD)
-    draw = ImageDraw.Draw(card)
-    draw.text((GAP, 10), clipped(title, large, width - 2 * GAP), INK, large)
-    for row, height in zip(rows, heights, strict=True):
-        left, top = GAP, top + height
-        for (picture, label), column in zip(row, widths, strict=False):
-            middle = left + column // 2
-            card.paste(picture, (middle - picture.width // 2, top - below - picture.height))
-            text = clipped(label, small, column)
-            draw.text((middle, top - below + 3), text, INK, small, anchor="ma")
-            left += column + GAP
-    return card
 
 
 def attention_sheet(image: Tensor, attention: Tensor, mass: float, label: str) -> Image.Image:
@@ -359,11 +316,8 @@ def crops_sheet(
         canvas, size = data.to_canvas(image, canvas_size), torch.tensor(image.shape[1:])
         keys = data.hash_keys(seed, 0, torch.tensor([row]))
         cells.append((tile(image, SMALL_TILE), label_of(images, row)))
-        for view, crop in enumerate(multi_crop(canvas[None], size[None], keys)):
-            pixels = (crop[0] * multi_crop.std + multi_crop.mean).clamp(0, 1)
-            pixels = TF.to_dtype(pixels, torch.uint8, scale=True)
-            label = f"global {view + 1}" if view < 2 else f"local {view - 1}"
-            cells.append((tile(pixels, SMALL_TILE), label))
+        crops = multi_crop(canvas[None], size[None], keys)
+        cells += crop_cells(crops, multi_crop.mean, multi_crop.std, 0)
     sizes = multi_crop.config.global_crop_size, multi_crop.config.local_crop_size
     title = "training crops: global {} px, local {} px".format(*sizes)
     return sheet(title, cells, 1 + multi_crop.num_views)
