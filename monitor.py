@@ -1,4 +1,4 @@
-"""What a run tells: its header, progress, log and errors; and the signals that it hears."""
+"""What a run tells: its progress, log, curves and errors; and the signals that it hears."""
 
 import json
 import math
@@ -22,98 +22,17 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from config import Config
-from data import ImageDataset, MultiCrop, Sample, batch_factors
-from distributed import has_compiler
+from data import ImageDataset, MultiCrop, Sample
+from outlook import KNOBS, collapse_of, duration, header, peak_memory, warnings
 from pictures import crop_cells, curves, sheet
 from run_io import Run, RunError
 
 DRY_WARM_UP, DRY_STEPS, DRY_SECONDS = 2, 12, 30  # steps not timed, steps at most, their time
-KNOBS = {
-    "uniform": "lower --teacher-temp and --warmup-teacher-temp, take --use-bn, or fewer prototypes "
-    "by --projection-output-dim",
-    "one-hot": "raise --teacher-temp and --warmup-teacher-temp, or lower --center-momentum or --lr",
-}
 MOST_UNREADABLE = 0.01  # of the images; more are no accident
-
-
-def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.Module) -> Table:
-    """Lay out what is about to be trained, on what, and how."""
-    optim, crops, world = config.optim, config.crops, accelerator.num_processes
-    batch = optim.batch_size * world * optim.accumulation_steps
-    factors = batch_factors(optim.batch_size, world, optim.accumulation_steps)
-    device = accelerator.device.type
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    backbone, head = (sum(p.numel() for p in part.parameters()) / 1e6 for part in model.children())
-    local = f" + {crops.num_local_crops} of {crops.local_crop_size}" * (crops.num_local_crops > 0)
-    precision = f"mixed precision: {config.run.mixed_precision}"
-    compiled = ", blocks compiled" if config.run.compile else ""
-    if config.run.compile and not has_compiler():
-        compiled = ", not compiled: no C compiler was found"
-    kind = " FSDP" if accelerator.is_fsdp2 else " DDP" if world > 1 else ""
-    output_dim = config.model.projection_output_dim
-    first, last = config.teacher.warmup_teacher_temp, config.teacher.teacher_temp
-    warmup = config.teacher.warmup_teacher_temp_epochs
-    temp = f"{first:g} to {last:g} in {warmup} of {optim.epochs} epochs" if warmup else f"{last:g}"
-    half_life = ema_half_life(config.teacher.teacher_momentum)
-    rows = {
-        "arch": f"{config.model.arch}: {backbone:.2f} M parameters, {head:.2f} M in the head",
-        "prototypes": f"K {output_dim:,}, {num_images / output_dim:.3g} images to each",
-        "data": f"{config.data.data}: {num_images:,} images, "
-        f"crops 2 of {crops.global_crop_size}{local} px",
-        "device": f"{world} x {name}{kind}, {precision}{compiled}",
-        "batch": f"{batch} images{f' ({factors})' * (optim.batch_size < batch)}, "
-        f"{num_images // batch:,} steps an epoch, {optim.epochs} epochs",
-        "optimizer": f"{optim.optimizer}, lr {optim.lr * batch / 256:.3g} "
-        f"({optim.lr:g} x {batch} / 256), warm-up of {optim.warmup_epochs:g} epochs",
-        "teacher": f"half of it newer than {half_life:.3g} steps at first "
-        f"({half_life / (num_images // batch):.2g} epochs), temperature {temp}",
-    }
-    table = Table.grid(padding=(0, 2))
-    for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/]", escape(text))
-    return table
-
-
-def ema_half_life(momentum: float) -> float:
-    """Give the steps after which half of an EMA is newer."""
-    return math.log(0.5) / math.log(momentum) if 0 < momentum < 1 else math.inf * momentum
-
-
-def warnings(
-    config: Config, accelerator: Accelerator, num_images: int, model: nn.Module
-) -> list[str]:
-    """Name what is likely not meant."""
-    lines, epochs = [], config.optim.epochs
-    batch = config.optim.batch_size * accelerator.num_processes * config.optim.accumulation_steps
-    steps, half_life = num_images // batch * epochs, ema_half_life(config.teacher.teacher_momentum)
-    if half_life > steps:
-        lines.append(
-            f"--teacher-momentum {config.teacher.teacher_momentum:g} has a half-life of "
-            f"{half_life:.3g} steps, the run {steps:,}: the teacher stays as it is"
-        )
-    if config.model.projection_output_dim > num_images:
-        given = f"--projection-output-dim {config.model.projection_output_dim}"
-        lines.append(f"{given} is more prototypes than the {num_images:,} images")
-    if config.run.knn_every and min(config.run.knn_images, num_images) < 20:
-        flag = "--knn-images" if config.run.knn_images < 20 else "--data"
-        lines.append(f"k-NN asks 20 images, {flag} gives it fewer")
-    warm_ups = {
-        "--warmup-epochs": config.optim.warmup_epochs,
-        "--warmup-teacher-temp-epochs": config.teacher.warmup_teacher_temp_epochs,
-    }
-    for flag, warm_up in warm_ups.items():
-        if warm_up > epochs:
-            lines.append(f"{flag} {warm_up:g} is longer than the run of {epochs} epochs")
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if accelerator.num_processes > 1 and any(not isinstance(m, nn.SyncBatchNorm) for m in norms):
-        why = "--no-sync-bn" if accelerator.device.type == "cuda" else "only GPUs share them"
-        lines.append(f"BatchNorm sees {config.optim.batch_size} images at a time: {why}")
-    return lines
 
 
 class Monitor:
@@ -253,10 +172,10 @@ class Monitor:
         eta = self.total_steps * batch / speed
         device = "device" if torch.cuda.is_available() else "process"
         rows = {
-            "speed": f"{speed:.3g} images/s, {batch / speed:.3g} s a step, of {self.num_timed} steps",
+            "speed": f"{speed:.3g} images/s, {batch / speed:.3g} s a step, over {self.num_timed}",
             "waiting": f"{self.waited / seconds:.0%} of the time, for data",
             "memory": f"{peak_memory():.2f} GiB at most, of the {device}",
-            "whole run": f"{duration(eta)} for {self.total_steps:,} steps, without k-NN and saving",
+            "whole run": f"{duration(eta)} for {self.total_steps:,} steps, less k-NN and saving",
             "crops": str(file),
         }
         self.console.print("dry run: nothing but crops.png was written", markup=False)
@@ -270,7 +189,8 @@ class Monitor:
         self.log(step, epoch, values | {"peak_memory_gib": peak_memory()} | more)
         text = f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} images/s"
         self.progress.update(self.bar, description=text)
-        self.restart_clock()
+        if not self.run.is_dry:  # which is timed as a whole
+            self.restart_clock()
 
     def check_finite(self) -> float:
         """Give the last loss, the mean over processes; FloatingPointError at the first not finite.
@@ -307,43 +227,8 @@ class Monitor:
             raise RunError("\n  ".join([text, *reasons, *more]))
 
 
-def collapse_of(entropy: float, kl: float, output_dim: int) -> str:
-    """Name what a teacher of this entropy has collapsed to: `uniform`, `one-hot` or nothing.
-
-    Uniform is within 2 % of ln K, with a student that says the same; one-hot below 2 % of it. The
-    healthy runs of the quick start stay between 7 and 83 %, with a KL divergence above 0.1 % of it.
-    """
-    most = math.log(output_dim)
-    if entropy > 0.98 * most and kl < 0.01 * most:
-        return "uniform"
-    return "one-hot" if entropy < 0.02 * most else ""
-
-
-def duration(seconds: float) -> str:
-    """Give a time as `2 d 03 h`, `3 h 05 min`, `4 min 06 s`, or `7 s`."""
-    seconds = round(seconds)
-    for size, unit, part, name in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
-        if seconds >= size:
-            return f"{seconds // size} {unit} {seconds % size // part:02} {name}"
-    return f"{seconds} s"
-
-
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
 STOP_SIGNALS += [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []  # Slurm's warning
-
-
-def peak_memory() -> float:
-    """Give the most memory in GiB that the main process has taken so far, of its GPU or its own."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    if resource is None:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def iterate(loader: DataLoader) -> Iterator:

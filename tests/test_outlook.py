@@ -1,0 +1,145 @@
+"""The run's own arithmetic, the dry run, collapse and curves, by real runs."""
+
+import math
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import MEASURED, read_log, stop_at
+from PIL import Image
+
+from config import parse_config
+from dino_train import train
+from outlook import collapse_of, duration, ema_half_life
+
+UNIFORM = ("--teacher-temp", "2", "--warmup-teacher-temp", "2", "--teacher-momentum", "0.5")
+ONE_HOT = (
+    *("--teacher-temp", "0.002", "--warmup-teacher-temp", "0.002", "--center-momentum", "1"),
+    *("--teacher-momentum", "0.5",),
+)  # fmt: skip
+MORE = (
+    "--knn-every",
+    "0",
+    "--epochs",
+    "3",
+    "--lr",
+    "0.3",
+    "--log-every",
+    "1",
+    "--freeze-last-layer-epochs",
+    "0",
+)
+
+
+def test_half_life_is_when_half_of_the_average_is_new() -> None:
+    for momentum in (0.5, 0.98, 0.996, 0.9995):
+        assert momentum ** ema_half_life(momentum) == pytest.approx(0.5)
+    assert ema_half_life(0.0) == 0
+    assert ema_half_life(1.0) == math.inf
+
+
+def test_durations_are_said_in_two_units() -> None:
+    seconds = (7, 246, 3 * 3600 + 5 * 60 + 59, 2 * 86400 + 3 * 3600)
+    assert [duration(x) for x in seconds] == ["7 s", "4 min 06 s", "3 h 05 min", "2 d 03 h"]
+
+
+def test_what_cannot_be_meant_is_a_warning_that_names_the_flag(
+    tmp_path: Path, tiny_flags, script
+) -> None:
+    flags = ("--teacher-momentum", "0.9995", "--projection-output-dim", "128", "--knn-images", "9")
+    more = ("--epochs", "1", "--warmup-epochs", "5", "--warmup-teacher-temp-epochs", "3")
+    result = script("dino_train", *tiny_flags, *flags, *more, "--output-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    warned = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
+    for flag in ("--teacher-momentum 0.9995", "--projection-output-dim 128", "--knn-images",
+                 "--warmup-epochs 5", "--warmup-teacher-temp-epochs 3"):  # fmt: skip
+        assert sum(flag in line for line in warned) == 1, flag
+    assert "half-life of 1.39e+03 steps, the run 10" in result.stdout
+
+
+def test_header_shows_the_arithmetic(tiny_run: Path, tiny_flags, tmp_path: Path, script) -> None:
+    flags = ("--teacher-temp", "0.07", "--warmup-teacher-temp-epochs", "1", "--dry-run")
+    flags += ("--output-dir", tmp_path / "run", "--teacher-momentum", "0.9")
+    result = script("dino_train", *tiny_flags, *flags)
+    said = " ".join(result.stdout.split())
+    half_life = math.log(2) / -math.log(0.9)
+    for text in ("K 16, 5 images to each", "batch 8 images, 10 steps an epoch, 2 epochs",
+                 "lr 0.000313 (0.01 x 8 / 256)", "0.04 to 0.07 in 1 of 2 epochs",
+                 f"newer than {half_life:.3g} steps at first (0.66 epochs)"):  # fmt: skip
+        assert text in said, said
+
+
+def test_dry_run_writes_its_crops_alone_and_changes_nothing(
+    tmp_path: Path, tiny_run: Path, tiny_flags, script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    result = script("dino_train", *tiny_flags, "--dry-run", "--output-dir", folder)
+    assert result.returncode == 0, result.stderr
+    for text in ("images/s", "for data", "GiB at most", "for 20 steps", str(folder / "crops.png")):
+        assert text in " ".join(result.stdout.split())
+    assert [path.name for path in folder.iterdir()] == ["crops.png"]
+    Image.open(folder / "crops.png").verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    result = script("dino_train", *tiny_flags, "--output-dir", folder)
+    assert result.returncode == 0, result.stderr
+    for mine, other in zip(read_log(folder), read_log(tiny_run), strict=True):
+        assert {**mine, **dict.fromkeys(MEASURED)} == {**other, **dict.fromkeys(MEASURED)}
+
+
+def test_dry_run_leaves_a_run_alone(tiny_run: Path, script) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in tiny_run.iterdir()}
+    result = script("dino_train", "--resume", tiny_run, "--dry-run")
+    assert result.returncode == 2 and "--dry-run" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert before == {path.name: path.stat().st_mtime_ns for path in tiny_run.iterdir()}
+
+
+def test_collapse_is_judged_by_entropy_and_kl() -> None:
+    most = math.log(1024)
+    assert collapse_of(most, 0.0, 1024) == "uniform"
+    assert collapse_of(most, 0.5, 1024) == ""  # a new teacher, which the student does not match yet
+    assert collapse_of(0.0, 3.0, 1024) == "one-hot"
+    assert collapse_of(0.5 * most, 0.0, 1024) == ""
+
+
+@pytest.mark.parametrize("kind, flags", [("uniform", UNIFORM), ("one-hot", ONE_HOT)])
+def test_provoked_collapse_is_named_and_stops_the_run(
+    kind: str, flags: tuple, tmp_path: Path, tiny_flags, script
+) -> None:
+    more = (*flags, *MORE, "--output-dir", tmp_path, "--save-every", "5")
+    result = script("dino_train", *tiny_flags, *more, "--stop-on-collapse")
+    assert result.returncode == 1, result.stdout
+    assert f"the teacher is {kind} since step" in result.stderr
+    assert "--teacher-temp" in result.stderr and "ckpt.safetensors is kept" in result.stderr
+    log = read_log(tmp_path)
+    assert "collapse" not in log[9] and log[-1]["collapse"] == kind  # not before it has lasted
+
+
+def test_collapse_is_named_alike_by_a_resumed_run(
+    tmp_path: Path, tiny_flags, script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = [*tiny_flags, *UNIFORM, *MORE]
+    result = script("dino_train", *flags, "--output-dir", whole)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("warning: step") == 1  # said once, in the log on every line
+    with monkeypatch.context() as patch:
+        stop_at(patch, 32, signal.SIGTERM)
+        assert script("dino_train", *flags, "--output-dir", parts).returncode == 143
+    assert script("dino_train", "--resume", parts).returncode == 0
+    kinds = [[line.get("collapse") for line in read_log(folder)] for folder in (whole, parts)]
+    assert kinds[0] == kinds[1] and "uniform" in kinds[0]
+
+
+def test_healthy_run_is_not_called_collapsed(tiny_run: Path) -> None:
+    assert not any("collapse" in line for line in read_log(tiny_run))
+
+
+def test_curves_are_drawn_and_no_failure_of_theirs_ends_a_run(
+    tmp_path: Path, tiny_run: Path, tiny_flags
+) -> None:
+    Image.open(tiny_run / "curves.png").verify()
+    (tmp_path / "curves.png").mkdir()
+    config = parse_config([*tiny_flags, "--epochs", "1", "--output-dir", str(tmp_path)])
+    assert train(config)["step"] == 10

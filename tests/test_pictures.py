@@ -1,0 +1,70 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFont
+
+from pictures import LINES, WIDTH, clipped, crop_cells, curves, panel, sheet, ticks
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-0.3, 6.9), (28.1, 86.3), (0, 0.0075), (0, 800)])
+def test_ticks_are_few_round_numbers_in_range(low: float, high: float) -> None:
+    values = ticks(low, high, 4)
+    assert 2 <= len(values) <= 6
+    assert all(low - 1e-9 <= value <= high + 1e-9 for value in values)
+    step = values[1] - values[0]
+    digits = step / 10 ** math.floor(math.log10(step) + 1e-9)
+    assert min(abs(digits - x) for x in (1, 2, 5)) < 1e-6
+
+
+def colour(picture: Image.Image, text: str) -> list[tuple[int, int]]:
+    """Find the pixels of about a colour."""
+    wanted = torch.tensor([int(text[i : i + 2], 16) for i in (1, 3, 5)])
+    pixels = torch.from_numpy(np.array(picture)).long()
+    return ((pixels - wanted).abs().amax(dim=-1) < 40).nonzero().tolist()
+
+
+def test_rising_curve_rises_from_left_to_right() -> None:
+    picture = panel("loss", [("", [0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0])], {})
+    spots = sorted(colour(picture, LINES[0]), key=lambda spot: spot[1])
+    rows = [row for row, _ in spots]
+    assert spots[0][1] < WIDTH / 4 and spots[-1][1] > WIDTH * 3 / 4
+    assert rows[0] > rows[len(rows) // 2] > rows[-1]
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        [],
+        [{"step": 0, "epoch": 0.0, "knn_top1": 30.0}],
+        [{"step": 1, "epoch": 0.1, "loss": math.nan, "lr": 0.0, "teacher_entropy": 1.0, "kl": 0.0}],
+        [{"step": i, "epoch": i / 9, "loss": 5.0, "lr": 1e-5} for i in range(20_000)],
+    ],
+)
+def test_curves_of_any_log_have_one_size(log: list[dict]) -> None:
+    assert curves(log, 1024).size == curves([], 1024).size
+
+
+def test_long_labels_end_in_an_ellipsis_within_their_width() -> None:
+    font = ImageFont.load_default(14)
+    text = clipped("a very long name of a class " * 5, font, 100)
+    assert text.endswith("…") and font.getlength(text) <= 100
+    assert clipped("short", font, 100) == "short"
+
+
+def test_crops_are_shown_as_they_were_before_normalisation() -> None:
+    pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    mean, std = torch.tensor([0.4, 0.5, 0.6])[:, None, None], torch.full((3, 1, 1), 0.2)
+    crop = (pixels / 255 - mean) / std
+    cells = crop_cells([crop, crop, crop], mean, std, row=1)
+    assert [label for _, label in cells] == ["global 1", "global 2", "local 1"]
+    picture = cells[0][0].resize((8, 8), Image.Resampling.NEAREST)
+    shown = torch.from_numpy(np.array(picture)).long().permute(2, 0, 1)
+    assert (shown - pixels[1].long()).abs().max() <= 1
+
+
+def test_sheet_holds_all_cells() -> None:
+    cells = [(Image.new("RGB", (50, 40), "#ff0000"), f"image {i}") for i in range(5)]
+    card = sheet("title", cells, 2)
+    assert len(colour(card, "#ff0000")) == 5 * 50 * 40
