@@ -12,22 +12,14 @@ from config import parse_config
 from dino_train import train
 from outlook import collapse_of, duration, ema_half_life
 
-UNIFORM = ("--teacher-temp", "2", "--warmup-teacher-temp", "2", "--teacher-momentum", "0.5")
+UNIFORM = ("--teacher-temp", "5", "--warmup-teacher-temp", "5", "--teacher-momentum", "0.5")
 ONE_HOT = (
     *("--teacher-temp", "0.002", "--warmup-teacher-temp", "0.002", "--center-momentum", "1"),
     *("--teacher-momentum", "0.5",),
 )  # fmt: skip
 MORE = (
-    "--knn-every",
-    "0",
-    "--epochs",
-    "3",
-    "--lr",
-    "0.3",
-    "--log-every",
-    "1",
-    "--freeze-last-layer-epochs",
-    "0",
+    *("--knn-every", "0", "--epochs", "6", "--lr", "0.05", "--log-every", "1"),
+    *("--freeze-last-layer-epochs", "0"),
 )
 
 
