@@ -131,6 +131,7 @@ def test_crop_by_matrices_equals_torchvisions_float_crop(size: int) -> None:
         torch.testing.assert_close(crop * 255, expected.clamp(0, 255), rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_box_statistics_match_random_resized_crop() -> None:
     num, scale, ratio = 20_000, (0.1, 0.7), (3 / 4, 4 / 3)
     for height, width in ((50, 50), (30, 90), (200, 20)):

@@ -277,6 +277,7 @@ def test_resume_names_all_that_differs_and_takes_over_what_is_harmless(
     assert script("dino_train", "--resume", folder, *same_batch).returncode == 0
 
 
+@pytest.mark.slow
 def test_resume_follows_images_that_were_moved_and_refuses_other_ones(
     tmp_path: Path, script, image_folder: Path, tiny_flags: list[str]
 ) -> None:

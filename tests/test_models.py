@@ -233,7 +233,9 @@ def test_no_crops_is_an_error() -> None:
         DinoModel.from_config(TINY)([])
 
 
-@pytest.mark.parametrize("arch", ["dino_vits16", "vit_base_patch14_dinov2"])
+@pytest.mark.parametrize(
+    "arch", ["dino_vits16", pytest.param("vit_base_patch14_dinov2", marks=pytest.mark.slow)]
+)
 def test_last_block_for_the_class_token_alone_is_exact(arch: str) -> None:
     patch = 14 if "14" in arch else 16
     backbone = get_backbone(arch, image_size=4 * patch, drop_path_rate=0.1)
@@ -404,7 +406,7 @@ def test_metadata_is_plain_json_in_the_header(tmp_path: Path) -> None:
     assert {key.split(".")[0] for key in header} == {"__metadata__", "backbone", "projection_head"}
 
 
-@pytest.mark.parametrize("name", ["models", "losses", "data"])
+@pytest.mark.parametrize("name", ["models", "losses", "data", "pictures"])
 def test_file_works_when_copied_alone(name: str, tmp_path: Path) -> None:
     shutil.copy(Path(__file__).parent.parent / f"{name}.py", tmp_path)
     blocked = "import sys; sys.modules.update(accelerate=None, tyro=None, rich=None, yaml=None); "

@@ -95,7 +95,10 @@ def test_collapse_is_judged_by_entropy_and_kl() -> None:
     assert collapse_of(0.5 * most, 0.0, 1024) == ""
 
 
-@pytest.mark.parametrize("kind, flags", [("uniform", UNIFORM), ("one-hot", ONE_HOT)])
+@pytest.mark.parametrize(
+    "kind, flags",
+    [pytest.param("uniform", UNIFORM, marks=pytest.mark.slow), ("one-hot", ONE_HOT)],
+)
 def test_provoked_collapse_is_named_and_stops_the_run(
     kind: str, flags: tuple, tmp_path: Path, tiny_flags, script
 ) -> None:
@@ -108,6 +111,7 @@ def test_provoked_collapse_is_named_and_stops_the_run(
     assert "collapse" not in log[9] and log[-1]["collapse"] == kind  # not before it has lasted
 
 
+@pytest.mark.slow
 def test_collapse_is_named_alike_by_a_resumed_run(
     tmp_path: Path, tiny_flags, script, monkeypatch: pytest.MonkeyPatch
 ) -> None:

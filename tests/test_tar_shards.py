@@ -207,6 +207,7 @@ def test_scan_of_a_large_folder_is_kept_until_files_are_added(
     assert len(build_dataset(str(folder), index_folder=index)) == 11
 
 
+@pytest.mark.slow
 def test_run_on_tars_resumes_and_evaluates(
     tmp_path: Path, tiny_flags: list[str], script, image_folder: Path
 ) -> None:
