@@ -34,6 +34,11 @@ def ema_half_life(momentum: float) -> float:
     return math.log(0.5) / math.log(momentum)
 
 
+def figure(number: float) -> str:
+    """Write a number by three digits, or in whole thousands."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.Module) -> Table:
     """Lay out what is about to be trained, on what, and how."""
     optim, crops, world = config.optim, config.crops, accelerator.num_processes
@@ -55,7 +60,7 @@ def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.
     half_life = ema_half_life(config.teacher.teacher_momentum)
     rows = {
         "arch": f"{config.model.arch}: {backbone:.2f} M parameters, {head:.2f} M in the head",
-        "prototypes": f"K {output_dim:,}, {num_images / output_dim:.3g} images to each",
+        "prototypes": f"K {output_dim:,}, {figure(num_images / output_dim)} images to each",
         "data": f"{config.data.data}: {num_images:,} images, "
         f"crops 2 of {crops.global_crop_size}{local} px",
         "device": f"{world} x {name}{kind}, {precision}{compiled}",
@@ -63,8 +68,8 @@ def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.
         f"{num_images // batch:,} steps an epoch, {optim.epochs} epochs",
         "optimizer": f"{optim.optimizer}, lr {optim.lr * batch / 256:.3g} "
         f"({optim.lr:g} x {batch} / 256), warm-up of {optim.warmup_epochs:g} epochs",
-        "teacher": f"half of it newer than {half_life:.3g} steps at first "
-        f"({half_life / (num_images // batch):.2g} epochs), temperature {temp}",
+        "teacher": f"half of it newer than {figure(half_life)} steps at first "
+        f"({figure(half_life / (num_images // batch))} epochs), temperature {temp}",
     }
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
@@ -82,7 +87,7 @@ def warnings(
     if half_life > steps:
         lines.append(
             f"--teacher-momentum {config.teacher.teacher_momentum:g} has a half-life of "
-            f"{half_life:.3g} steps, the run {steps:,}: the teacher stays as it is"
+            f"{figure(half_life)} steps, the run {steps:,}: the teacher stays as it is"
         )
     if config.model.projection_output_dim > num_images:
         given = f"--projection-output-dim {config.model.projection_output_dim}"
