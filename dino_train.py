@@ -26,11 +26,11 @@ from rich.markup import escape
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader
 
 import data
 from config import QUICKSTART, Config, parse_config, resolve, settle_precision
-from data import ImageDataset, MultiCrop, StepSampler, hash_keys, permutation
+from data import ImageDataset, MultiCrop, StepSampler, hash_keys
 from distributed import (
     copy_buffers_of_main,
     has_compiler,
@@ -39,8 +39,6 @@ from distributed import (
     make_accelerator,
     stop_with_launcher,
 )
-from eval_knn import knn_accuracy
-from features import evaluation_splits, features_of_splits
 from losses import DinoLoss
 from models import DinoModel, skip_unread_tokens, update_teacher_EMA
 from monitor import (
@@ -52,6 +50,7 @@ from monitor import (
     run_command,
     stop_requests,
 )
+from online_knn import OnlineKnn, teacher_knn
 from optimizers import build_optimizer, clip_gradients
 from run_io import Run, RunError, TrainingState
 from weights import load_weights
@@ -140,20 +139,6 @@ def build_networks(config: Config, accelerator: Accelerator) -> tuple[DinoSystem
     return system, build_optimizer(student, config.optim.optimizer, fused)
 
 
-def teacher_knn(
-    model: nn.Module, splits: tuple[Dataset, Dataset], config: dict, accelerator: Accelerator
-) -> float:
-    """Give the k-NN top-1 in % (k 20) of the teacher, in eval mode meanwhile. A collective."""
-    model.eval()
-    forward = partial(model, features_only=True)
-    num_workers = config["data"]["num_workers"]
-    # eager, since its batch sizes would each be compiled anew
-    with torch.compiler.set_stance("force_eager"), accelerator.autocast():
-        tensors = features_of_splits(forward, splits, config, accelerator, 256, num_workers)
-    model.train()
-    return knn_accuracy(*tensors, ks=(20,))[20][0]
-
-
 class StepMeans:
     """Means over a step's micro-batches, and of what is logged over all processes too."""
 
@@ -203,20 +188,6 @@ def open_run(config: Config) -> tuple[Config, Accelerator, Run, ImageDataset]:
     return run.settle(config), accelerator, run, dataset
 
 
-def knn_splits(run: Run) -> tuple[tuple[Dataset, Dataset] | None, str]:
-    """Give the images that k-NN remembers and is tested on, or None and why. A collective."""
-    splits, why = None, "--dry-run" if run.is_dry else "--knn-every 0"
-    if run.config["run"]["knn_every"] and not run.is_dry:
-        try:
-            memory, test = evaluation_splits(run.config, data.index_folder(run.folder))
-            order = permutation(len(memory), 0)[: run.config["run"]["knn_images"]]
-            splits, why = (Subset(memory, order.tolist()), test), ""
-        except ValueError as error:
-            why = str(error)
-    run.require_same(splits and [len(split) for split in splits], "images to evaluate with")
-    return splits, why
-
-
 def train(config: Config) -> dict:
     """Train as `config` says; gives the checkpoint's path and the last step, loss and k-NN.
 
@@ -237,7 +208,7 @@ def train(config: Config) -> dict:
 
     steps_per_epoch = sampler(range(0)).steps_per_epoch
     total_steps = optim.epochs * steps_per_epoch
-    splits, why_no_knn = knn_splits(run)
+    knn = OnlineKnn(run, steps_per_epoch, total_steps)
 
     # ---- student, teacher, loss, optimizer
     if run.saved:  # which holds all weights: what it began with may be gone
@@ -260,20 +231,16 @@ def train(config: Config) -> dict:
     # ---- files and terminal
     monitor = Monitor(run, accelerator, dataset, first, total_steps)
     say = partial(monitor.console.print, markup=False, soft_wrap=True)
-    monitor.introduce(config, student, why_no_knn)
+    monitor.introduce(config, student, knn.why_not)
     accelerator.wait_for_everyone()  # the others have looked into the folder by now
     run.open(first)
     if config.run.log_with and not run.is_dry:
         accelerator.project_configuration.logging_dir = str(run.folder)
         accelerator.init_trackers("dino")
 
-    def is_evaluated(step: int) -> bool:
-        interval = config.run.knn_every * steps_per_epoch
-        return splits is not None and (step == total_steps or step % interval == 0)
-
     def evaluate(step: int) -> None:
         copy_buffers_of_main(system)
-        metrics["knn_top1"] = teacher_knn(model, splits, run.config, accelerator)
+        metrics["knn_top1"] = teacher_knn(model, knn.splits, run.config, accelerator)
         metrics["knn_step"] = step
         metrics.setdefault("knn_top1_untrained", metrics["knn_top1"])
         monitor.log(step, step / steps_per_epoch, {"knn_top1": metrics["knn_top1"]})
@@ -291,7 +258,7 @@ def train(config: Config) -> dict:
     minutes_between = DRY_SECONDS / 60 if run.is_dry else config.run.save_minutes
     with monitor.progress, stop_requests() as stop:
         # untrained; or what a stop after this step put off
-        if is_evaluated(first) and metrics.get("knn_step") != first:
+        if knn.is_due(first) and metrics.get("knn_step") != first:
             evaluate(first)
         batches = iterate(loader)
         monitor.restart_clock()
@@ -342,7 +309,7 @@ def train(config: Config) -> dict:
                 raise RunError(monitor.failure)
             is_last = step == final_step or stop_signal > 0
             is_last |= run.is_dry and is_due and step > DRY_WARM_UP
-            evaluates = is_evaluated(step) and (step == total_steps or not stop_signal)
+            evaluates = knn.is_due(step) and (step == total_steps or not stop_signal)
             is_kept = config.run.keep_every and epoch % config.run.keep_every == 0
             is_saved = is_last or is_due or is_kept or step % config.run.save_every == 0
             if is_logged or is_saved or evaluates or device.type == "cpu":

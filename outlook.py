@@ -60,7 +60,7 @@ def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.
     half_life = ema_half_life(config.teacher.teacher_momentum)
     rows = {
         "arch": f"{config.model.arch}: {backbone:.2f} M parameters, {head:.2f} M in the head",
-        "prototypes": f"K {output_dim:,}, {figure(num_images / output_dim)} images to each",
+        "head": f"K {output_dim:,} prototypes, {figure(num_images / output_dim)} images to each",
         "data": f"{config.data.data}: {num_images:,} images, "
         f"crops 2 of {crops.global_crop_size}{local} px",
         "device": f"{world} x {name}{kind}, {precision}{compiled}",

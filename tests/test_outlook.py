@@ -55,7 +55,7 @@ def test_header_shows_the_arithmetic(tiny_run: Path, tiny_flags, tmp_path: Path,
     result = script("dino_train", *tiny_flags, *flags)
     said = " ".join(result.stdout.split())
     half_life = math.log(2) / -math.log(0.9)
-    for text in ("K 16, 5 images to each", "batch 8 images, 10 steps an epoch, 2 epochs",
+    for text in ("K 16 prototypes, 5 images to each", "batch 8 images, 10 steps an epoch, 2 epochs",
                  "lr 0.000313 (0.01 x 8 / 256)", "0.04 to 0.07 in 1 of 2 epochs",
                  f"newer than {half_life:.3g} steps at first (0.658 epochs)"):  # fmt: skip
         assert text in said, said
