@@ -135,7 +135,10 @@ def test_evaluation_counts_each_image_once_on_several_processes(
     assert answer.codes == [0, 0, 0], answer.text
     assert answer.text.count("weighted k-NN") == 1
     results = [json.loads(path.read_text()) for path in (alone, several)]
+    ranks = [result.pop("rankme") for result in results]
+    shares = [result.pop("variance_share") for result in results]
     assert results[0] == results[1]
+    assert ranks[0] == pytest.approx(ranks[1]) and shares[0] == pytest.approx(shares[1])
     assert results[0]["num_train"] + results[0]["num_test"] == 80
 
 
