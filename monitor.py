@@ -32,6 +32,7 @@ from pictures import crop_cells, curves, sheet
 from run_io import Run, RunError
 
 DRY_WARM_UP, DRY_STEPS, DRY_SECONDS = 2, 12, 30  # steps not timed, steps at most, their time
+LONG = 1000  # steps that a collapse lasts before it is named, where an epoch has more
 MOST_UNREADABLE = 0.01  # of the images; more are no accident
 
 
@@ -118,14 +119,14 @@ class Monitor:
             log = [json.loads(line) for line in self.run.log_file.read_text().splitlines()]
             curves(log, self.output_dim).save(temporary)
             os.replace(temporary, file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             temporary.unlink(missing_ok=True)
             self.console.print(f"warning: cannot draw {file}: {error}", markup=False)
 
     def watch(self, step: int, steps_per_epoch: int, figures: dict, metrics: dict) -> dict:
         """Give {"collapse": kind} where the teacher has been collapsed for long, else {}.
 
-        Long is an epoch, or a twentieth of the run where that is longer. What it has been since
+        Long is an epoch, or LONG steps of a longer one. What it has been since
         when is kept in the saved `metrics`, so that a resumed run says the same. A name and what to
         change are printed once.
         """
@@ -140,7 +141,7 @@ class Monitor:
             self.collapse = ""
             return {}
         metrics["collapse"] = known
-        if step - known["since"] < max(steps_per_epoch, self.total_steps // 20):
+        if step - known["since"] < min(steps_per_epoch, LONG):
             return {}
         if self.collapse != kind:
             self.collapse = kind
