@@ -320,9 +320,6 @@ def train(config: Config) -> dict:
                 figures = means.log_figures(last_loss, accelerator)
                 figures |= monitor.watch(step, steps_per_epoch, figures, metrics)
                 monitor.log_step(step, epoch, last_loss, now.lr, figures)
-            if config.run.stop_on_collapse and monitor.collapse:
-                text = monitor.collapse_text(metrics["collapse"])
-                raise RunError(f"{text}; {run.kept()}")
             if evaluates:
                 evaluate(step)
             if is_saved:
@@ -331,6 +328,9 @@ def train(config: Config) -> dict:
             if (evaluates or is_saved) and not run.is_dry:
                 monitor.draw_curves()
                 monitor.restart_clock()
+            if config.run.stop_on_collapse and monitor.collapse:
+                text = monitor.collapse_text(metrics["collapse"])
+                raise RunError(f"{text}; {run.kept()}")
             last_step = step
             if is_last:
                 break

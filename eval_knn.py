@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import read_flags
-from data import build_dataset
+from data import build_dataset, index_folder
 from distributed import make_accelerator
 from features import (
     EvalConfig,
@@ -43,7 +43,7 @@ class KnnConfig:
     evaluation: EvalConfig
     ks: tuple[int, ...] = (10, 20, 100, 200)  # numbers of neighbours [paper: 10 20 100 200]
     temperature: float = 0.07  # of the votes [paper: 0.07]
-    rank_only: bool = False  # RankMe alone, of all training images: needs no classes
+    rank_only: bool = False  # RankMe alone, of up to 25,600 training images: needs no classes
     features_out: Path | None = None  # write features and labels there, as safetensors
 
 
@@ -96,7 +96,8 @@ def knn_accuracy(
 def print_rank(network: Network, options: EvalConfig, accelerator: Accelerator) -> None:
     """Judge the features of the training images without labels. A collective."""
     with accelerator.local_main_process_first():  # which may have to download
-        images = build_dataset(network.config["data"]["data"])
+        folder = index_folder(Path(options.checkpoint).parent)
+        images = build_dataset(network.config["data"]["data"], index_folder=folder)
     images = center_cropped(images, network.config)
     sizes = options.batch_size, options.num_workers
     args = [images], network.config, accelerator, *sizes
@@ -111,6 +112,8 @@ def main() -> None:
     check_votes(options.ks, options.temperature)
     out = options.features_out
     check_folder(out, "features")
+    if options.rank_only and out is not None:
+        raise ValueError("--features-out writes what k-NN compares: not with --rank-only")
     accelerator = make_accelerator()
     evaluation = options.evaluation
     network = open_backbone(evaluation, accelerator)

@@ -12,6 +12,7 @@ Axes: n images, b batch, d features, c classes, r learning rates.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -131,7 +132,7 @@ def train_on_crops(
     """
     size, device = network.config["crops"]["global_crop_size"], accelerator.device
     canvas = min(384, round(size * 12 / 7))
-    dataset.transform = lambda image: to_canvas(image, canvas)
+    dataset.transform = partial(to_canvas, size=canvas)
     rank, world = accelerator.process_index, accelerator.num_processes
     each = max(1, min(config.probe_batch_size, len(dataset)) // world)
     count = StepSampler(len(dataset), each, config.seed, rank, world, range(0))

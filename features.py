@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as TF
 from data import ImageDataset, build_dataset, center_crop, collate, index_folder
 from models import load_tensors
 from monitor import iterate
-from weights import open_network
+from weights import as_file, open_network
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,8 @@ class Network:
 def open_backbone(options: EvalConfig, accelerator: Accelerator) -> Network:
     """Load what `options` name. Raises ValueError or OSError for what cannot be used."""
     check_folder(options.json_out, "results")
+    if options.student and as_file(options.checkpoint) is None:
+        raise ValueError(f"{options.checkpoint} is published as one network: not with --student")
     path, wanted = Path(options.checkpoint), "student" if options.student else "teacher"
     model, metadata = open_network(options.checkpoint, wanted)
     if options.student and "step" in metadata:  # a run's own, which keeps it beside the teacher

@@ -119,7 +119,7 @@ class Monitor:
             log = [json.loads(line) for line in self.run.log_file.read_text().splitlines()]
             curves(log, self.output_dim).save(temporary)
             os.replace(temporary, file)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever it is, a run goes on without the picture
             temporary.unlink(missing_ok=True)
             self.console.print(f"warning: cannot draw {file}: {error}", markup=False)
 

@@ -66,7 +66,7 @@ class ExportConfig:
     student: bool = False  # export the student, from state.safetensors or a full .pth
 
 
-def _as_file(source: str | Path) -> Path | None:
+def as_file(source: str | Path) -> Path | None:
     """Give the file that `source` names, None for a network's name, FileNotFoundError for none."""
     path = Path(source)
     if path.is_file():
@@ -128,6 +128,8 @@ def read_weights(path: str | Path, network: Network = "teacher") -> tuple[Tensor
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     tensors, settings = _of_network(path, network)
+    if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
+        raise ValueError(f"{path} is no state dict: need tensors by name")
     others = [key for key, x in tensors.items() if not isinstance(x, Tensor)]
     if others or not tensors:
         held = ", ".join(map(str, others[:10])) or "nothing"
@@ -205,7 +207,7 @@ def load_weights(model: DinoModel, source: str | Path, network: Network = "teach
     embeddings of another image size are resampled. Raises ValueError with the keys that do not fit,
     OSError for a name whose published weights cannot be loaded.
     """
-    path = _as_file(source)
+    path = as_file(source)
     if path is not None:
         return _load_parts(model, *read_weights(path, network), source)
     return _load_parts(model, get_backbone(str(source), pretrained=True).state_dict(), {}, source)
@@ -242,7 +244,7 @@ def open_network(source: str | Path, network: Network = "teacher") -> tuple[Dino
     A run's ckpt.safetensors as load_checkpoint gives it. Others have no head, and None for data;
     images are prepared as in the paper, or as timm says of its model. Errors as load_weights'.
     """
-    path, cfg = _as_file(source), {}
+    path, cfg = as_file(source), {}
     if path is None:
         config = ModelConfig(str(source), pretrained=True)
     elif path.suffix == ".safetensors" and "model_config" in load_tensors(path, True)[1]:

@@ -27,6 +27,8 @@ from visualize import (
     sheet,
 )
 
+pytestmark = pytest.mark.slow  # seconds as a whole
+
 
 def write_checkpoint(path: Path, arch: str, size: int = 32, patch_size: int | None = None) -> Path:
     """Write a random network as a run on small images leaves it."""

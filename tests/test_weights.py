@@ -22,6 +22,8 @@ from models import (
 )
 from weights import load_weights, open_network, read_weights
 
+pytestmark = pytest.mark.slow  # seconds as a whole
+
 HEAD = {
     "projection_hidden_dim": 16,
     "projection_bottleneck_dim": 8,
