@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -47,6 +46,7 @@ from monitor import (
     DRY_WARM_UP,
     Monitor,
     iterate,
+    print_rows,
     run_command,
     stop_requests,
 )
@@ -365,8 +365,7 @@ def main() -> None:
         rows["unreadable"] = f"{result['unreadable_images']} images, replaced; log.jsonl names them"
     rows |= {"checkpoint": result["checkpoint"], "next": f"python eval_knn.py {checkpoint}"}
     rows[""] = f"python eval_linear.py {checkpoint}"
-    for name, text in rows.items():  # no table: it would cut long paths
-        console.print(f"[bold]{name:10}[/]  {escape(text)}", soft_wrap=True)
+    print_rows(console, rows)
 
 
 if __name__ == "__main__":

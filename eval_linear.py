@@ -20,7 +20,7 @@ from accelerate.utils import gather
 from einops import einsum, rearrange
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
@@ -167,6 +167,15 @@ def check_probes(config: LinearConfig) -> None:
         raise ValueError(f"need lrs > 0, epochs >= 1 and a batch >= 1, got {given}")
 
 
+def fit_probes(
+    train_features: Tensor, train_labels: Tensor, test_labels: Tensor, config: LinearConfig
+) -> Probes:
+    """Train a probe for each of the config's rates, scaled by the batch, on given features."""
+    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    lrs = torch.tensor(config.lrs, device=train_features.device) * config.probe_batch_size / 256
+    return train_probes(train_features, train_labels, num_classes, lrs, config)
+
+
 def linear_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
@@ -176,9 +185,7 @@ def linear_accuracy(
 ) -> dict[float, tuple[float, float]]:
     """Give {learning rate: (top-1, top-5)} in % on the test features, one probe a rate."""
     check_probes(config)
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    lrs = torch.tensor(config.lrs, device=train_features.device) * config.probe_batch_size / 256
-    probes = train_probes(train_features, train_labels, num_classes, lrs, config)
+    probes = fit_probes(train_features, train_labels, test_labels, config)
     return accuracies_of(probes, test_features, test_labels, config.lrs)
 
 
@@ -212,19 +219,27 @@ def by_class(confusion: Tensor, classes: Sequence[str] | None) -> dict[str, obje
     return {"per_class_top1": per_class, "confusion": confusion.tolist()}
 
 
+def layers_to_read(backbone: nn.Module, options: LinearConfig) -> tuple[int, bool]:
+    """Give how many last blocks and whether patch tokens are read; the paper's choice if open."""
+    if options.n_last_blocks is not None or not is_vit(backbone):
+        return 1 if options.n_last_blocks is None else options.n_last_blocks, options.avgpool
+    if backbone.output_dim <= 384:
+        return min(4, len(backbone.blocks)), options.avgpool
+    return 1, True
+
+
+def best_of(accuracies: dict[float, tuple[float, float]]) -> float:
+    """Give the learning rate of the highest top-1."""
+    return max(accuracies, key=lambda lr: accuracies[lr][0])
+
+
 def evaluate(
     options: LinearConfig, accelerator: Accelerator
 ) -> tuple[dict, dict[float, tuple[float, float]], dict[str, object]]:
     """Give facts, accuracies by learning rate and what the best one confuses. A collective."""
     evaluation = options.evaluation
     network = open_backbone(evaluation, accelerator)
-    blocks, avgpool = options.n_last_blocks, options.avgpool
-    if blocks is None:
-        is_narrow = network.backbone.output_dim <= 384
-        blocks = (
-            min(4, len(network.backbone.blocks)) if is_vit(network.backbone) and is_narrow else 1
-        )
-        avgpool |= is_vit(network.backbone) and not is_narrow
+    blocks, avgpool = layers_to_read(network.backbone, options)
     forward = layer_features(network.backbone, blocks, avgpool)
     splits = open_splits(network, evaluation, accelerator)
     sizes = evaluation.batch_size, evaluation.num_workers
@@ -242,14 +257,11 @@ def evaluate(
         train_x, train_y, *test = features_of_splits(
             forward, splits, network.config, accelerator, *sizes
         )
-        num_classes = int(max(train_y.max(), test[1].max())) + 1
-        lrs = torch.tensor(options.lrs, device=train_x.device) * options.probe_batch_size / 256
-        probes = train_probes(train_x, train_y, num_classes, lrs, options)
+        probes = fit_probes(train_x, train_y, test[1], options)
         facts = size_facts(train_x, test[0])
     facts |= {"n_last_blocks": blocks, "avgpool": avgpool, "augment": options.augment}
     accuracies = accuracies_of(probes, *test, options.lrs)
-    best = max(accuracies, key=lambda lr: accuracies[lr][0])
-    confusion = confusion_matrix(probes, *test, options.lrs.index(best))
+    confusion = confusion_matrix(probes, *test, options.lrs.index(best_of(accuracies)))
     return network.facts | facts, accuracies, by_class(confusion, classes)
 
 
@@ -261,7 +273,7 @@ def main() -> None:
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
-    best = max(accuracies, key=lambda lr: accuracies[lr][0])
+    best = best_of(accuracies)
     table = Table("learning rate", "top-1 %", "top-5 %", title="linear probe")
     for lr, (top1, top5) in accuracies.items():
         style, mark = ("bold", " best") if lr == best else (None, "")

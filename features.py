@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as TF
 from data import ImageDataset, build_dataset, center_crop, collate, index_folder
 from models import load_tensors
 from monitor import iterate
-from weights import as_file, open_network
+from weights import as_file, open_network, preparation_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def extract_features(
     if not is_read.all():
         num = int((~is_read).sum())
         accelerator.print(f"warning: {num} of {last + 1:,} images cannot be decoded: left out")
-    return features[is_read], labels[is_read]
+        features, labels = features[is_read], labels[is_read]  # else no copy of what may be large
+    return features, labels
 
 
 def evaluation_splits(
@@ -201,9 +202,7 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> Network:
         model.load_state_dict(
             {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
         )
-    config = metadata.get("config", {})
-    if not {"model", "data", "crops"} <= config.keys():
-        raise ValueError(f"{path} does not say how its images were prepared")
+    config = preparation_of(metadata, path)
     if options.data is not None:
         config["data"]["data"] = options.data
     if not config["data"].get("data"):
@@ -246,8 +245,8 @@ def report(facts: dict, table: Table | None, results: dict, json_out: Path | Non
         soft_wrap=True,
     )
     if "rankme" in facts:
-        leading = {int(k): f"{100 * x:.0f} % in {k}" for k, x in facts["variance_share"].items()}
-        shares = ", ".join(leading.values())
+        leading = facts["variance_share"].items()
+        shares = ", ".join(f"{100 * x:.0f} % in {k}" for k, x in leading)
         console.print(f"RankMe {facts['rankme']:.1f}; variance by components: {shares}")
     if table is not None:
         console.print(table)

@@ -1,5 +1,6 @@
 """What a run tells: its progress, log, curves and errors; and the signals that it hears."""
 
+import io
 import json
 import math
 import os
@@ -11,14 +12,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-try:
-    import resource
-except ImportError:
-    resource = None
-
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,11 +26,24 @@ from config import Config
 from data import ImageDataset, MultiCrop, Sample
 from outlook import KNOBS, collapse_of, duration, header, peak_memory, warnings
 from pictures import crop_cells, curves, sheet
-from run_io import Run, RunError
+from run_io import Run, RunError, write_bytes
 
 DRY_WARM_UP, DRY_STEPS, DRY_SECONDS = 2, 12, 30  # steps not timed, steps at most, their time
 LONG = 1000  # steps that a collapse lasts before it is named, where an epoch has more
 MOST_UNREADABLE = 0.01  # of the images; more are no accident
+
+
+def print_rows(console: Console, rows: dict[str, str]) -> None:
+    """Print names and texts below each other; no table, which would cut long paths."""
+    for name, text in rows.items():
+        console.print(f"[bold]{name:10}[/]  {escape(text)}", soft_wrap=True)
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write a PNG whole or not at all. Raises OSError naming it."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    write_bytes(path, content.getvalue())
 
 
 class Monitor:
@@ -111,16 +121,13 @@ class Monitor:
 
     def draw_curves(self) -> None:
         """Draw curves.png anew from the log; a failure is said, and ends nothing."""
-        if not self.accelerator.is_main_process or self.run.is_dry:
+        if not self.accelerator.is_main_process:
             return
         file = self.run.folder / "curves.png"
-        temporary = file.with_name(f".tmp-{file.name}")
         try:
             log = [json.loads(line) for line in self.run.log_file.read_text().splitlines()]
-            curves(log, self.output_dim).save(temporary)
-            os.replace(temporary, file)
+            write_picture(file, curves(log, self.output_dim))
         except Exception as error:  # whatever it is, a run goes on without the picture
-            temporary.unlink(missing_ok=True)
             self.console.print(f"warning: cannot draw {file}: {error}", markup=False)
 
     def watch(self, step: int, steps_per_epoch: int, figures: dict, metrics: dict) -> dict:
@@ -131,15 +138,14 @@ class Monitor:
         change are printed once.
         """
         kind = collapse_of(figures["teacher_entropy"], figures["kl"], self.output_dim)
-        known = metrics.get("collapse", {"kind": ""})
-        if kind != known["kind"]:
-            known = {"kind": kind, "since": step}
-        metrics.pop("collapse", None)
+        known = metrics.pop("collapse", None)
         if not kind:
             if self.collapse:
                 self.console.print(f"step {step:,}: the teacher is no longer {self.collapse}")
             self.collapse = ""
             return {}
+        if known is None or known["kind"] != kind:
+            known = {"kind": kind, "since": step}
         metrics["collapse"] = known
         if step - known["since"] < min(steps_per_epoch, LONG):
             return {}
@@ -169,7 +175,7 @@ class Monitor:
             for cell in crop_cells(crops, multi_crop.mean, multi_crop.std, row)
         ]
         title = f"crops of {len(cells) // len(crops)} images, as the network sees them"
-        sheet(title, cells, len(crops)).save(file)
+        write_picture(file, sheet(title, cells, len(crops)))
         eta = self.total_steps * batch / speed
         device = "device" if torch.cuda.is_available() else "process"
         rows = {
@@ -180,8 +186,7 @@ class Monitor:
             "crops": str(file),
         }
         self.console.print("dry run: nothing but crops.png was written", markup=False)
-        for name, text in rows.items():
-            self.console.print(f"[bold]{name:10}[/]  {escape(text)}", soft_wrap=True)
+        print_rows(self.console, rows)
 
     def log_step(self, step: int, epoch: float, loss: float, lr: float, more: dict) -> None:
         seconds = time.perf_counter() - self.since

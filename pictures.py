@@ -1,8 +1,8 @@
 """Pictures drawn by Pillow: sheets of images with labels, and the curves of a run.
 
-    curves(read_lines("runs/NAME/log.jsonl")).save("curves.png")
+    curves(lines_of_log_jsonl, output_dim=4096).save("curves.png")
 
-Stands alone: needs Pillow, numpy, torch and torchvision, and no file of this repository. Colours
+Stands alone: needs Pillow, torch and torchvision, and no file of this repository. Colours
 are a card's own, legible on light and dark pages.
 """
 

@@ -35,7 +35,7 @@ from config import read_flags
 from features import normalized
 from monitor import run_command
 from pictures import CARD, INK, OTHER, PLOT, SMALL_TILE, Cell, clipped, crop_cells, sheet, tile
-from weights import open_network
+from weights import open_network, preparation_of
 
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 CLASS_COLOURS = (
@@ -147,9 +147,7 @@ class Network:
 
     def __init__(self, source: str, size: int | None) -> None:
         model, metadata = open_network(source)
-        self.config = metadata.get("config", {})
-        if not {"model", "data", "crops"} <= self.config.keys():
-            raise ValueError(f"{source} does not say how its images were prepared")
+        self.config = preparation_of(metadata, source)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone, self.arch = model.backbone.to(self.device), self.config["model"]["arch"]
         self.crop_size = self.config["crops"]["global_crop_size"]

@@ -16,7 +16,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +42,7 @@ from models import (
     save_tensors,
 )
 from monitor import run_command
+from run_io import write_bytes
 
 Tensors = dict[str, Tensor]
 Network = Literal["teacher", "student"]
@@ -268,6 +268,14 @@ def open_network(source: str | Path, network: Network = "teacher") -> tuple[Dino
     return model.eval(), {"config": settings}
 
 
+def preparation_of(metadata: dict, source: object) -> dict:
+    """Give the config that says how a network's images are prepared. ValueError for none."""
+    config = metadata.get("config", {})
+    if not {"model", "data", "crops"} <= config.keys():
+        raise ValueError(f"{source} does not say how its images were prepared")
+    return config
+
+
 def _to_original(backbone: Tensors, head: Tensors) -> Tensors:
     """Give both the original's names."""
     tensors = {f"backbone.{key}": x for key, x in backbone.items()}
@@ -290,13 +298,9 @@ def export(options: ExportConfig) -> str:
     if options.format == "backbone":
         save_tensors(out, backbone, {})
     else:
-        content, temporary = io.BytesIO(), out.with_name(f".tmp-{out.name}")
+        content = io.BytesIO()
         torch.save({network: _to_original(backbone, head)}, content)
-        try:
-            temporary.write_bytes(content.getbuffer())
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bytes(out, content.getvalue())
     sizes = "".join(f", {name} {size}" for name, size in _sizes_of(backbone).items())
     text = f"{out}: the {network}'s backbone, {len(backbone)} tensors{sizes}"
     stem = backbone.get("conv1.weight")
