@@ -406,6 +406,7 @@ def test_metadata_is_plain_json_in_the_header(tmp_path: Path) -> None:
     assert {key.split(".")[0] for key in header} == {"__metadata__", "backbone", "projection_head"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["models", "losses", "data", "pictures"])
 def test_file_works_when_copied_alone(name: str, tmp_path: Path) -> None:
     shutil.copy(Path(__file__).parent.parent / f"{name}.py", tmp_path)
