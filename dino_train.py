@@ -38,8 +38,9 @@ from distributed import (
     make_accelerator,
     stop_with_launcher,
 )
+from fast_backbone import convolve_linear, skip_unread_tokens
 from losses import DinoLoss
-from models import DinoModel, skip_unread_tokens, update_teacher_EMA
+from models import DinoModel, update_teacher_EMA
 from monitor import (
     DRY_SECONDS,
     DRY_STEPS,
@@ -131,9 +132,11 @@ def build_networks(config: Config, accelerator: Accelerator) -> tuple[DinoSystem
             accelerator.print(line)
     teacher = DinoModel.from_config(replace(config.model, drop_path_rate=0.0, pretrained=False))
     teacher.load_state_dict(student.state_dict())
+    compiles = config.run.compile and has_compiler()
     for network in (student, teacher):
         skip_unread_tokens(network.backbone)
-    compiles = config.run.compile and has_compiler()
+        if accelerator.device.type == "cpu" and not compiles:
+            convolve_linear(network.backbone)
     system = lay_out(DinoSystem(student, teacher), accelerator, config.run.sync_bn, compiles)
     fused = accelerator.scaler is None
     return system, build_optimizer(student, config.optim.optimizer, fused)

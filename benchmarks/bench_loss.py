@@ -76,13 +76,14 @@ def compare(title: str, cases: Callable[[int, int], dict], options: Options, mac
             variants = cases(k, batch)
             seconds = measure.in_turn(variants, options.rounds)
             memory = {name: measure.peak_bytes(call) for name, call in variants.items()}
-            ours, mine = measure.median(seconds["ours"]), memory["ours"]
+            mine = memory["ours"]
             row = [f"{k:,}", f"{batch:,}"]
             for name in variants:
                 time = measure.median(seconds[name])
                 row += [f"{1e3 * time:.1f}", f"{memory[name] / 2**20:,.0f}"]
                 if name != "ours":
-                    row.append(f"{time / ours:.1f}x, {mine / max(1, memory[name]):.2f}")
+                    speed = measure.ratio(seconds[name], seconds["ours"])
+                    row.append(f"{speed:.1f}x, {mine / max(1, memory[name]):.2f}")
             rows.append(row)
     columns = ["k", "batch", "pairwise ms", "MiB", "ours: speed, memory", "ours ms", "MiB"]
     columns += ["original ms", "MiB", "ours: speed, memory"] if options.original else []

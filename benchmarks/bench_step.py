@@ -220,7 +220,7 @@ def main() -> None:
             speed = options.batch / elapsed
             row = [f"{arch}, {name}", f"{speed:.1f}", f"{measure.spread(seconds[name]):.0f} %"]
             row += [f"{flops / 1e9:.1f}", f"{100 * speed * flops / peak:.0f} %"]
-            rows.append([*row, f"{elapsed / times['ours']:.2f}x"])
+            rows.append([*row, f"{measure.ratio(seconds[name], seconds['ours']):.2f}x"])
         marks = [steps["ours"](crops) for _ in range(3)]
         for i, (name, _) in enumerate(marks[0][1:], 1):
             spent = [run[i][1] - run[i - 1][1] for run in marks]

@@ -61,6 +61,11 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
+def ratio(values: list[float], others: list[float]) -> float:
+    """Give how many times as long `values` took, by round: a slow minute then slows both."""
+    return median([value / other for value, other in zip(values, others, strict=True)])
+
+
 def spread(values: list[float]) -> float:
     """Give the distance between the quartiles in % of the median."""
     if len(values) < 4:
