@@ -58,8 +58,8 @@ def on_logits(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher
 def on_bottleneck(loss: Callable, layer: nn.Module, student: Tensor, teacher: Tensor) -> object:
     def call() -> None:
         with torch.no_grad():
-            targets = layer(teacher)
-        loss(layer(student), targets).backward()
+            targets = layer(teacher).unflatten(0, (TEACHERS, -1))
+        loss(layer(student).unflatten(0, (VIEWS, -1)), targets).backward()
         student.grad = None
         layer.zero_grad()
 
@@ -102,9 +102,10 @@ def main() -> None:
         return {name: on_logits(loss, student, teacher) for name, loss in found.items()}
 
     def layer_case(k: int, batch: int) -> dict:
-        student = torch.randn(VIEWS, batch, 256, device=device)
+        student = torch.randn(VIEWS * batch, 256, device=device)
         student = nn.functional.normalize(student, dim=-1).requires_grad_()
-        teacher = nn.functional.normalize(torch.randn(TEACHERS, batch, 256, device=device), dim=-1)
+        teacher = torch.randn(TEACHERS * batch, 256, device=device)
+        teacher = nn.functional.normalize(teacher, dim=-1)
         ours = PrototypeLayer(256, k, learn_gain=False).to(device)
         plain = nn.utils.parametrizations.weight_norm(nn.Linear(256, k, bias=False)).to(device)
         plain.parametrizations.weight.original0.requires_grad_(False)

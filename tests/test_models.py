@@ -18,6 +18,7 @@ from models import (
     DinoProjectionHead,
     DropPath,
     ModelConfig,
+    PrototypeLayer,
     get_backbone,
     load_checkpoint,
     save_checkpoint,
@@ -225,6 +226,21 @@ def test_crops_of_one_size_share_a_backbone_call_and_keep_their_order() -> None:
     assert calls == [4, 4, 2]
     assert features.shape == (5, 2, 256)
     torch.testing.assert_close(projections, alone)
+
+
+@pytest.mark.parametrize("num_rows", [1, 6])
+def test_prototype_layer_equals_cosine_similarities_with_their_gradients(num_rows: int) -> None:
+    layer = PrototypeLayer(8, 50, learn_gain=True)
+    rows = torch.randn(num_rows, 8, requires_grad=True)
+    direction = torch.randn(num_rows, 50)
+    wide = [rows, layer.weight, layer.gain]
+    rows64, weight, gain = (tensor.detach().double().requires_grad_() for tensor in wide)
+    wanted = rows64 @ (gain * weight / weight.norm(dim=1, keepdim=True)).T
+    wanted_grads = torch.autograd.grad((wanted * direction).sum(), [rows64, weight, gain])
+    logits = layer(rows)
+    grads = torch.autograd.grad((logits * direction).sum(), wide)
+    for mine, other in zip([logits, *grads], [wanted, *wanted_grads], strict=True):
+        torch.testing.assert_close(mine, other.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_no_crops_is_an_error() -> None:
