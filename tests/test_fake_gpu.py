@@ -4,7 +4,7 @@ Whatever would make the host wait for the device, such as `.item()`, has no valu
 raises; so does an operation on tensors of two devices.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from data import CropConfig, MultiCrop, hash_keys
 from dino_train import DinoSystem, StepMeans
 from fast_backbone import skip_unread_tokens
-from losses import DinoLoss
+from losses import DinoLoss, _all_pairs_fused
 from models import DinoModel, ModelConfig, update_teacher_EMA
 from optimizers import build_optimizer, clip_gradients
 
@@ -86,3 +86,32 @@ def test_waiting_would_be_noticed() -> None:
         torch.zeros(3, device=GPU).sum().item()
     with FakeTensorMode(), pytest.raises(RuntimeError, match="device"):
         torch.zeros(3, device=GPU) + torch.zeros(3)
+
+
+def test_what_is_compiled_on_a_gpu_is_whole_graphs_and_few() -> None:
+    """For two sizes of crops: colours, then a ViT's blocks, all but the last alike; the loss."""
+    config = ModelConfig(arch="dino_vits16", image_size=64, projection_output_dim=K)
+    student = DinoModel.from_config(config)
+    skip_unread_tokens(student.backbone)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    options = {"dynamic": False, "fullgraph": True, "backend": count}
+    with FakeTensorMode():
+        multi_crop = MultiCrop(CropConfig(global_crop_size=64, local_crop_size=32))
+        multi_crop = to_fake_gpu(multi_crop)
+        multi_crop._augment = torch.compile(multi_crop._augment, **options)
+        images = torch.zeros(BATCH, 3, 64, 64, dtype=torch.uint8, device=GPU)
+        crops = multi_crop(images, None, torch.zeros(BATCH, dtype=torch.int64, device=GPU))
+        assert len(graphs) == 2
+        for block in student.backbone.blocks:
+            block.compile(**options)
+        to_fake_gpu(student).train()(crops)
+        assert len(graphs) == 2 + 4
+        logits = torch.zeros(10, BATCH, K, device=GPU)
+        temp, center = torch.zeros((), device=GPU), torch.zeros(1, K, device=GPU)
+        torch.compile(_all_pairs_fused, **options)(logits, logits[:2], center, 0.1, temp)
+        assert len(graphs) == 2 + 4 + 1
