@@ -57,6 +57,10 @@ class OptimConfig:
     # epochs in which the head's last layer waits; raise it if the loss does not fall [paper: 1]
     freeze_last_layer_epochs: int = 1
 
+    def images_per_step(self, world: int) -> int:
+        """Give the whole batch, over `world` processes and their micro-batches."""
+        return self.batch_size * world * self.accumulation_steps
+
 
 @dataclass(frozen=True)
 class TeacherConfig:

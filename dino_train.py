@@ -31,28 +31,18 @@ import data
 from config import QUICKSTART, Config, parse_config, resolve, settle_precision
 from data import ImageDataset, MultiCrop, StepSampler, hash_keys
 from distributed import (
-    copy_buffers_of_main,
     has_compiler,
-    launch_line,
     lay_out,
     make_accelerator,
     stop_with_launcher,
 )
+from dry_run import DryRun
 from fast_backbone import convolve_linear, skip_unread_tokens
 from losses import DinoLoss
 from models import DinoModel, update_teacher_EMA
-from monitor import (
-    DRY_SECONDS,
-    DRY_STEPS,
-    DRY_WARM_UP,
-    Monitor,
-    iterate,
-    print_rows,
-    run_command,
-    stop_requests,
-)
-from online_knn import OnlineKnn, teacher_knn
-from optimizers import build_optimizer, clip_gradients
+from monitor import Monitor, iterate, print_rows, run_command, stop_requests
+from online_knn import OnlineKnn
+from optimizers import build_optimizer, clip_gradients, set_rates
 from run_io import Run, RunError, TrainingState
 from weights import load_weights
 
@@ -204,7 +194,7 @@ def train(config: Config) -> dict:
     optim, device = config.optim, accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
     accumulation = accelerator.gradient_accumulation_steps = optim.accumulation_steps
-    batch_size = optim.batch_size * world * accumulation
+    batch_size = optim.images_per_step(world)
 
     def sampler(steps: range) -> StepSampler:
         return StepSampler(len(dataset), optim.batch_size, seed, rank, world, steps, accumulation)
@@ -233,21 +223,12 @@ def train(config: Config) -> dict:
 
     # ---- files and terminal
     monitor = Monitor(run, accelerator, dataset, first, total_steps)
-    say = partial(monitor.console.print, markup=False, soft_wrap=True)
     monitor.introduce(config, student, knn.why_not)
     accelerator.wait_for_everyone()  # the others have looked into the folder by now
     run.open(first)
     if config.run.log_with and not run.is_dry:
         accelerator.project_configuration.logging_dir = str(run.folder)
         accelerator.init_trackers("dino")
-
-    def evaluate(step: int) -> None:
-        copy_buffers_of_main(system)
-        metrics["knn_top1"] = teacher_knn(model, knn.splits, run.config, accelerator)
-        metrics["knn_step"] = step
-        metrics.setdefault("knn_top1_untrained", metrics["knn_top1"])
-        monitor.log(step, step / steps_per_epoch, {"knn_top1": metrics["knn_top1"]})
-        say(f"step {step:,}: k-NN top-1 {metrics['knn_top1']:.1f} %")
 
     loader = DataLoader(
         dataset,
@@ -257,23 +238,20 @@ def train(config: Config) -> dict:
         pin_memory=device.type == "cuda",
     )
     last_step, last_loss, saved_at, stop_signal = first, math.nan, time.monotonic(), 0
-    final_step = min(total_steps, DRY_WARM_UP + DRY_STEPS) if run.is_dry else total_steps
-    minutes_between = DRY_SECONDS / 60 if run.is_dry else config.run.save_minutes
+    dry_run = DryRun(monitor, config.data.num_workers) if run.is_dry else None
+    final_step = dry_run.last_step if dry_run else total_steps
     with monitor.progress, stop_requests() as stop:
         # untrained; or what a stop after this step put off
         if knn.is_due(first) and metrics.get("knn_step") != first:
-            evaluate(first)
+            knn.evaluate(first, model, monitor, metrics)
         batches = iterate(loader)
         monitor.restart_clock()
         for step in range(first + 1, final_step + 1):
-            if run.is_dry and step == DRY_WARM_UP + 1:
-                monitor.restart_clock()
-                saved_at = time.monotonic()
+            if dry_run:
+                dry_run.begin(step)
             # ---- algorithm 1
             now = schedules(config, step - 1, steps_per_epoch, batch_size)
-            for group in optimizer.param_groups:
-                group["lr"] = now.lr
-            optimizer.param_groups[0]["weight_decay"] = now.weight_decay
+            set_rates(optimizer, now.lr, now.weight_decay)
             is_logged = step == total_steps or step % config.run.log_every == 0
             means = StepMeans(dino_loss, now.teacher_temp, is_logged)
             for micro in range(accumulation):
@@ -305,13 +283,12 @@ def train(config: Config) -> dict:
             epoch = step / steps_per_epoch
             monitor.add(step, means.loss, batch_size)
             minutes = (time.monotonic() - saved_at) / 60
-            is_due = 0 < minutes_between <= minutes
+            is_due = dry_run.is_over(step) if dry_run else 0 < config.run.save_minutes <= minutes
             flags = stop[0] if stop else 0, is_due, bool(monitor.failure)
             stop_signal, is_due, has_failed = run.agreement.largest(*flags)
             if has_failed:
                 raise RunError(monitor.failure)
-            is_last = step == final_step or stop_signal > 0
-            is_last |= run.is_dry and is_due and step > DRY_WARM_UP
+            is_last = step == final_step or stop_signal > 0 or (run.is_dry and is_due)
             evaluates = knn.is_due(step) and (step == total_steps or not stop_signal)
             is_kept = config.run.keep_every and epoch % config.run.keep_every == 0
             is_saved = is_last or is_due or is_kept or step % config.run.save_every == 0
@@ -324,7 +301,7 @@ def train(config: Config) -> dict:
                 figures |= monitor.watch(step, steps_per_epoch, figures, metrics)
                 monitor.log_step(step, epoch, last_loss, now.lr, figures)
             if evaluates:
-                evaluate(step)
+                knn.evaluate(step, model, monitor, metrics)
             if is_saved:
                 run.save(state, step, epoch, metrics, monitor.unreadable)
                 saved_at = time.monotonic()
@@ -338,12 +315,10 @@ def train(config: Config) -> dict:
             if is_last:
                 break
     accelerator.end_training()
-    if run.is_dry:
-        monitor.report_dry_run(crops, multi_crop)
+    if dry_run:
+        dry_run.report(crops, multi_crop)
     elif last_step < total_steps:
-        say(f"stopped after step {last_step:,} of {total_steps:,}; to go on:")
-        folder = shlex.quote(str(run.folder))
-        say(f"  {launch_line(accelerator)} dino_train.py --resume {folder}")
+        monitor.say_how_to_resume(last_step)
     if stop_signal and last_step < total_steps:
         sys.exit(128 + stop_signal)
     result = {"folder": str(run.folder), "checkpoint": str(run.checkpoint), "step": last_step}

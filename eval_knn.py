@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 from config import read_flags
 from data import build_dataset, index_folder
@@ -28,6 +29,7 @@ from features import (
     Network,
     center_cropped,
     check_folder,
+    evenly,
     features_of_splits,
     open_backbone,
     open_splits,
@@ -99,6 +101,7 @@ def print_rank(network: Network, options: EvalConfig, accelerator: Accelerator) 
         folder = index_folder(Path(options.checkpoint).parent)
         images = build_dataset(network.config["data"]["data"], index_folder=folder)
     images = center_cropped(images, network.config)
+    images = Subset(images, evenly(len(images)).tolist())
     sizes = options.batch_size, options.num_workers
     args = [images], network.config, accelerator, *sizes
     features, _ = features_of_splits(network.backbone, *args)

@@ -142,10 +142,13 @@ def train_on_crops(
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
     lrs = torch.tensor(config.lrs, device=device) * each * world / 256
     probes = None
+    num_unreadable = torch.zeros((), dtype=torch.int64)
     batches = iterate(loader)
     shows = accelerator.is_main_process
     for step in track(range(total), "training probes", disable=not shows, transient=True):
         batch = next(batches)
+        if step < count.steps_per_epoch:  # which take each image once
+            num_unreadable += (batch.source != batch.index).sum()
         images, sizes, epoch, index = (
             part.to(device) for part in (batch.image, batch.size, batch.epoch, batch.index)
         )
@@ -157,6 +160,9 @@ def train_on_crops(
         if probes is None:
             probes = Probes(features, num_classes, lrs, config.seed)
         probes.step(features, labels, step // count.steps_per_epoch / config.epochs)
+    num = int(accelerator.reduce(num_unreadable.to(device)))
+    if num:
+        accelerator.print(f"warning: {num} images cannot be decoded: others took their place")
     return probes
 
 

@@ -151,15 +151,22 @@ def is_vit(backbone: nn.Module) -> bool:
     return bool(blocks and read and getattr(backbone, "has_class_token", False))
 
 
+RANKME_IMAGES = 25_600  # as many as its authors took
+
+
+def evenly(num: int, most: int = RANKME_IMAGES) -> Tensor:
+    """Give at most `most` of the rows 0 to num - 1, evenly spaced."""
+    return torch.linspace(0, num - 1, min(num, most), dtype=torch.float64).long()
+
+
 @torch.no_grad()
-def feature_quality(features: Tensor, most: int = 25_600) -> dict[str, object]:
+def feature_quality(features: Tensor) -> dict[str, object]:
     """Judge features (n, d) without labels: RankMe and the leading components' share of variance.
 
     RankMe (Garrido et al., arXiv 2210.02885) is exp of the entropy of the singular values' shares:
-    the number of dimensions in use, 1 for a collapsed network. Of at most `most` images.
+    the number of dimensions in use, 1 for a collapsed network. Of at most RANKME_IMAGES.
     """
-    rows = torch.linspace(0, len(features) - 1, min(len(features), most)).long()
-    features = features[rows.to(features.device)].double()
+    features = features[evenly(len(features)).to(features.device)].double()
     values = torch.linalg.svdvals(features)
     shares = values / values.sum().clamp(min=1e-300) + 1e-7
     variances = torch.linalg.svdvals(features - features.mean(dim=0)).square()

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -23,12 +24,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from config import Config
-from data import ImageDataset, MultiCrop, Sample
-from outlook import KNOBS, collapse_of, duration, header, peak_memory, warnings
-from pictures import crop_cells, curves, sheet
+from data import ImageDataset, Sample
+from distributed import launch_line
+from outlook import KNOBS, collapse_of, header, peak_memory, warnings
+from pictures import curves
 from run_io import Run, RunError, write_bytes
 
-DRY_WARM_UP, DRY_STEPS, DRY_SECONDS = 2, 12, 30  # steps not timed, steps at most, their time
 LONG = 1000  # steps that a collapse lasts before it is named, where an epoch has more
 MOST_UNREADABLE = 0.01  # of the images; more are no accident
 
@@ -89,7 +90,9 @@ class Monitor:
             say(f"taken over: {change}")
 
     def restart_clock(self) -> None:
-        """Leave out of images/s what was done since the last step."""
+        """Leave out of images/s what was done since the last step. A sync point."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.since, self.num_images, self.waited = time.perf_counter(), 0, 0.0
         self.num_timed = 0  # steps
 
@@ -159,35 +162,6 @@ class Monitor:
         kind, since = known["kind"], known["since"]
         return f"collapse: the teacher is {kind} since step {since:,}; {KNOBS[kind]}"
 
-    def report_dry_run(self, crops: list[Tensor], multi_crop: MultiCrop) -> None:
-        """Print what the steps since the warm-up tell of the run, and write crops.png."""
-        if not self.accelerator.is_main_process:
-            return
-        seconds = time.perf_counter() - self.since
-        speed = self.num_images / seconds
-        batch = self.num_images / self.num_timed
-        folder = self.run.folder if self.run.is_named else Path()
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "crops.png"
-        cells = [
-            cell
-            for row in range(min(8, len(crops[0])))
-            for cell in crop_cells(crops, multi_crop.mean, multi_crop.std, row)
-        ]
-        title = f"crops of {len(cells) // len(crops)} images, as the network sees them"
-        write_picture(file, sheet(title, cells, len(crops)))
-        eta = self.total_steps * batch / speed
-        device = "device" if torch.cuda.is_available() else "process"
-        rows = {
-            "speed": f"{speed:.3g} images/s, {batch / speed:.3g} s a step, over {self.num_timed}",
-            "waiting": f"{self.waited / seconds:.0%} of the time, for data",
-            "memory": f"{peak_memory():.2f} GiB at most, of the {device}",
-            "whole run": f"{duration(eta)} for {self.total_steps:,} steps, less k-NN and saving",
-            "crops": str(file),
-        }
-        self.console.print("dry run: nothing but crops.png was written", markup=False)
-        print_rows(self.console, rows)
-
     def log_step(self, step: int, epoch: float, loss: float, lr: float, more: dict) -> None:
         seconds = time.perf_counter() - self.since
         speed, waited = self.num_images / seconds, self.waited / seconds
@@ -197,6 +171,12 @@ class Monitor:
         self.progress.update(self.bar, description=text)
         if not self.run.is_dry:  # which is timed as a whole
             self.restart_clock()
+
+    def say_how_to_resume(self, step: int) -> None:
+        say = partial(self.console.print, markup=False, soft_wrap=True)
+        say(f"stopped after step {step:,} of {self.total_steps:,}; to go on:")
+        folder = shlex.quote(str(self.run.folder))
+        say(f"  {launch_line(self.accelerator)} dino_train.py --resume {folder}")
 
     def check_finite(self) -> float:
         """Give the last loss, the mean over processes; FloatingPointError at the first not finite.

@@ -8,8 +8,10 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from data import index_folder, permutation
+from distributed import copy_buffers_of_main
 from eval_knn import knn_accuracy
 from features import evaluation_splits, features_of_splits
+from monitor import Monitor
 from run_io import Run
 
 
@@ -34,6 +36,7 @@ class OnlineKnn:
     """
 
     def __init__(self, run: Run, steps_per_epoch: int, total_steps: int) -> None:
+        self.config, self.steps_per_epoch = run.config, steps_per_epoch
         settings = run.config["run"]
         self.interval, self.total_steps = settings["knn_every"] * steps_per_epoch, total_steps
         self.splits: tuple[Dataset, Dataset] | None = None
@@ -47,6 +50,15 @@ class OnlineKnn:
                 self.why_not = str(error)
         sizes = self.splits and [len(split) for split in self.splits]
         run.require_same(sizes, "images to evaluate with")
+
+    def evaluate(self, step: int, model: nn.Module, monitor: Monitor, metrics: dict) -> None:
+        """Measure the teacher after `step`, log and print it, and keep it in `metrics`."""
+        copy_buffers_of_main(model)
+        top1 = teacher_knn(model, self.splits, self.config, monitor.accelerator)
+        metrics |= {"knn_top1": top1, "knn_step": step}
+        metrics.setdefault("knn_top1_untrained", top1)
+        monitor.log(step, step / self.steps_per_epoch, {"knn_top1": top1})
+        monitor.console.print(f"step {step:,}: k-NN top-1 {top1:.1f} %", markup=False)
 
     def is_due(self, step: int) -> bool:
         is_last = step == self.total_steps

@@ -50,6 +50,13 @@ def build_optimizer(student: nn.Module, name: str, fused: bool = True) -> torch.
     return (Lars if name == "lars" else torch.optim.SGD)(groups, lr=0.0, momentum=0.9)
 
 
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Set what the next step takes: the decay of the first group alone."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
 @torch.no_grad()
 def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> None:
     """Scale each parameter's gradient to a norm of at most `max_norm`, in place, as the original.

@@ -42,7 +42,7 @@ def figure(number: float) -> str:
 def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.Module) -> Table:
     """Lay out what is about to be trained, on what, and how."""
     optim, crops, world = config.optim, config.crops, accelerator.num_processes
-    batch = optim.batch_size * world * optim.accumulation_steps
+    batch = optim.images_per_step(world)
     factors = batch_factors(optim.batch_size, world, optim.accumulation_steps)
     device = accelerator.device.type
     name = torch.cuda.get_device_name() if device == "cuda" else device
@@ -82,7 +82,7 @@ def warnings(
 ) -> list[str]:
     """Name what is likely not meant."""
     lines, epochs = [], config.optim.epochs
-    batch = config.optim.batch_size * accelerator.num_processes * config.optim.accumulation_steps
+    batch = config.optim.images_per_step(accelerator.num_processes)
     steps, half_life = num_images // batch * epochs, ema_half_life(config.teacher.teacher_momentum)
     if half_life > steps:
         lines.append(
@@ -102,6 +102,10 @@ def warnings(
     for flag, warm_up in warm_ups.items():
         if warm_up > epochs:
             lines.append(f"{flag} {warm_up:g} is longer than the run of {epochs} epochs")
+    frozen = config.optim.freeze_last_layer_epochs
+    if frozen >= epochs:
+        flag = f"--freeze-last-layer-epochs {frozen}"
+        lines.append(f"{flag} covers the run of {epochs} epochs: the last layer stays as it is")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if accelerator.num_processes > 1 and any(not isinstance(m, nn.SyncBatchNorm) for m in norms):
         why = "--no-sync-bn" if accelerator.device.type == "cuda" else "only GPUs share them"

@@ -174,7 +174,7 @@ class Run:
             batch_size = max(n for n in range(1, optim.batch_size + 1) if each % n == 0)
             optim = replace(optim, batch_size=batch_size, accumulation_steps=each // batch_size)
             config = replace(config, optim=optim)
-        here = optim.batch_size * optim.accumulation_steps * self.world
+        here = optim.images_per_step(self.world)
         given = dataclasses.asdict(config)
         for section, values in self.saved["config"].items():
             for name, old in values.items():

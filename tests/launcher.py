@@ -33,6 +33,7 @@ import data
 import dino_train  # noqa: F401, imported before the fork
 import distributed
 import eval_knn  # noqa: F401
+import eval_linear  # noqa: F401
 import monitor
 
 

@@ -1,12 +1,14 @@
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from data import PATTERNS, StepSampler, build_dataset
+from data import PATTERNS, StepSampler, build_dataset, held_out
 from eval_linear import (
     LinearConfig,
     Probes,
@@ -138,13 +140,20 @@ def test_probe_on_crops_equals_torch_sgd_on_the_features_it_saw() -> None:
     torch.testing.assert_close(probes.weight[1], layer.weight.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_augmented_probe_learns(tmp_path: Path, tiny_run: Path, script) -> None:
-    out = tmp_path / "linear.json"
-    flags = ("--augment", "--epochs", 2, "--probe-batch-size", 24, "--json-out", out)
-    result = script("eval_linear", tiny_run / "ckpt.safetensors", *flags)
-    assert result.returncode == 0, result.stderr
-    report = json.loads(out.read_text())
+def test_augmented_probe_learns_alike_in_one_and_two_processes(
+    tmp_path: Path, tiny_run: Path, launch
+) -> None:
+    reports = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.json"
+        flags = ("--augment", "--epochs", 20, "--probe-batch-size", 24, "--json-out", out)
+        answer = launch([tiny_run / "ckpt.safetensors", *flags], script="eval_linear", world=world)
+        assert answer.codes == [0] * world, answer.text
+        reports.append(json.loads(out.read_text()))
+    report = reports[0]
+    assert report == reports[1]
     assert report["augment"] is True and report["num_test"] == 8
+    assert report["best_top1"] >= 75
     assert PATTERNS[0] in report["per_class_top1"]  # the classes' folders
 
 
@@ -154,3 +163,18 @@ def test_blocks_that_a_network_lacks_are_named(tiny_run: Path, script) -> None:
         result = script("eval_linear", checkpoint, *flag)
         assert result.returncode == 2
         assert "need a ViT" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_augmented_probe_counts_what_it_could_not_read(
+    tmp_path: Path, tiny_run: Path, image_folder: Path, script
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    held = held_out(len(list(folder.rglob("*.jpg"))))
+    files = sorted(folder.rglob("*.jpg"))
+    for row in np.flatnonzero(~held)[[3, 30]]:
+        files[row].write_bytes(b"no image")
+    flags = ("--data", folder, "--augment", "--epochs", 2, "--probe-batch-size", 24)
+    result = script("eval_linear", tiny_run / "ckpt.safetensors", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "2 images cannot be decoded: others took their place" in result.stdout

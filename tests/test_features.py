@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from features import feature_quality, layer_features
+from features import evenly, feature_quality, layer_features
 from models import get_backbone
 
 
@@ -59,9 +59,12 @@ def test_rank_and_shares_against_their_formulas() -> None:
 
 
 def test_quality_of_many_images_is_that_of_some() -> None:
-    features = torch.randn(1000, 4)
-    rows = torch.linspace(0, 999, 10).long()
-    assert feature_quality(features, most=10) == feature_quality(features[rows])
+    features = torch.randn(60_000, 4)
+    rows = evenly(60_000)
+    assert len(rows) == 25_600 and rows[0] == 0 and rows[-1] == 59_999
+    assert set(rows.diff().tolist()) == {2, 3}
+    assert feature_quality(features) == feature_quality(features[rows])
+    assert torch.equal(evenly(9), torch.arange(9))
 
 
 def test_evaluation_reports_the_rank(tmp_path: Path, tiny_run: Path, script) -> None:

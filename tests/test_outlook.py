@@ -44,7 +44,8 @@ def test_what_cannot_be_meant_is_a_warning_that_names_the_flag(
     assert result.returncode == 0, result.stderr
     warned = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
     for flag in ("--teacher-momentum 0.9995", "--projection-output-dim 128", "--knn-images",
-                 "--warmup-epochs 5", "--warmup-teacher-temp-epochs 3"):  # fmt: skip
+                 "--warmup-epochs 5", "--warmup-teacher-temp-epochs 3",
+                 "--freeze-last-layer-epochs 1 covers"):  # fmt: skip
         assert sum(flag in line for line in warned) == 1, flag
     assert "half-life of 1,386 steps, the run 10" in result.stdout
 
@@ -77,6 +78,21 @@ def test_dry_run_writes_its_crops_alone_and_changes_nothing(
     assert result.returncode == 0, result.stderr
     for mine, other in zip(read_log(folder), read_log(tiny_run), strict=True):
         assert {**mine, **dict.fromkeys(MEASURED)} == {**other, **dict.fromkeys(MEASURED)}
+
+
+def test_dry_run_of_two_processes_times_what_workers_have_not_made_ahead(
+    tmp_path: Path, tiny_flags, launch
+) -> None:
+    flags = ["--batch-size", 4, "--num-workers", 2, "--dry-run", "--output-dir", tmp_path / "run"]
+    answer = launch([*tiny_flags, *flags], world=2)
+    assert answer.codes == [0, 0], answer.text
+    said = " ".join(answer.text.split())
+    assert "8 images (4 x 2 processes)" in said and "s a step, over 12" in said
+    assert said.count("nothing but crops.png was written") == 1
+    again = launch([*tiny_flags, *flags], world=2)
+    assert "nothing but crops-2.png was written" in " ".join(again.text.split())
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"crops.png", "crops-2.png"}
 
 
 def test_dry_run_leaves_a_run_alone(tiny_run: Path, script) -> None:
