@@ -9,12 +9,19 @@ are a card's own, legible on light and dark pages.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 CARD, INK, PLOT, OTHER = "#202226", "#e4e6e9", "#141518", "#70747a"
+HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
+CLASS_COLOURS = (
+    *("#e6454a", "#4cc46a", "#ffe14a", "#5b86f5", "#f58b3c", "#b565e0", "#4fd8f2", "#f25be0"),
+    *("#c3ee55", "#f9bdd3", "#4fa3a0", "#d9bfff", "#b0784a", "#fff6c0", "#a8432f", "#aaf5c0"),
+    *("#90902c", "#ffd3a8", "#6a6ad0", "#a9a9a9"),
+)
 LINES = ("#5b86f5", "#f58b3c")
 GAP, SMALL_TILE = 8, 120  # pixels
 WIDTH, HEIGHT = 400, 240  # of a panel of curves
@@ -148,3 +155,42 @@ def crop_cells(crops: Sequence[Tensor], mean: Tensor, std: Tensor, row: int) -> 
         label = f"global {view + 1}" if view < 2 else f"local {view - 1}"
         cells.append((tile(TF.to_dtype(pixels, torch.uint8, scale=True), SMALL_TILE), label))
     return cells
+
+
+def enlarged(values: np.ndarray, like: Image.Image) -> Image.Image:
+    """Enlarge a map (h, w) or (h, w, 3) uint8 to a picture's size, its cells kept visible."""
+    return Image.fromarray(values).resize(like.size, Image.Resampling.NEAREST)
+
+
+def heat(picture: Image.Image, attention: Tensor, top: float) -> Image.Image:
+    """Lay attention (h, w), from 0 to `top`, as dark to bright colours over a grey picture."""
+    share = (attention / top).clamp(0, 1).numpy()
+    stops = np.linspace(0, 1, len(HEAT))
+    colours = np.stack([np.interp(share, stops, x) for x in zip(*HEAT, strict=True)], axis=-1)
+    grey = ImageOps.grayscale(picture).convert("RGB")
+    return Image.blend(grey, enlarged(colours.astype(np.uint8), picture), 0.75)
+
+
+def scatter(title: str, points: Tensor, classes: list[str], axes: str) -> Image.Image:
+    """Draw points (n, 2) in their classes' colours, on one scale, with a legend."""
+    low, high = points.min(0).values, points.max(0).values
+    # three times as large as shown, for smooth edges
+    scale, margin, radius = 1800 / (high - low).max().clamp(min=1e-6), 48, 10
+    width, height = ((high - low) * scale).long().tolist()
+    plot = Image.new("RGB", (width + 2 * margin, height + 2 * margin), PLOT)
+    draw, names = ImageDraw.Draw(plot), sorted(set(classes))
+    colours = dict(zip(names, CLASS_COLOURS, strict=False))
+    for i in torch.randperm(
+        len(points), generator=torch.Generator().manual_seed(0)
+    ).tolist():  # else the last class hides the others
+        x, y = ((points[i] - low) * scale + margin).tolist()
+        draw.circle((x, plot.height - y), radius, colours.get(classes[i], OTHER))
+    labels = [*colours, *[f"{len(names) - len(colours)} more"] * (len(names) > len(colours))]
+    plot, font = plot.reduce(3), ImageFont.load_default(14)
+    width = min(160, 30 + int(max(font.getlength(clipped(label, font, 160)) for label in labels)))
+    legend = Image.new("RGB", (width, max(plot.height, 22 * len(labels))), CARD)
+    draw = ImageDraw.Draw(legend)
+    for i, name in enumerate(labels):
+        draw.circle((9, 22 * i + 10), 5, colours.get(name, OTHER))
+        draw.text((22, 22 * i + 2), clipped(name, font, width - 24), INK, font)
+    return sheet(title, [(plot, axes), (legend, "")], 2)

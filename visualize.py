@@ -17,34 +17,32 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
-import numpy as np
 import torch
 import tyro
-from einops import einsum, rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from timm.layers import Attention
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from PIL import Image, ImageOps
+from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as TF
 
 import data
 from config import read_flags
-from features import normalized
+from feature_maps import (
+    PCA,
+    class_attention,
+    feature_map,
+    fit_patches,
+    has_class_attention,
+    mass_mask,
+    patch_map,
+    peak,
+)
+from features import evenly, normalized
 from monitor import run_command
-from pictures import CARD, INK, OTHER, PLOT, SMALL_TILE, Cell, clipped, crop_cells, sheet, tile
+from pictures import CARD, SMALL_TILE, Cell, crop_cells, enlarged, heat, scatter, sheet, tile
 from weights import open_network, preparation_of
 
-HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
-CLASS_COLOURS = (
-    *("#e6454a", "#4cc46a", "#ffe14a", "#5b86f5", "#f58b3c", "#b565e0", "#4fd8f2", "#f25be0"),
-    *("#c3ee55", "#f9bdd3", "#4fa3a0", "#d9bfff", "#b0784a", "#fff6c0", "#a8432f", "#aaf5c0"),
-    *("#90902c", "#ffd3a8", "#6a6ad0", "#a9a9a9"),
-)
 MOST_FEATURES = 2000  # images that are compared and scattered
-MOST_VECTORS = 10_000  # of feature maps, that a PCA is fitted to
 SAMPLED_FRAMES = 16  # of a video, that fix the scale of its colours
 NUM_QUERIES, NUM_NEIGHBOURS = 6, 8
 TILE = 240  # pixels
@@ -74,72 +72,6 @@ class VisualizeConfig:
 
 
 # ---------------------------------------------------------------- what the network sees
-
-
-def has_class_attention(backbone: nn.Module) -> bool:
-    """Tell whether the last block is timm's plain attention, with a class token."""
-    is_vit = isinstance(backbone, VisionTransformer) and backbone.has_class_token
-    return is_vit and type(getattr(backbone.blocks[-1], "attn", None)) is Attention
-
-
-@torch.no_grad()
-def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Give the class token's attention (b, head, p) to all tokens in the last block.
-
-    Fused attention returns no weights: they are computed again from its queries and keys.
-    """
-    attention, seen = backbone.blocks[-1].attn, []
-    norms = (attention.q_norm, attention.k_norm)  # called in this order; identities without norm
-    hooks = [norm.register_forward_hook(lambda *call: seen.append(call[2])) for norm in norms]
-    try:
-        backbone.forward_features(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    query, key = seen[0][:, :, 0].float(), seen[1].float()
-    return (attention.scale * einsum(query, key, "b head d, b head p d -> b head p")).softmax(-1)
-
-
-def patch_map(tokens: Tensor, backbone: nn.Module, images: Tensor) -> Tensor:
-    """Lay out tokens (b, k, p) on the images' patches, (b, k, h, w), prefix tokens left out."""
-    height, width = (side // backbone.patch_size for side in images.shape[2:])
-    patches = tokens[..., getattr(backbone, "num_prefix_tokens", 0) :]
-    if patches.shape[2] != height * width:
-        raise ValueError(f"need {height} x {width} patch tokens, got {patches.shape[2]}")
-    return rearrange(patches, "b k (h w) -> b k h w", h=height)
-
-
-@torch.no_grad()
-def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Give the last feature map (b, d, h, w): a ViT's patches after the norm, a CNN's last stage.
-
-    Raises ValueError where its layout is unknown.
-    """
-    if hasattr(backbone, "forward_features"):
-        features = backbone.forward_features(images)
-    else:  # torchvision's ResNets, without pooling and classifier
-        features = nn.Sequential(*list(backbone.children())[:-2])(images)
-    shape, width = tuple(features.shape), backbone.num_features
-    if len(shape) == 3 and shape[2] == width:
-        return patch_map(features.mT, backbone, images)
-    if len(shape) == 4 and shape[3] == width and getattr(backbone, "output_fmt", "") == "NHWC":
-        return rearrange(features, "b h w d -> b d h w")
-    if len(shape) == 4 and shape[1] == width:
-        return features
-    raise ValueError(f"need a feature map of {width} channels, got shape {shape}")
-
-
-def fit_patches(image: Tensor, size: int, patch_size: int) -> Tensor:
-    """Resize the shorter side of (3, h, w) uint8 to `size`, rounded to whole patches, aspect kept.
-
-    What is left of the longer side is cut; strips of more than 8 to 1 are cut to that.
-    """
-    most = 8 * min(image.shape[1:])
-    if max(image.shape[1:]) > most:
-        image = TF.center_crop(image, [min(side, most) for side in image.shape[1:]])
-    shorter = max(1, round(size / patch_size)) * patch_size
-    image = TF.resize(image, [shorter], TF.InterpolationMode.BICUBIC)
-    return TF.center_crop(image, [side // patch_size * patch_size for side in image.shape[1:]])
 
 
 class Network:
@@ -178,51 +110,6 @@ class Network:
         return F.normalize(self.backbone(pixels).float(), dim=1).cpu()
 
 
-def mass_mask(attention: Tensor, mass: float) -> Tensor:
-    """Mark the fewest patches of (h, w) that hold at least the share `mass` of all attention."""
-    shares = attention.double() / attention.double().sum()
-    order = shares.flatten().argsort(descending=True)
-    num = int((shares.flatten()[order].cumsum(0) < mass - 1e-9).sum()) + 1
-    mask = torch.zeros(shares.shape, dtype=torch.bool)
-    mask.view(-1)[order[:num]] = True
-    return mask
-
-
-def peak(attention: Tensor) -> float:
-    """Give what is drawn brightest: above the 99th percentile a few patches hide all others."""
-    return attention.quantile(0.99).clamp(min=1e-12).item()
-
-
-class PCA(NamedTuple):
-    mean: Tensor  # (d,)
-    axes: Tensor  # (k, d), of norm 1
-    shares: list[float]  # (k,) of the variance
-    bounds: Tensor  # (2, k), between which 96 % of the vectors lie
-
-    @classmethod
-    def fit(cls, vectors: Tensor, num: int) -> "PCA":
-        """Fit `num` components to (n, d), each signed so that its largest entry is positive."""
-        vectors = vectors[:: -(-len(vectors) // MOST_VECTORS)].double()
-        centered = vectors - vectors.mean(0)
-        variances, axes = torch.linalg.eigh(centered.T @ centered)  # ascending
-        axes = axes.T.flip(0)[:num]
-        axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-        shares = (variances.flip(0)[:num] / variances.sum().clamp(min=1e-12)).tolist()
-        bounds = (centered @ axes.T).quantile(torch.tensor([0.02, 0.98]).double(), dim=0)
-        return cls(vectors.mean(0).float(), axes.float(), shares, bounds.float())
-
-    @classmethod
-    def of_maps(cls, maps: Sequence[Tensor]) -> "PCA":
-        return cls.fit(torch.cat([rearrange(x, "d h w -> (h w) d") for x in maps]), 3)
-
-    def colours(self, features: Tensor) -> np.ndarray:
-        """Turn a feature map (d, h, w) into RGB (h, w, 3) uint8."""
-        values = (rearrange(features, "d h w -> h w d") - self.mean) @ self.axes.T
-        low, high = self.bounds
-        share = (values - low) / (high - low).clamp(min=1e-6)
-        return (255 * share.clamp(0, 1)).round().byte().numpy()
-
-
 # ---------------------------------------------------------------- images
 
 
@@ -245,14 +132,9 @@ def label_of(images: data.ImageDataset, row: int) -> str:
     return Path(os.fsdecode(path)).stem if isinstance(path, bytes) else f"image {row}"
 
 
-def evenly(num: int, most: int) -> list[int]:
-    """Give at most `most` of 0 to num - 1, evenly spaced."""
-    return np.linspace(0, num - 1, min(most, num)).round().astype(int).tolist()
-
-
 def spread(images: data.ImageDataset, most: int) -> list[int]:
     """Give at most `most` images, evenly spaced, over the classes if there are any."""
-    rows = evenly(len(images), most)
+    rows = evenly(len(images), most).tolist()
     return rows if images.labels is None else images.labels.argsort(kind="stable")[rows].tolist()
 
 
@@ -274,20 +156,6 @@ def read(images: data.ImageDataset, rows: Sequence[int]) -> Iterator[tuple[int, 
 
 
 # ---------------------------------------------------------------- drawing
-
-
-def enlarged(values: np.ndarray, like: Image.Image) -> Image.Image:
-    """Enlarge a map (h, w) or (h, w, 3) uint8 to a picture's size, its cells kept visible."""
-    return Image.fromarray(values).resize(like.size, Image.Resampling.NEAREST)
-
-
-def heat(picture: Image.Image, attention: Tensor, top: float) -> Image.Image:
-    """Lay attention (h, w), from 0 to `top`, as dark to bright colours over a grey picture."""
-    share = (attention / top).clamp(0, 1).numpy()
-    stops = np.linspace(0, 1, len(HEAT))
-    colours = np.stack([np.interp(share, stops, x) for x in zip(*HEAT, strict=True)], axis=-1)
-    grey = ImageOps.grayscale(picture).convert("RGB")
-    return Image.blend(grey, enlarged(colours.astype(np.uint8), picture), 0.75)
 
 
 def attention_sheet(image: Tensor, attention: Tensor, mass: float, label: str) -> Image.Image:
@@ -330,7 +198,7 @@ def neighbours_sheet(
 ) -> Image.Image:
     """Draw each query and the images of most similar features (n, d); none is its own neighbour."""
     if query is None:
-        own = evenly(len(rows), NUM_QUERIES)
+        own = evenly(len(rows), NUM_QUERIES).tolist()
         queries = [(images.images[rows[i]], label_of(images, rows[i]), i) for i in own]
     else:
         queries = [(os.fsencode(query), Path(query).stem, None)]
@@ -349,30 +217,12 @@ def neighbours_sheet(
 
 
 def scatter_sheet(features: Tensor, classes: list[str]) -> Image.Image:
-    """Draw features (n, d) on their first two components, on one scale, with a legend."""
+    """Draw features (n, d) on their first two components."""
     pca = PCA.fit(features, 2)
-    points = (features - pca.mean) @ pca.axes.T
-    low, high = points.min(0).values, points.max(0).values
-    # three times as large as shown, for smooth edges
-    scale, margin, radius = 1800 / (high - low).max().clamp(min=1e-6), 48, 10
-    width, height = ((high - low) * scale).long().tolist()
-    plot = Image.new("RGB", (width + 2 * margin, height + 2 * margin), PLOT)
-    draw, names = ImageDraw.Draw(plot), sorted(set(classes))
-    colours = dict(zip(names, CLASS_COLOURS, strict=False))
-    for i in data.permutation(len(points), 0).tolist():  # else the last class hides the others
-        x, y = ((points[i] - low) * scale + margin).tolist()
-        draw.circle((x, plot.height - y), radius, colours.get(classes[i], OTHER))
-    labels = [*colours, *[f"{len(names) - len(colours)} more"] * (len(names) > len(colours))]
-    plot, font = plot.reduce(3), ImageFont.load_default(14)
-    width = min(160, 30 + int(max(font.getlength(clipped(label, font, 160)) for label in labels)))
-    legend = Image.new("RGB", (width, max(plot.height, 22 * len(labels))), CARD)
-    draw = ImageDraw.Draw(legend)
-    for i, name in enumerate(labels):
-        draw.circle((9, 22 * i + 10), 5, colours.get(name, OTHER))
-        draw.text((22, 22 * i + 2), clipped(name, font, width - 24), INK, font)
     axes = "across: component 1, {:.0%} of the variance; up: component 2, {:.0%}"
-    cells = [(plot, axes.format(*pca.shares)), (legend, "")]
-    return sheet(f"features of {len(points):,} images", cells, 2)
+    title = f"features of {len(features):,} images"
+    points = (features - pca.mean) @ pca.axes.T
+    return scatter(title, points, classes, axes.format(*pca.shares))
 
 
 def video_frames(network: Network, images: data.ImageDataset, kind: str) -> Iterator[Image.Image]:

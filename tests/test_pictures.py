@@ -46,13 +46,6 @@ def test_curves_of_any_log_have_one_size(log: list[dict]) -> None:
     assert curves(log, 1024).size == curves([], 1024).size
 
 
-def test_long_labels_end_in_an_ellipsis_within_their_width() -> None:
-    font = ImageFont.load_default(14)
-    text = clipped("a very long name of a class " * 5, font, 100)
-    assert text.endswith("…") and font.getlength(text) <= 100
-    assert clipped("short", font, 100) == "short"
-
-
 def test_crops_are_shown_as_they_were_before_normalisation() -> None:
     pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
     mean, std = torch.tensor([0.4, 0.5, 0.6])[:, None, None], torch.full((3, 1, 1), 0.2)
@@ -64,7 +57,18 @@ def test_crops_are_shown_as_they_were_before_normalisation() -> None:
     assert (shown - pixels[1].long()).abs().max() <= 1
 
 
-def test_sheet_holds_all_cells() -> None:
-    cells = [(Image.new("RGB", (50, 40), "#ff0000"), f"image {i}") for i in range(5)]
-    card = sheet("title", cells, 2)
-    assert len(colour(card, "#ff0000")) == 5 * 50 * 40
+def test_text_is_shortened_to_its_width() -> None:
+    font = ImageFont.load_default(14)
+    assert clipped("cat", font, 100) == "cat"
+    short = clipped("a name that is far too long\nfor this", font, 100)
+    assert short.endswith("…") and font.getlength(short) <= 100
+    assert "a name that is far too long".startswith(short[:-1])
+    assert clipped("x" * 9, font, 3) == "…"
+
+
+def test_sheet_holds_its_pictures() -> None:
+    cells = [(Image.new("RGB", (150, 40 + 10 * i), "red"), f"label {i}") for i in range(5)]
+    card = np.asarray(sheet("title", cells, 2))
+    red = (card == (255, 0, 0)).all(axis=-1)
+    assert red.sum() == sum(picture.width * picture.height for picture, _ in cells)
+    assert card.shape[1] == 2 * 150 + 3 * 8

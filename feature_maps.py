@@ -1,0 +1,133 @@
+"""What a backbone sees: its class token's attention, its feature map, their components as colours.
+
+    attention = patch_map(class_attention(backbone, images), backbone, images)  # (b, head, h, w)
+    maps = feature_map(backbone, images)                                        # (b, d, h, w)
+    colours = PCA.of_maps(list(maps)).colours(maps[0])                          # (h, w, 3) uint8
+
+Stands alone: needs torch, torchvision, timm and einops. Source: DINO, arXiv 2104.14294.
+Axes: b batch, n vectors, d features, p tokens, c h w image or map.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import einsum, rearrange
+from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+
+MOST_VECTORS = 10_000  # of feature maps, that a PCA is fitted to
+
+
+def has_class_attention(backbone: nn.Module) -> bool:
+    """Tell whether the last block is timm's plain attention, with a class token."""
+    is_vit = isinstance(backbone, VisionTransformer) and backbone.has_class_token
+    return is_vit and type(getattr(backbone.blocks[-1], "attn", None)) is Attention
+
+
+@torch.no_grad()
+def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Give the class token's attention (b, head, p) to all tokens in the last block.
+
+    Fused attention returns no weights: they are computed again from its queries and keys.
+    """
+    attention, seen = backbone.blocks[-1].attn, []
+    norms = (attention.q_norm, attention.k_norm)  # called in this order; identities without norm
+    hooks = [norm.register_forward_hook(lambda *call: seen.append(call[2])) for norm in norms]
+    try:
+        backbone.forward_features(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    query, key = seen[0][:, :, 0].float(), seen[1].float()
+    return (attention.scale * einsum(query, key, "b head d, b head p d -> b head p")).softmax(-1)
+
+
+def patch_map(tokens: Tensor, backbone: nn.Module, images: Tensor) -> Tensor:
+    """Lay out tokens (b, k, p) on the images' patches, (b, k, h, w), prefix tokens left out."""
+    height, width = (side // backbone.patch_size for side in images.shape[2:])
+    patches = tokens[..., getattr(backbone, "num_prefix_tokens", 0) :]
+    if patches.shape[2] != height * width:
+        raise ValueError(f"need {height} x {width} patch tokens, got {patches.shape[2]}")
+    return rearrange(patches, "b k (h w) -> b k h w", h=height)
+
+
+@torch.no_grad()
+def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Give the last feature map (b, d, h, w): a ViT's patches after the norm, a CNN's last stage.
+
+    Raises ValueError where its layout is unknown.
+    """
+    if hasattr(backbone, "forward_features"):
+        features = backbone.forward_features(images)
+    else:  # torchvision's ResNets, without pooling and classifier
+        features = nn.Sequential(*list(backbone.children())[:-2])(images)
+    shape, width = tuple(features.shape), backbone.num_features
+    if len(shape) == 3 and shape[2] == width:
+        return patch_map(features.mT, backbone, images)
+    if len(shape) == 4 and shape[3] == width and getattr(backbone, "output_fmt", "") == "NHWC":
+        return rearrange(features, "b h w d -> b d h w")
+    if len(shape) == 4 and shape[1] == width:
+        return features
+    raise ValueError(f"need a feature map of {width} channels, got shape {shape}")
+
+
+def fit_patches(image: Tensor, size: int, patch_size: int) -> Tensor:
+    """Resize the shorter side of (3, h, w) uint8 to `size`, rounded to whole patches, aspect kept.
+
+    What is left of the longer side is cut; strips of more than 8 to 1 are cut to that.
+    """
+    most = 8 * min(image.shape[1:])
+    if max(image.shape[1:]) > most:
+        image = TF.center_crop(image, [min(side, most) for side in image.shape[1:]])
+    shorter = max(1, round(size / patch_size)) * patch_size
+    image = TF.resize(image, [shorter], TF.InterpolationMode.BICUBIC)
+    return TF.center_crop(image, [side // patch_size * patch_size for side in image.shape[1:]])
+
+
+def mass_mask(attention: Tensor, mass: float) -> Tensor:
+    """Mark the fewest patches of (h, w) that hold at least the share `mass` of all attention."""
+    shares = attention.double() / attention.double().sum()
+    order = shares.flatten().argsort(descending=True)
+    num = int((shares.flatten()[order].cumsum(0) < mass - 1e-9).sum()) + 1
+    mask = torch.zeros(shares.shape, dtype=torch.bool)
+    mask.view(-1)[order[:num]] = True
+    return mask
+
+
+def peak(attention: Tensor) -> float:
+    """Give what is drawn brightest: above the 99th percentile a few patches hide all others."""
+    return attention.quantile(0.99).clamp(min=1e-12).item()
+
+
+class PCA(NamedTuple):
+    mean: Tensor  # (d,)
+    axes: Tensor  # (k, d), of norm 1
+    shares: list[float]  # (k,) of the variance
+    bounds: Tensor  # (2, k), between which 96 % of the vectors lie
+
+    @classmethod
+    def fit(cls, vectors: Tensor, num: int) -> "PCA":
+        """Fit `num` components to (n, d), each signed so that its largest entry is positive."""
+        vectors = vectors[:: -(-len(vectors) // MOST_VECTORS)].double()
+        centered = vectors - vectors.mean(0)
+        variances, axes = torch.linalg.eigh(centered.T @ centered)  # ascending
+        axes = axes.T.flip(0)[:num]
+        axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+        shares = (variances.flip(0)[:num] / variances.sum().clamp(min=1e-12)).tolist()
+        bounds = (centered @ axes.T).quantile(torch.tensor([0.02, 0.98]).double(), dim=0)
+        return cls(vectors.mean(0).float(), axes.float(), shares, bounds.float())
+
+    @classmethod
+    def of_maps(cls, maps: Sequence[Tensor]) -> "PCA":
+        return cls.fit(torch.cat([rearrange(x, "d h w -> (h w) d") for x in maps]), 3)
+
+    def colours(self, features: Tensor) -> np.ndarray:
+        """Turn a feature map (d, h, w) into RGB (h, w, 3) uint8."""
+        values = (rearrange(features, "d h w -> h w d") - self.mean) @ self.axes.T
+        low, high = self.bounds
+        share = (values - low) / (high - low).clamp(min=1e-6)
+        return (255 * share.clamp(0, 1)).round().byte().numpy()
