@@ -428,7 +428,9 @@ class MultiCrop(nn.Module):
 
         For a GPU: on a CPU they are made crop by crop, each by its own draws.
         """
-        self._augment = torch.compile(self._augment, dynamic=False)
+        # as laid out: channels last would take depthwise convolutions from their own kernels
+        options = {"layout_optimization": False}
+        self._augment = torch.compile(self._augment, dynamic=False, options=options)
 
 
 def crops_of(

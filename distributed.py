@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterable
 from datetime import timedelta
@@ -21,10 +22,13 @@ import timm
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+# the main process may take long over what others wait for: a download, a scan, a file
+PATIENCE = timedelta(hours=3)
 
 # ---------------------------------------------------------------- launching
 
@@ -58,11 +62,15 @@ def make_accelerator(
         plugin.transformer_cls_names_to_wrap = None  # the system names them
         # nothing is done in place on what the networks return
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    if mixed_precision in (None, "no"):  # float32 is meant, not TF32, which cuDNN would take
+        torch.backends.cudnn.allow_tf32 = False
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
         log_with=log_with,
         fsdp_plugin=plugin,
+        # others wait while the main process downloads or scans
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         project_dir=".",  # trackers want one; the run's folder, once it is known
     )
     _check_launch(accelerator)
@@ -181,9 +189,16 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def has_compiler() -> bool:
-    """Tell whether torch.compile finds the C compiler that it needs."""
-    names = (os.environ.get("CC"), os.environ.get("CXX"), "gcc", "g++", "clang", "cc", "cl")
-    return any(shutil.which(name) for name in names if name)
+    """Tell whether torch.compile finds what it builds with: a compiler and Python's headers."""
+    if torch.cuda.is_available():  # Triton's
+        names = (os.environ.get("CC"), "gcc", "clang")
+    else:
+        names = (os.environ.get("CXX"), "g++", "clang++")
+    scheme = sysconfig.get_default_scheme()
+    # Debian's default is where pip installs, which has no headers
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    return header.is_file() and any(shutil.which(name) for name in names if name)
 
 
 def lay_out(
@@ -191,7 +206,8 @@ def lay_out(
 ) -> nn.Module:
     """Make networks ready to be prepared: their memory format, BatchNorm, blocks to shard.
 
-    Compiled block by block: six graphs for a ViT of any depth, and the state's names stay.
+    Compiled block by block: six graphs for a ViT of any depth, and the state's names stay. Blocks
+    with SyncBatchNorm are left as they are: it waits for the device, which breaks their graphs.
     """
     if accelerator.is_fsdp2:  # FSDP2 shards contiguous parameters only
         names = sorted({type(block).__name__ for block in repeated_blocks(system)})
@@ -203,8 +219,10 @@ def lay_out(
     if compile_blocks:
         # blocks share their code, and its graphs: of a ResNet, stages x sizes x student, teacher
         torch._dynamo.config.recompile_limit = 128
+        torch._dynamo.config.optimize_ddp = False  # which would cut blocks where buckets end
         for block in repeated_blocks(system):
-            block.compile(dynamic=False)
+            if not any(isinstance(module, nn.SyncBatchNorm) for module in block.modules()):
+                block.compile(dynamic=False)
     return system
 
 
@@ -254,9 +272,7 @@ class Agreement:
 
     def __init__(self) -> None:
         several = dist.is_initialized() and dist.get_world_size() > 1
-        # the main process may take long to write what the others wait for
-        patience = timedelta(hours=3)
-        self.group = dist.new_group(backend="gloo", timeout=patience) if several else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
 
     def largest(self, *values: int) -> list[int]:
         """Give the largest of each value over all processes. A collective."""

@@ -105,6 +105,8 @@ class DinoLoss(nn.Module):
         self, output_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9
     ) -> None:
         super().__init__()
+        if output_dim < 1:
+            raise ValueError(f"need output_dim >= 1, got {output_dim}")
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, output_dim))

@@ -49,9 +49,12 @@ def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.
     backbone, head = (sum(p.numel() for p in part.parameters()) / 1e6 for part in model.children())
     local = f" + {crops.num_local_crops} of {crops.local_crop_size}" * (crops.num_local_crops > 0)
     precision = f"mixed precision: {config.run.mixed_precision}"
-    compiled = ", blocks compiled" if config.run.compile else ""
-    if config.run.compile and not has_compiler():
-        compiled = ", not compiled: no C compiler was found"
+    compiled = ""
+    if config.run.compile:
+        is_compiled = any(module._compiled_call_impl for module in model.modules())
+        why_not = "its BatchNorm is over all GPUs"
+        why_not = why_not if has_compiler() else "a C compiler and Python's headers were not found"
+        compiled = ", blocks compiled" if is_compiled else f", blocks not compiled: {why_not}"
     kind = " FSDP" if accelerator.is_fsdp2 else " DDP" if world > 1 else ""
     output_dim = config.model.projection_output_dim
     first, last = config.teacher.warmup_teacher_temp, config.teacher.teacher_temp

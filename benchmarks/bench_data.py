@@ -26,6 +26,7 @@ from data import (
     collate,
     hash_keys,
 )
+from monitor import run_command
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def main() -> None:
     # ---- decoding and multi-crop
     device = measure.device()
     multi_crop, keys = MultiCrop(config).to(device), torch.arange(options.batch_size)
+    if torch.cuda.is_available():  # as training does
+        multi_crop.compile()
     num = min(options.images, 64)
 
     def crop_all(dataset: Dataset) -> None:
@@ -130,4 +133,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval_knn import knn_accuracy
+from monitor import run_command
 
 KS = (10, 20, 100, 200)
 
@@ -81,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

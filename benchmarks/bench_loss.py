@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from losses import DinoLoss
 from models import PrototypeLayer
+from monitor import run_command
 
 VIEWS, TEACHERS, TEMP = 10, 2, 0.04
 
@@ -32,9 +33,17 @@ class Options:
     threads: int | None = None
 
 
+def our_loss(k: int) -> DinoLoss:
+    """Build the loss as training does: compiled on a GPU."""
+    loss = DinoLoss(k).to(measure.device())
+    if torch.cuda.is_available():
+        loss.compile()
+    return loss
+
+
 def losses(k: int, options: Options) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     device = measure.device()
-    ours, plain = DinoLoss(k).to(device), baseline.PairwiseLoss(k).to(device)
+    ours, plain = our_loss(k), baseline.PairwiseLoss(k).to(device)
     found = {
         "pairwise": lambda student, teacher: plain(student, teacher, TEMP),
         "ours": lambda student, teacher: ours(student, teacher, TEMP),
@@ -109,7 +118,7 @@ def main() -> None:
         ours = PrototypeLayer(256, k, learn_gain=False).to(device)
         plain = nn.utils.parametrizations.weight_norm(nn.Linear(256, k, bias=False)).to(device)
         plain.parametrizations.weight.original0.requires_grad_(False)
-        found, mine = losses(k, options), DinoLoss(k).to(device)
+        found, mine = losses(k, options), our_loss(k)
         found["ours"] = lambda s, t: mine(s, t, TEMP, overwrite_student=True)  # as in training
         return {
             name: on_bottleneck(loss, ours if name == "ours" else plain, student, teacher)
@@ -121,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -27,6 +27,7 @@ from dino_train import build_networks
 from distributed import make_accelerator
 from losses import DinoLoss
 from models import DinoModel, ModelConfig, update_teacher_EMA
+from monitor import run_command
 from optimizers import clip_gradients
 
 K, TEMP, CLIP, MOMENTUM = 65536, 0.04, 3.0, 0.996
@@ -71,11 +72,14 @@ def our_step(arch: str, options: Options) -> Callable[[list[Tensor]], Marks]:
     if options.compile:
         loss_of.compile()
 
-    def step(crops: list[Tensor]) -> Marks:
-        marks = [("", now())]
+    def step(crops: list[Tensor], by_part: bool = False) -> Marks:
+        marks: Marks = []
 
         def mark(name: str) -> None:
-            marks.append((name, now()))
+            if by_part:  # waits for the device, as training does not
+                marks.append((name, now()))
+
+        mark("")
 
         with autocast(options):
             with torch.no_grad():
@@ -85,6 +89,8 @@ def our_step(arch: str, options: Options) -> Callable[[list[Tensor]], Marks]:
             mark("student's backbone")
             logits = student.projection_head(features.flatten(end_dim=1))
             logits = logits.unflatten(0, features.shape[:2])
+        # float32, as Accelerate gives what was computed under autocast
+        logits, targets = logits.float(), targets.float()
         loss = loss_of(logits, targets, TEMP, overwrite_student=True)
         mark("head and loss")
         loss.backward()
@@ -221,7 +227,7 @@ def main() -> None:
             row = [f"{arch}, {name}", f"{speed:.1f}", f"{measure.spread(seconds[name]):.0f} %"]
             row += [f"{flops / 1e9:.1f}", f"{100 * speed * flops / peak:.0f} %"]
             rows.append([*row, f"{measure.ratio(seconds[name], seconds['ours']):.2f}x"])
-        marks = [steps["ours"](crops) for _ in range(3)]
+        marks = [steps["ours"](crops, by_part=True) for _ in range(3)]
         for i, (name, _) in enumerate(marks[0][1:], 1):
             spent = [run[i][1] - run[i - 1][1] for run in marks]
             total = [run[-1][1] - run[0][1] for run in marks]
@@ -235,4 +241,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

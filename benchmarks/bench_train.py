@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 import data
 from data import CropConfig, MultiCrop, StepSampler, build_dataset
+from monitor import run_command
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Options(bench_step.Options):
     arch: tuple[str, ...] = ("dino_vits16",)
     canvas: int = 384
     workers: int = 1 if not torch.cuda.is_available() else 15
-    steps: int = 4 if not torch.cuda.is_available() else 50  # measured, after a tenth of them
+    steps: int = 4 if not torch.cuda.is_available() else 50  # measured, after a warm-up
 
 
 def our_crops(options: Options) -> Iterator[list[Tensor]]:
@@ -53,7 +54,8 @@ def our_crops(options: Options) -> Iterator[list[Tensor]]:
     stream = torch.cuda.Stream() if device.type == "cuda" else None
     if options.compile:
         multi_crop.compile()
-    return (data.crops_of(batch, multi_crop, 0, device, stream) for batch in loader)
+    for batch in loader:
+        yield data.crops_of(batch, multi_crop, 0, device, stream)
 
 
 def cut_in_workers(augment: Callable, options: Options) -> Iterator[list[Tensor]]:
@@ -108,10 +110,11 @@ def main() -> None:
             step = bench_step.original_step(arch, options)
             variants["original"] = (step, cut_in_workers(cut, options))
         results = {}
-        for name, (step, crops) in variants.items():  # each alone: its workers would take cores
-            run(step, crops, max(2, options.steps // 10))
+        for name in list(variants):  # each alone: its workers would take cores
+            step, crops = variants.pop(name)
+            run(step, crops, 3 + 2 * options.workers)  # until what workers made ahead is used up
             results[name] = run(step, crops, options.steps)
-            del crops
+            del step, crops
         for name, (seconds, waited) in results.items():
             speed = options.batch * options.steps / seconds
             row = [f"{arch}, {name}", f"{speed:.1f}", f"{100 * waited / seconds:.0f} %"]
@@ -122,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

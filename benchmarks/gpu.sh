@@ -25,4 +25,4 @@ run 130 bench_train.py "$folder" --arch dino_vits16 --batch 128 --steps 30 --no-
 run 60 bench_loss.py --k 65536 --batch 64 256 --rounds 5 "${original[@]}"
 run 60 bench_data.py "$folder" --canvas 384 --rounds 2 --images 64 "${original[@]}"
 run 40 bench_knn.py --rounds 2
-run 80 bench_step.py --arch resnet50 --batch 64 --rounds 3 --no-plain "${original[@]}"
+run 80 bench_step.py --arch resnet50 --batch 64 --rounds 3 --no-plain --no-compile "${original[@]}"

@@ -392,3 +392,19 @@ def test_batch_norms_of_several_gpus_become_one() -> None:
         torch.testing.assert_close(laid_out.eval()(images), expected, rtol=1e-4, atol=1e-4)
         left = distributed.lay_out(get_backbone(arch), TwoGpus(), False, False)
         assert not any(isinstance(m, nn.SyncBatchNorm) for m in left.modules())
+    for sync_bn in (False, True):  # which breaks the graphs of what is compiled
+        laid_out = distributed.lay_out(get_backbone("resnet18"), TwoGpus(), sync_bn, True)
+        compiled = [m for m in laid_out.modules() if m._compiled_call_impl is not None]
+        assert len(compiled) == (0 if sync_bn else 8)
+
+
+def test_compiler_needs_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    header = tmp_path / "Python.h"
+    monkeypatch.setattr(distributed.sysconfig, "get_paths", lambda scheme: {"include": tmp_path})
+    monkeypatch.setenv("CXX", sys.executable)  # a program, as a compiler is
+    assert not distributed.has_compiler()
+    header.touch()
+    assert distributed.has_compiler()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not distributed.has_compiler()
