@@ -210,6 +210,9 @@ def get_backbone(
     return net
 
 
+WIDE = 1 << 22  # entries of a last layer: 16,384 prototypes of 256
+
+
 class _WideProduct(torch.autograd.Function):
     """rows @ weight.T, forward by oneDNN's 1x1 convolution: 0.8 of MKL's time for many columns."""
 
@@ -244,7 +247,8 @@ class PrototypeLayer(nn.Module):
         # what torch's own weight_norm calls; F.normalize takes 4 times as long, with its gradient
         weight = torch._weight_norm(self.weight.float(), self.gain.float(), 0)
         is_plain = bottleneck.device.type == "cpu" and bottleneck.dtype == torch.float32
-        if is_plain and bottleneck.ndim == 2 and not torch.is_autocast_enabled("cpu"):
+        is_plain = is_plain and bottleneck.ndim == 2 and not torch.is_autocast_enabled("cpu")
+        if is_plain and weight.numel() >= WIDE:
             return _WideProduct.apply(bottleneck, weight)
         return F.linear(bottleneck, weight)
 
