@@ -68,7 +68,7 @@ INTERRUPTED = (
 PLACES = (
     *(["os.replace", 3], ["os.replace", 5], ["run_io.save_tensors", 2], ["run_io._link", 3]),
     *(["run_io.write_text", 1], ["run_io.write_text", 2], ["os.link", 1], ["os.fsync", 2]),
-    *(["dino_train.teacher_knn", 1], ["dino_train.clip_gradients", 4]),
+    *(["online_knn.teacher_knn", 1], ["dino_train.clip_gradients", 4]),
 )
 
 
