@@ -1,6 +1,5 @@
 """A few steps of a run that writes nothing: what it would take, and what its network would see."""
 
-import itertools
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from data import MultiCrop
 from monitor import Monitor, print_rows, write_picture
 from outlook import duration, peak_memory
 from pictures import crop_cells, sheet
+from run_io import unused_path
 
 WARM_UP, STEPS, SECONDS = 2, 12, 30  # steps not timed, steps timed at most, their time
 AHEAD = 2  # batches that a worker makes ahead: until they are used up, none seems to wait
@@ -44,8 +44,7 @@ class DryRun:
         speed, batch = monitor.num_images / seconds, monitor.num_images / monitor.num_timed
         folder = monitor.run.folder if monitor.run.is_named else Path()
         folder.mkdir(parents=True, exist_ok=True)
-        names = itertools.chain(["crops"], (f"crops-{i}" for i in itertools.count(2)))
-        file = next(path for name in names if not (path := folder / f"{name}.png").exists())
+        file = unused_path(folder, "crops", ".png")
         cells = [
             cell
             for row in range(min(8, len(crops[0])))

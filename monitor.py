@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,18 +75,20 @@ class Monitor:
         self.output_dim = run.config["model"]["projection_output_dim"]
         self.restart_clock()
 
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
     def introduce(self, config: Config, student: nn.Module, why_no_knn: str) -> None:
         """Say what is about to be trained, what is likely not meant, and where it goes on."""
-        say = partial(self.console.print, markup=False, soft_wrap=True)
         self.console.print(header(config, self.accelerator, len(self.dataset), student))
         if why_no_knn:
-            say(f"no k-NN during training: {why_no_knn}")
+            self.say(f"no k-NN during training: {why_no_knn}")
         for warning in warnings(config, self.accelerator, len(self.dataset), student):
-            say(f"warning: {warning}")
+            self.say(f"warning: {warning}")
         if config.run.resume:
-            say(f"resumed {self.run.folder} after step {self.first:,} of {self.total_steps:,}")
+            self.say(f"resumed {self.run.folder} after step {self.first:,} of {self.total_steps:,}")
         for change in self.run.taken_over:
-            say(f"taken over: {change}")
+            self.say(f"taken over: {change}")
 
     def restart_clock(self) -> None:
         """Leave out of images/s what was done since the last step. A sync point."""
@@ -155,7 +156,7 @@ class Monitor:
         if self.collapse != kind:
             self.collapse = kind
             text = f"step {step:,}: {self.collapse_text(known)}"
-            self.console.print(f"warning: {text}", markup=False, soft_wrap=True)
+            self.say(f"warning: {text}")
         return {"collapse": kind}
 
     def collapse_text(self, known: dict) -> str:
@@ -173,10 +174,9 @@ class Monitor:
             self.restart_clock()
 
     def say_how_to_resume(self, step: int) -> None:
-        say = partial(self.console.print, markup=False, soft_wrap=True)
-        say(f"stopped after step {step:,} of {self.total_steps:,}; to go on:")
+        self.say(f"stopped after step {step:,} of {self.total_steps:,}; to go on:")
         folder = shlex.quote(str(self.run.folder))
-        say(f"  {launch_line(self.accelerator)} dino_train.py --resume {folder}")
+        self.say(f"  {launch_line(self.accelerator)} dino_train.py --resume {folder}")
 
     def check_finite(self) -> float:
         """Give the last loss, the mean over processes; FloatingPointError at the first not finite.
@@ -204,7 +204,7 @@ class Monitor:
             reasons = [self.dataset.why_unreadable(index) for index in sorted(new)]
             self.log(step, epoch, {"unreadable": reasons})
             for reason in reasons:
-                self.console.print(f"{reason}; replaced by the next", markup=False, soft_wrap=True)
+                self.say(f"{reason}; replaced by the next")
         num, total = len(self.unreadable), len(self.dataset)
         if num > MOST_UNREADABLE * total:
             reasons = [self.dataset.why_unreadable(i) for i in sorted(self.unreadable)[:10]]

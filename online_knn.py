@@ -58,7 +58,7 @@ class OnlineKnn:
         metrics |= {"knn_top1": top1, "knn_step": step}
         metrics.setdefault("knn_top1_untrained", top1)
         monitor.log(step, step / self.steps_per_epoch, {"knn_top1": top1})
-        monitor.console.print(f"step {step:,}: k-NN top-1 {top1:.1f} %", markup=False)
+        monitor.say(f"step {step:,}: k-NN top-1 {top1:.1f} %")
 
     def is_due(self, step: int) -> bool:
         is_last = step == self.total_steps

@@ -2,7 +2,7 @@
 
     curves(lines_of_log_jsonl, output_dim=4096).save("curves.png")
 
-Stands alone: needs Pillow, torch and torchvision, and no file of this repository. Colours
+Stands alone: needs Pillow, numpy, torch and torchvision, and no file of this repository. Colours
 are a card's own, legible on light and dark pages.
 """
 
@@ -180,9 +180,8 @@ def scatter(title: str, points: Tensor, classes: list[str], axes: str) -> Image.
     plot = Image.new("RGB", (width + 2 * margin, height + 2 * margin), PLOT)
     draw, names = ImageDraw.Draw(plot), sorted(set(classes))
     colours = dict(zip(names, CLASS_COLOURS, strict=False))
-    for i in torch.randperm(
-        len(points), generator=torch.Generator().manual_seed(0)
-    ).tolist():  # else the last class hides the others
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
+    for i in order.tolist():  # else the last class hides the others
         x, y = ((points[i] - low) * scale + margin).tolist()
         draw.circle((x, plot.height - y), radius, colours.get(classes[i], OTHER))
     labels = [*colours, *[f"{len(names) - len(colours)} more"] * (len(names) > len(colours))]

@@ -105,9 +105,8 @@ class Run:
         self.agreement = Agreement()
         self.fingerprint = dataset.fingerprint()
         name = f"{Path(config.data.data).name}-{config.model.arch}"
-        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        unused = (path for name in names if not (path := Path("runs", name)).exists())
-        folder = config.run.output_dir or self.agreement.gather(next(unused))[0]
+        unused = unused_path(Path("runs"), name)
+        folder = config.run.output_dir or self.agreement.gather(unused)[0]
         self.folder = folder
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"need a folder for --output-dir, got the file {folder}")
@@ -293,6 +292,12 @@ class Run:
         tensors, _ = load_tensors(self.state_file)
         state.load(tensors)
         return self.saved["step"], self.saved["metrics"]
+
+
+def unused_path(folder: Path, name: str, suffix: str = "") -> Path:
+    """Give the first of `name`, `name`-2, `name`-3 and so on that `folder` does not hold."""
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    return next(path for x in names if not (path := folder / f"{x}{suffix}").exists())
 
 
 def write_text(path: Path, text: str) -> None:

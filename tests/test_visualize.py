@@ -11,10 +11,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from data import CropConfig, draw_patterns, resolve_crop_sizes
 from models import DinoModel, ModelConfig, save_checkpoint
-from visualize import (
-    VisualizeConfig,
-    draw_pictures,
-)
+from visualize import VisualizeConfig, draw_pictures
 
 pytestmark = pytest.mark.slow  # seconds as a whole
 
