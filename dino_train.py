@@ -225,22 +225,22 @@ def train(config: Config) -> dict:
     monitor = Monitor(run, accelerator, dataset, first, total_steps)
     monitor.introduce(config, student, knn.why_not)
     accelerator.wait_for_everyone()  # the others have looked into the folder by now
-    run.open(first)
-    if config.run.log_with and not run.is_dry:
-        accelerator.project_configuration.logging_dir = str(run.folder)
-        accelerator.init_trackers("dino")
+    with monitor.progress, stop_requests() as stop:  # from before a file is written
+        run.open(first)
+        if config.run.log_with and not run.is_dry:
+            accelerator.project_configuration.logging_dir = str(run.folder)
+            accelerator.init_trackers("dino")
 
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler(range(first, total_steps)),
-        num_workers=config.data.num_workers,
-        collate_fn=data.collate,
-        pin_memory=device.type == "cuda",
-    )
-    last_step, last_loss, saved_at, stop_signal = first, math.nan, time.monotonic(), 0
-    dry_run = DryRun(monitor, config.data.num_workers) if run.is_dry else None
-    final_step = dry_run.last_step if dry_run else total_steps
-    with monitor.progress, stop_requests() as stop:
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler(range(first, total_steps)),
+            num_workers=config.data.num_workers,
+            collate_fn=data.collate,
+            pin_memory=device.type == "cuda",
+        )
+        last_step, last_loss, saved_at, stop_signal = first, math.nan, time.monotonic(), 0
+        dry_run = DryRun(monitor, config.data.num_workers) if run.is_dry else None
+        final_step = dry_run.last_step if dry_run else total_steps
         # untrained; or what a stop after this step put off
         if knn.is_due(first) and metrics.get("knn_step") != first:
             knn.evaluate(first, model, monitor, metrics)

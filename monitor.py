@@ -221,14 +221,23 @@ def iterate(loader: DataLoader) -> Iterator:
     """Begin to iterate, with workers that outlive signals to the process group.
 
     They inherit the signals as blocked, from their first moment on: the main process decides.
+    RuntimeError, which names it as a worker's, where one dies.
     """
     if not hasattr(signal, "pthread_sigmask"):
-        return iter(loader)
+        return _batches(iter(loader))
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        return iter(loader)
+        return _batches(iter(loader))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _batches(batches: Iterator) -> Iterator:
+    try:
+        yield from batches
+    except (ConnectionError, EOFError) as error:  # a worker's sockets close before it has ended
+        time.sleep(1)  # in which torch's handler of its end raises, and says what killed it
+        raise RuntimeError(f"DataLoader worker ended: {error!r}") from error
 
 
 @contextmanager

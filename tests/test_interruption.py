@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from config import parse_config
 from dino_train import train
 from models import load_checkpoint
+from monitor import iterate
+from run_io import Run
 
 Launch = Callable[..., Answer]
 
@@ -183,6 +185,22 @@ def test_signal_to_the_group_during_an_evaluation_saves(
     assert load_checkpoint(folder / "ckpt.safetensors")[1]["step"] == 1
 
 
+def test_signal_as_soon_as_the_folder_is_there_saves_a_step(
+    tmp_path: Path, tiny_flags: list[str], script: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Run.open
+
+    def open_and_signal(self: Run, step: int) -> None:
+        opened(self, step)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "open", open_and_signal)
+    folder = tmp_path / "run"
+    result = script("dino_train", *tiny_flags, "--knn-every", 0, "--output-dir", folder)
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert load_checkpoint(folder / "ckpt.safetensors")[1]["step"] == 1
+
+
 @pytest.mark.slow
 def test_launcher_that_is_killed_stops_the_run(tmp_path: Path, tiny_flags: list[str]) -> None:
     folder = tmp_path / "run"
@@ -216,9 +234,23 @@ def test_worker_that_dies_is_an_error_and_no_hang(tmp_path: Path, tiny_flags: li
     workers = [pid for pid in children if "dino_train" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(int(workers[-1]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 1, err
     assert "error: a process that decodes images died: " in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
+def test_worker_whose_socket_breaks_before_it_has_ended_is_named(error: type) -> None:
+    """As a batch is taken from a worker that is being killed: no error of the input, code 1."""
+
+    def batches() -> Iterator[int]:
+        yield 1
+        raise error
+
+    taken = iterate(batches())
+    assert next(taken) == 1
+    with pytest.raises(RuntimeError, match=f"DataLoader worker ended: {error.__name__}"):
+        next(taken)
 
 
 @pytest.mark.slow
