@@ -52,8 +52,11 @@ def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.
     compiled = ""
     if config.run.compile:
         is_compiled = any(module._compiled_call_impl for module in model.modules())
-        why_not = "its BatchNorm is over all GPUs"
-        why_not = why_not if has_compiler() else "a C compiler and Python's headers were not found"
+        why_not = "the backbone repeats none"
+        if not has_compiler():
+            why_not = "a C compiler and Python's headers were not found"
+        elif any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+            why_not = "its BatchNorm is over all GPUs"
         compiled = ", blocks compiled" if is_compiled else f", blocks not compiled: {why_not}"
     kind = " FSDP" if accelerator.is_fsdp2 else " DDP" if world > 1 else ""
     output_dim = config.model.projection_output_dim

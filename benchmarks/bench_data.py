@@ -59,7 +59,7 @@ def loaded(dataset: Dataset, options: Options) -> Callable[[], None]:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = measure.read(Options, __doc__)
     config = CropConfig(global_crop_size=224, local_crop_size=96)
     machine = measure.machine("uint8 and float32, one worker and one thread", threads=1)
     paths = [path.decode() for path in build_dataset(str(options.folder)).images.tolist()]

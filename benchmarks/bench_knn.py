@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import measure
 import torch
-import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,7 +46,7 @@ def one_search_a_k(train: Tensor, labels: Tensor, test: Tensor, test_labels: Ten
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = measure.read(Options, __doc__)
     machine = measure.machine("float32", options.threads)
     device = measure.device()
     centers = torch.randn(options.classes, options.dim, device=device)

@@ -13,7 +13,6 @@ from pathlib import Path
 import baseline
 import measure
 import torch
-import tyro
 from torch import Tensor, nn
 
 from losses import DinoLoss
@@ -100,7 +99,7 @@ def compare(title: str, cases: Callable[[int, int], dict], options: Options, mac
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = measure.read(Options, __doc__)
     machine = measure.machine("float32", options.threads)
     device = measure.device()
 

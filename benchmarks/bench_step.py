@@ -18,7 +18,6 @@ from typing import Literal
 import baseline
 import measure
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -199,7 +198,7 @@ def peak_flops(options: Options) -> float:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = measure.read(Options, __doc__)
     precision = {"no": "float32", "bf16": "bf16 autocast"}[options.precision]
     machine = measure.machine(precision, options.threads)
     device = measure.device()

@@ -92,7 +92,7 @@ def run(step: Callable, crops: Iterator, steps: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = measure.read(Options, __doc__)
     precision = {"no": "float32", "bf16": "bf16 autocast"}[options.precision]
     machine = measure.machine(precision, options.threads)
     config = CropConfig(global_crop_size=224, local_crop_size=96)

@@ -1,5 +1,6 @@
 """Side-by-side timing: variants take turns, so that a noisy machine treats them alike; medians."""
 
+import dataclasses
 import itertools
 import os
 import platform
@@ -8,16 +9,29 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: the profiler talks much
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+T = TypeVar("T")
 Seconds = dict[str, list[float]]
+
+
+def read(kind: type[T], description: str | None) -> T:
+    """Read the command line as a dataclass. Raises ValueError for a number that is not above 0."""
+    options = tyro.cli(kind, description=description)
+    for name, value in dataclasses.asdict(options).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool) and number <= 0:
+                raise ValueError(f"need --{name.replace('_', '-')} > 0, got {number}")
+    return options
 
 
 def device() -> torch.device:

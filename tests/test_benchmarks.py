@@ -37,6 +37,22 @@ def test_knn_table_and_equal_accuracies(benchmark) -> None:
     assert "accuracies differ by 0.000 points" in " ".join(out.split())
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "said"),
+    [
+        ("bench_knn", ("--train", 0), "--train > 0, got 0"),
+        ("bench_loss", ("--batch", 64, -1), "--batch > 0, got -1"),
+        ("bench_data", ("FOLDER", "--rounds", 0), "--rounds > 0, got 0"),
+    ],
+)
+def test_number_that_measures_nothing_is_one_line(
+    name: str, args: tuple, said: str, benchmark, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        benchmark(name, *args)
+    assert capsys.readouterr().err == f"error: need {said}\n"
+
+
 def test_data_table(benchmark, tmp_path: Path) -> None:
     for i in range(4):
         Image.new("RGB", (60, 40), (9 * i, 99, 9)).save(tmp_path / f"{i}.jpg")

@@ -1,13 +1,19 @@
 """The run's own arithmetic, the dry run, collapse and curves, by real runs."""
 
+import io
 import math
+import re
 import signal
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from conftest import MEASURED, read_log, stop_at
 from PIL import Image
+from rich.console import Console
+from torch import nn
 
+import outlook
 from config import parse_config
 from dino_train import train
 from outlook import collapse_of, duration, ema_half_life
@@ -48,6 +54,25 @@ def test_what_cannot_be_meant_is_a_warning_that_names_the_flag(
                  "--freeze-last-layer-epochs 1 covers"):  # fmt: skip
         assert sum(flag in line for line in warned) == 1, flag
     assert "half-life of 1,386 steps, the run 10" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("found", "layer", "said"),
+    [
+        (False, nn.Linear(1, 1), "a C compiler and Python's headers were not found"),
+        (True, nn.SyncBatchNorm(1), "its BatchNorm is over all GPUs"),
+        (True, nn.Linear(1, 1), "the backbone repeats none"),
+    ],
+)
+def test_header_says_why_no_block_is_compiled(
+    found: bool, layer: nn.Module, said: str, tiny_flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outlook, "has_compiler", lambda: found)
+    config = parse_config([*tiny_flags, "--compile"])
+    model = nn.Sequential(layer, nn.Linear(1, 1))  # backbone and head
+    console = Console(width=300, file=io.StringIO())
+    console.print(outlook.header(config, Accelerator(cpu=True), 80, model))
+    assert f"blocks not compiled: {said}\n" in re.sub(" *\n", "\n", console.file.getvalue())
 
 
 def test_header_shows_the_arithmetic(tiny_run: Path, tiny_flags, tmp_path: Path, script) -> None:
