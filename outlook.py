@@ -39,6 +39,10 @@ def figure(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
+def num_epochs(number: float) -> str:
+    return f"{number:g} epoch{'s' * (number != 1)}"
+
+
 def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.Module) -> Table:
     """Lay out what is about to be trained, on what, and how."""
     optim, crops, world = config.optim, config.crops, accelerator.num_processes
@@ -62,7 +66,11 @@ def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.
     output_dim = config.model.projection_output_dim
     first, last = config.teacher.warmup_teacher_temp, config.teacher.teacher_temp
     warmup = config.teacher.warmup_teacher_temp_epochs
-    temp = f"{first:g} to {last:g} in {warmup} of {optim.epochs} epochs" if warmup else f"{last:g}"
+    temp = (
+        f"{first:g} to {last:g} in {warmup} of {num_epochs(optim.epochs)}"
+        if warmup
+        else f"{last:g}"
+    )
     half_life = ema_half_life(config.teacher.teacher_momentum)
     rows = {
         "arch": f"{config.model.arch}: {backbone:.2f} M parameters, {head:.2f} M in the head",
@@ -71,9 +79,9 @@ def header(config: Config, accelerator: Accelerator, num_images: int, model: nn.
         f"crops 2 of {crops.global_crop_size}{local} px",
         "device": f"{world} x {name}{kind}, {precision}{compiled}",
         "batch": f"{batch} images{f' ({factors})' * (optim.batch_size < batch)}, "
-        f"{num_images // batch:,} steps an epoch, {optim.epochs} epochs",
+        f"{num_images // batch:,} steps an epoch, {num_epochs(optim.epochs)}",
         "optimizer": f"{optim.optimizer}, lr {optim.lr * batch / 256:.3g} "
-        f"({optim.lr:g} x {batch} / 256), warm-up of {optim.warmup_epochs:g} epochs",
+        f"({optim.lr:g} x {batch} / 256), warm-up of {num_epochs(optim.warmup_epochs)}",
         "teacher": f"half of it newer than {figure(half_life)} steps at first "
         f"({figure(half_life / (num_images // batch))} epochs), temperature {temp}",
     }
@@ -107,11 +115,13 @@ def warnings(
     }
     for flag, warm_up in warm_ups.items():
         if warm_up > epochs:
-            lines.append(f"{flag} {warm_up:g} is longer than the run of {epochs} epochs")
+            lines.append(f"{flag} {warm_up:g} is longer than the run of {num_epochs(epochs)}")
     frozen = config.optim.freeze_last_layer_epochs
     if frozen >= epochs:
         flag = f"--freeze-last-layer-epochs {frozen}"
-        lines.append(f"{flag} covers the run of {epochs} epochs: the last layer stays as it is")
+        lines.append(
+            f"{flag} covers the run of {num_epochs(epochs)}: the last layer stays as it is"
+        )
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if accelerator.num_processes > 1 and any(not isinstance(m, nn.SyncBatchNorm) for m in norms):
         why = "--no-sync-bn" if accelerator.device.type == "cuda" else "only GPUs share them"
