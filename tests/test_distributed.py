@@ -71,7 +71,7 @@ def test_same_run_on_any_number_of_processes(
             assert one[key] == pytest.approx(other[key], rel=1e-5)
         for key in ("kl", "feature_spread"):
             assert one[key] == pytest.approx(other[key], abs=1e-4)
-    for name, tolerance in (("ckpt", 1e-5), ("state", 1e-3)):
+    for name, tolerance in (("ckpt", 1e-4), ("state", 1e-3)):
         one, other = (
             load_file(folder / f"{name}.safetensors") for folder in (one_process, tmp_path / "run")
         )

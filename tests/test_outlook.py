@@ -18,7 +18,10 @@ from config import parse_config
 from dino_train import train
 from outlook import collapse_of, duration, ema_half_life
 
-UNIFORM = ("--teacher-temp", "5", "--warmup-teacher-temp", "5", "--teacher-momentum", "0.5")
+UNIFORM = (
+    *("--teacher-temp", "5", "--warmup-teacher-temp", "5", "--teacher-momentum", "0.5"),
+    *("--student-temp", "1"),
+)  # fmt: skip
 ONE_HOT = (
     *("--teacher-temp", "0.002", "--warmup-teacher-temp", "0.002", "--center-momentum", "1"),
     *("--teacher-momentum", "0.5",),
