@@ -69,7 +69,6 @@ def make_accelerator(
         mixed_precision=mixed_precision,
         log_with=log_with,
         fsdp_plugin=plugin,
-        # others wait while the main process downloads or scans
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         project_dir=".",  # trackers want one; the run's folder, once it is known
     )

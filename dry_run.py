@@ -62,5 +62,5 @@ class DryRun:
             "whole run": f"{duration(time_left)} for {steps:,} steps, less k-NN and saving",
             "crops": str(file),
         }
-        monitor.console.print(f"dry run: nothing but {file.name} was written", markup=False)
+        monitor.say(f"dry run: nothing but {file.name} was written")
         print_rows(monitor.console, rows)

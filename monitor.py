@@ -132,20 +132,20 @@ class Monitor:
             log = [json.loads(line) for line in self.run.log_file.read_text().splitlines()]
             write_picture(file, curves(log, self.output_dim))
         except Exception as error:  # whatever it is, a run goes on without the picture
-            self.console.print(f"warning: cannot draw {file}: {error}", markup=False)
+            self.say(f"warning: cannot draw {file}: {error}")
 
     def watch(self, step: int, steps_per_epoch: int, figures: dict, metrics: dict) -> dict:
         """Give {"collapse": kind} where the teacher has been collapsed for long, else {}.
 
-        Long is an epoch, or LONG steps of a longer one. What it has been since
-        when is kept in the saved `metrics`, so that a resumed run says the same. A name and what to
-        change are printed once.
+        Long is an epoch, or LONG steps of a longer one. What it has been since when is kept in the
+        saved `metrics`, so that a resumed run says the same. A name and what to change are printed
+        once.
         """
         kind = collapse_of(figures["teacher_entropy"], figures["kl"], self.output_dim)
         known = metrics.pop("collapse", None)
         if not kind:
             if self.collapse:
-                self.console.print(f"step {step:,}: the teacher is no longer {self.collapse}")
+                self.say(f"step {step:,}: the teacher is no longer {self.collapse}")
             self.collapse = ""
             return {}
         if known is None or known["kind"] != kind:
@@ -155,8 +155,7 @@ class Monitor:
             return {}
         if self.collapse != kind:
             self.collapse = kind
-            text = f"step {step:,}: {self.collapse_text(known)}"
-            self.say(f"warning: {text}")
+            self.say(f"warning: step {step:,}: {self.collapse_text(known)}")
         return {"collapse": kind}
 
     def collapse_text(self, known: dict) -> str:
