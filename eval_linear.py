@@ -25,23 +25,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
-from config import read_flags
-from data import (
-    ImageDataset,
-    StepSampler,
-    boxes_on_canvas,
-    collate,
-    draw_boxes,
-    hash_keys,
-    permutation,
-    resized_crops,
-    to_canvas,
-    uniforms,
-)
-from distributed import make_accelerator
-from features import (
+from data import ImageDataset, Sample, StepSampler, collate, permutation, to_canvas
+from harness.command import iterate, read_flags, run_command
+from harness.distributed import make_accelerator
+from harness.evaluation import (
     EvalConfig,
-    Network,
+    Preparation,
     features_of_splits,
     is_vit,
     layer_features,
@@ -50,7 +39,10 @@ from features import (
     report,
     size_facts,
 )
-from monitor import iterate, run_command
+from multicrop import boxes_on_canvas, draw_boxes, hash_keys, resized_crops, uniforms
+
+CROP_SCALE = (0.08, 1.0)  # shares of the area that --augment cuts
+Accuracies = dict[float, tuple[float, float]]  # by learning rate: top-1 and top-5 in %
 
 
 @dataclass(frozen=True)
@@ -58,16 +50,20 @@ class LinearConfig:
     evaluation: EvalConfig
     # for a batch of 256; ResNets want the large ones, ViTs the small [paper: 0.001, ResNet-50 0.3]
     lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    epochs: int = 100  # [paper: 100]
-    probe_batch_size: int = 256  # images a step, over all processes [paper: 1024]
+    # passes over the training images [paper: 100]
+    epochs: int = 100
+    # images a step, over all processes [paper: 1024]
+    probe_batch_size: int = 256
     # last blocks of a ViT whose class tokens are read; None: 4 up to a width of 384, above that 1
     # with --avgpool [paper: so]
     n_last_blocks: int | None = None
-    avgpool: bool = False  # read the mean of the patch tokens too
+    # read the mean of the patch tokens too
+    avgpool: bool = False
     # train on random crops and flips, a pass of the network an epoch, instead of on center crops
     # that it sees once [paper: yes]
     augment: bool = False
-    seed: int = 0  # of initial weights, order and crops
+    # of initial weights, order and crops
+    seed: int = 0
 
 
 class Probes:
@@ -80,13 +76,15 @@ class Probes:
         generator = torch.Generator().manual_seed(seed)
         shape = (num_classes, features.shape[-1])
         weight = (0.01 * torch.randn(shape, generator=generator)).to(features)
-        self.lrs, self.num_classes = lrs, num_classes
+        self.lrs = lrs
+        self.num_classes = num_classes
         self.weight = weight.expand(len(lrs), *shape).clone()
         self.bias = torch.zeros_like(self.weight[..., 0])
-        self.velocities = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.weight_velocity = torch.zeros_like(self.weight)
+        self.bias_velocity = torch.zeros_like(self.bias)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Classify features (b, d): (r, b, c)."""
+        """Return logits (r, b, c) of features (b, d)."""
         return einsum(features, self.weight, "b d, r c d -> r b c") + self.bias[:, None]
 
     def step(self, features: Tensor, labels: Tensor, progress: float) -> None:
@@ -95,12 +93,10 @@ class Probes:
         # the gradient of the mean cross-entropy, in closed form
         error = self.logits(features).softmax(dim=-1) - F.one_hot(labels, self.num_classes)
         error = error / len(labels)
-        grads = einsum(error, features, "r b c, b d -> r c d"), error.sum(dim=1)
-        for param, velocity, grad in zip(
-            (self.weight, self.bias), self.velocities, grads, strict=True
-        ):
-            velocity.mul_(0.9).add_(grad)
-            param -= rates.view(-1, *[1] * (param.ndim - 1)) * velocity
+        self.weight_velocity.mul_(0.9).add_(einsum(error, features, "r b c, b d -> r c d"))
+        self.bias_velocity.mul_(0.9).add_(error.sum(dim=1))
+        self.weight -= rates[:, None, None] * self.weight_velocity
+        self.bias -= rates[:, None] * self.bias_velocity
 
 
 def train_probes(
@@ -115,51 +111,66 @@ def train_probes(
     return probes
 
 
+def random_crops(batch: Sample, size: int, seed: int, device: torch.device) -> Tensor:
+    """Return a random crop (b, 3, size, size) in 0..1 of each image, half of them flipped.
+
+    Crops are bicubic, the original's bilinear. They depend on seed, epoch and image alone.
+    """
+    images, sizes, epoch, index = (
+        part.to(device) for part in (batch.image, batch.size, batch.epoch, batch.index)
+    )
+    draws = uniforms(hash_keys(seed, epoch, index), 23)
+    boxes = draw_boxes(draws[:, :22], sizes, CROP_SCALE)
+    boxes = boxes_on_canvas(boxes, sizes, images.shape[-1])
+    crops = resized_crops(images, boxes[None], size)
+    is_flipped = (draws[:, 22] < 0.5)[:, None, None, None]
+    return torch.where(is_flipped, crops.flip(-1), crops)
+
+
 @torch.no_grad()
 def train_on_crops(
     forward: Callable[[Tensor], Tensor],
     dataset: ImageDataset,
-    network: Network,
+    size: int,
     num_classes: int,
     config: LinearConfig,
     accelerator: Accelerator,
 ) -> Probes:
     """Train probes on a random crop and flip of each image and epoch, as published. A collective.
 
-    `forward` gives the features of crops in 0..1. Crops are bicubic, the original's bilinear, and
-    of the shares 0.08 to 1 of the area; they depend on seed, epoch and image alone. The probes are
-    the same in all processes, which share the images of a step.
+    `forward` returns the features of crops in 0..1 of `size` pixels. The probes are the same in all
+    processes, which share the images of a step.
     """
-    size, device = network.config["crops"]["global_crop_size"], accelerator.device
-    canvas = min(384, round(size * 12 / 7))
-    dataset.transform = partial(to_canvas, size=canvas)
+    device = accelerator.device
+    dataset.transform = partial(to_canvas, size=min(384, round(size * 12 / 7)))
     rank, world = accelerator.process_index, accelerator.num_processes
     each = max(1, min(config.probe_batch_size, len(dataset)) // world)
-    count = StepSampler(len(dataset), each, config.seed, rank, world, range(0))
-    total = count.steps_per_epoch * config.epochs
-    sampler = StepSampler(len(dataset), each, config.seed, rank, world, range(total))
-    workers = config.evaluation.num_workers
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
+
+    def sampler(steps: range) -> StepSampler:
+        return StepSampler(len(dataset), each, config.seed, rank, world, steps)
+
+    steps_per_epoch = sampler(range(0)).steps_per_epoch
+    total_steps = steps_per_epoch * config.epochs
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler(range(total_steps)),
+        num_workers=config.evaluation.num_workers,
+        collate_fn=collate,
+    )
     lrs = torch.tensor(config.lrs, device=device) * each * world / 256
     probes = None
     num_unreadable = torch.zeros((), dtype=torch.int64)
     batches = iterate(loader)
-    shows = accelerator.is_main_process
-    for step in track(range(total), "training probes", disable=not shows, transient=True):
+    is_hidden = not accelerator.is_main_process
+    for step in track(range(total_steps), "training probes", disable=is_hidden, transient=True):
         batch = next(batches)
-        if step < count.steps_per_epoch:  # which take each image once
+        if step < steps_per_epoch:  # the first epoch takes each image once
             num_unreadable += (batch.source != batch.index).sum()
-        images, sizes, epoch, index = (
-            part.to(device) for part in (batch.image, batch.size, batch.epoch, batch.index)
-        )
-        draws = uniforms(hash_keys(config.seed, epoch, index), 23)
-        boxes = boxes_on_canvas(draw_boxes(draws[:, :22], sizes, (0.08, 1.0)), sizes, canvas)
-        crops = resized_crops(images, boxes[None], size)
-        crops = torch.where((draws[:, 22] < 0.5)[:, None, None, None], crops.flip(-1), crops)
+        crops = random_crops(batch, size, config.seed, device)
         features, labels = gather((forward(crops).float(), batch.label.to(device)))
         if probes is None:
             probes = Probes(features, num_classes, lrs, config.seed)
-        probes.step(features, labels, step // count.steps_per_epoch / config.epochs)
+        probes.step(features, labels, step // steps_per_epoch / config.epochs)
     num = int(accelerator.reduce(num_unreadable.to(device)))
     if num:
         accelerator.print(f"warning: {num} images cannot be decoded: others took their place")
@@ -188,8 +199,8 @@ def linear_accuracy(
     test_features: Tensor,
     test_labels: Tensor,
     config: LinearConfig,
-) -> dict[float, tuple[float, float]]:
-    """Give {learning rate: (top-1, top-5)} in % on the test features, one probe a rate."""
+) -> Accuracies:
+    """Return the accuracies on the test features (m, d), of one probe a learning rate."""
     check_probes(config)
     probes = fit_probes(train_features, train_labels, test_labels, config)
     return accuracies_of(probes, test_features, test_labels, config.lrs)
@@ -197,19 +208,22 @@ def linear_accuracy(
 
 def accuracies_of(
     probes: Probes, features: Tensor, labels: Tensor, lrs: Sequence[float]
-) -> dict[float, tuple[float, float]]:
-    """Give {learning rate: (top-1, top-5)} in % on features (m, d) of labels (m,)."""
-    hits = torch.zeros(len(lrs), 2, dtype=torch.float64)
+) -> Accuracies:
+    """Return the accuracies of probes on features (m, d) of labels (m,)."""
+    right_top1 = torch.zeros(len(lrs), dtype=torch.float64)
+    right_top5 = torch.zeros(len(lrs), dtype=torch.float64)
     for rows, targets in zip(features.split(1024), labels.split(1024), strict=True):
-        best = probes.logits(rows).topk(min(5, probes.num_classes), dim=-1).indices
-        best = best == rearrange(targets, "b -> b 1")
-        hits += torch.stack([best[..., 0].sum(dim=1), best.any(dim=-1).sum(dim=1)], dim=1).cpu()
-    percent = (100 * hits / len(labels)).tolist()
-    return {lr: tuple(accuracy) for lr, accuracy in zip(lrs, percent, strict=True)}
+        guesses = probes.logits(rows).topk(min(5, probes.num_classes), dim=-1).indices
+        hits = guesses == rearrange(targets, "b -> b 1")
+        right_top1 += hits[..., 0].sum(dim=1).cpu()
+        right_top5 += hits.any(dim=-1).sum(dim=1).cpu()
+    top1 = (100 * right_top1 / len(labels)).tolist()
+    top5 = (100 * right_top5 / len(labels)).tolist()
+    return dict(zip(lrs, zip(top1, top5, strict=True), strict=True))
 
 
 def confusion_matrix(probes: Probes, features: Tensor, labels: Tensor, row: int) -> Tensor:
-    """Count (c, c) the features of each true class (rows) that probe `row` takes for which."""
+    """Return counts (c, c): features of each true class (rows), by what probe `row` says."""
     guesses = [probes.logits(part)[row].argmax(dim=-1) for part in features.split(1024)]
     num_classes = probes.num_classes
     pairs = labels * num_classes + torch.cat(guesses)
@@ -217,58 +231,82 @@ def confusion_matrix(probes: Probes, features: Tensor, labels: Tensor, row: int)
 
 
 def by_class(confusion: Tensor, classes: Sequence[str] | None) -> dict[str, object]:
-    """Give the confusion matrix and each class's accuracy in %, None where it has no images."""
-    totals, rights = confusion.sum(dim=1).tolist(), confusion.diag().tolist()
+    """Return the confusion matrix and each class's accuracy in %, None where it has no images."""
     names = classes or [str(label) for label in range(len(confusion))]
-    shares = [100 * right / n if n else None for right, n in zip(rights, totals, strict=True)]
-    per_class = dict(zip(map(str, names), shares, strict=False))
+    num_images, num_right = confusion.sum(dim=1).tolist(), confusion.diag().tolist()
+    per_class = {}
+    for name, num, right in zip(names, num_images, num_right, strict=False):
+        per_class[str(name)] = 100 * right / num if num else None
     return {"per_class_top1": per_class, "confusion": confusion.tolist()}
 
 
+def best_of(accuracies: Accuracies) -> float:
+    """Return the learning rate of the highest top-1."""
+    return max(accuracies, key=lambda lr: accuracies[lr][0])
+
+
 def layers_to_read(backbone: nn.Module, options: LinearConfig) -> tuple[int, bool]:
-    """Give how many last blocks and whether patch tokens are read; the paper's choice if open."""
-    if options.n_last_blocks is not None or not is_vit(backbone):
-        return 1 if options.n_last_blocks is None else options.n_last_blocks, options.avgpool
+    """Return how many last blocks are read, and whether patch tokens; as in the paper if open."""
+    if options.n_last_blocks is not None:
+        return options.n_last_blocks, options.avgpool
+    if not is_vit(backbone):
+        return 1, options.avgpool
     if backbone.output_dim <= 384:
         return min(4, len(backbone.blocks)), options.avgpool
     return 1, True
 
 
-def best_of(accuracies: dict[float, tuple[float, float]]) -> float:
-    """Give the learning rate of the highest top-1."""
-    return max(accuracies, key=lambda lr: accuracies[lr][0])
+def normalized_forward(
+    forward: Callable[[Tensor], Tensor], preparation: Preparation, crops: Tensor
+) -> Tensor:
+    """Return the features of crops in 0..1."""
+    return forward(TF.normalize(crops, list(preparation.mean), list(preparation.std)))
 
 
 def evaluate(
     options: LinearConfig, accelerator: Accelerator
-) -> tuple[dict, dict[float, tuple[float, float]], dict[str, object]]:
-    """Give facts, accuracies by learning rate and what the best one confuses. A collective."""
+) -> tuple[dict, Accuracies, dict[str, object]]:
+    """Return facts, accuracies by learning rate and what the best one confuses. A collective."""
     evaluation = options.evaluation
     network = open_backbone(evaluation, accelerator)
     blocks, avgpool = layers_to_read(network.backbone, options)
     forward = layer_features(network.backbone, blocks, avgpool)
-    splits = open_splits(network, evaluation, accelerator)
-    sizes = evaluation.batch_size, evaluation.num_workers
-    classes = splits[1].classes
+    train_images, test_images = open_splits(network, evaluation, accelerator)
+    center_crop_features = partial(
+        features_of_splits,
+        forward,
+        preparation=network.preparation,
+        accelerator=accelerator,
+        batch_size=evaluation.batch_size,
+        num_workers=evaluation.num_workers,
+    )
     if options.augment:  # the test alone is of center crops
-        test = features_of_splits(forward, splits[1:], network.config, accelerator, *sizes)
-        num_classes = int(max(splits[0].labels.max(), test[1].max())) + 1
-        mean, std = (network.config["crops"][name] for name in ("mean", "std"))
-        normal = lambda crops: forward(TF.normalize(crops, mean, std))  # noqa: E731
-        args = num_classes, options, accelerator
-        probes = train_on_crops(normal, splits[0], network, *args)
-        facts = {"num_train": len(splits[0]), "num_test": len(test[0])}
-        facts["features"] = test[0].shape[1]
-    else:
-        train_x, train_y, *test = features_of_splits(
-            forward, splits, network.config, accelerator, *sizes
+        test_features, test_labels = center_crop_features([test_images])
+        num_classes = int(max(train_images.labels.max(), test_labels.max())) + 1
+        probes = train_on_crops(
+            partial(normalized_forward, forward, network.preparation),
+            train_images,
+            network.preparation.size,
+            num_classes,
+            options,
+            accelerator,
         )
-        probes = fit_probes(train_x, train_y, test[1], options)
-        facts = size_facts(train_x, test[0])
+        facts: dict[str, object] = {
+            "num_train": len(train_images),
+            "num_test": len(test_features),
+            "features": test_features.shape[1],
+        }
+    else:
+        train_features, train_labels, test_features, test_labels = center_crop_features(
+            [train_images, test_images]
+        )
+        probes = fit_probes(train_features, train_labels, test_labels, options)
+        facts = size_facts(train_features, test_features)
     facts |= {"n_last_blocks": blocks, "avgpool": avgpool, "augment": options.augment}
-    accuracies = accuracies_of(probes, *test, options.lrs)
-    confusion = confusion_matrix(probes, *test, options.lrs.index(best_of(accuracies)))
-    return network.facts | facts, accuracies, by_class(confusion, classes)
+    accuracies = accuracies_of(probes, test_features, test_labels, options.lrs)
+    best_row = options.lrs.index(best_of(accuracies))
+    confusion = confusion_matrix(probes, test_features, test_labels, best_row)
+    return network.facts | facts, accuracies, by_class(confusion, test_images.classes)
 
 
 def main() -> None:
@@ -282,12 +320,18 @@ def main() -> None:
     best = best_of(accuracies)
     table = Table("learning rate", "top-1 %", "top-5 %", title="linear probe")
     for lr, (top1, top5) in accuracies.items():
-        style, mark = ("bold", " best") if lr == best else (None, "")
-        table.add_row(f"{lr:g}", f"{top1:.2f}{mark}", f"{top5:.2f}", style=style)
+        if lr == best:
+            table.add_row(f"{lr:g}", f"{top1:.2f} best", f"{top5:.2f}", style="bold")
+        else:
+            table.add_row(f"{lr:g}", f"{top1:.2f}", f"{top5:.2f}")
     table.caption = "best: chosen on the test images"
-    results = [{"lr": lr, "top1": top1, "top5": top5} for lr, (top1, top5) in accuracies.items()]
-    summary = {"epochs": options.epochs, "best_lr": best, "best_top1": accuracies[best][0]}
-    report(facts, table, summary | {"linear": results} | classes, options.evaluation.json_out)
+    results = {
+        "epochs": options.epochs,
+        "best_lr": best,
+        "best_top1": accuracies[best][0],
+        "linear": [{"lr": lr, "top1": x, "top5": y} for lr, (x, y) in accuracies.items()],
+    }
+    report(facts, table, results | classes, options.evaluation.json_out)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 class _AllPairsCrossEntropy(torch.autograd.Function):
-    """Mean over t, v != t and b of H(teacher[t], student[v]), with its gradient in closed form.
+    """Return the mean over t, v != t and b of H(teacher[t], student[v]); gradient in closed form.
 
     Each teacher row sums to 1, so the t cross-entropies of one student row need one log-sum-exp and
     one product with the summed targets. The gradient is formed in forward, block by block of rows:
-    beyond it, extra memory is a few blocks, not the pairwise loss's v softmaxes.
+    beyond it, extra memory is a few blocks, where the pairwise loss has v softmaxes.
     """
 
     @staticmethod
@@ -42,21 +42,24 @@ class _AllPairsCrossEntropy(torch.autograd.Function):
         grad_dtype = dtype if student.dtype == torch.float16 else student.dtype
         grad = None
         if ctx.needs_input_grad[0]:
-            reuses = overwrite_student and grad_dtype == student.dtype
-            grad = student if reuses else torch.empty_like(student, dtype=grad_dtype)
+            if overwrite_student and grad_dtype == student.dtype:
+                grad = student
+            else:
+                grad = torch.empty_like(student, dtype=grad_dtype)
         scale = 1 / (student_temp * batch * num_pairs)
         total = torch.zeros((), dtype=dtype, device=student.device)
-        # small enough for a CPU's caches; a GPU wants few and large kernels
-        block = max(1, (1 << 18 if student.device.type == "cpu" else 1 << 26) // output_dim)
+        # numbers of a block: few enough for a CPU's caches, many enough for a GPU's kernels
+        block_numel = 1 << 18 if student.device.type == "cpu" else 1 << 26
+        block = max(1, block_numel // output_dim)
         for start in range(0, batch, block):
             rows = slice(start, start + block)
             targets = (teacher[:, rows].to(dtype) - center.to(dtype)) / teacher_temp
             targets = targets.softmax(dim=-1)
             summed = targets.sum(dim=0)
             for view in range(num_views):
-                own = view < num_teachers  # a view is never compared with itself
-                others = summed - targets[view] if own else summed
-                num_others = num_teachers - own
+                others, num_others = summed, num_teachers
+                if view < num_teachers:  # a view is never compared with itself
+                    others, num_others = summed - targets[view], num_teachers - 1
                 logits = student[view, rows].to(dtype)
                 top = logits.amax(dim=-1, keepdim=True)
                 exps = (logits - top).mul_(1 / student_temp).exp_()
@@ -76,7 +79,8 @@ class _AllPairsCrossEntropy(torch.autograd.Function):
         if ctx.grad is None:
             raise RuntimeError("the loss was differentiated already: call it again")
         grad, ctx.grad = ctx.grad, None  # handed over: no second copy of it is held
-        if grad.device.type != "cpu" or grad_loss != 1:  # a GPU would have to be waited for
+        # whether grad_loss is 1 is asked on a CPU alone: a GPU would have to be waited for
+        if grad.device.type != "cpu" or grad_loss != 1:
             grad.mul_(grad_loss.to(grad.dtype))
         return grad, None, None, None, None
 
@@ -84,7 +88,7 @@ class _AllPairsCrossEntropy(torch.autograd.Function):
 def _all_pairs_fused(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor
 ) -> Tensor:
-    """The same in a form that torch.compile fuses, and differentiates by itself."""
+    """Return the same loss in a form that torch.compile fuses, and differentiates by itself."""
     num_teachers, num_views = len(teacher), len(student)
     targets = ((teacher.float() - center) / teacher_temp).softmax(dim=-1)
     logits = student.float() / student_temp
@@ -112,8 +116,8 @@ class DinoLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, output_dim))
         self.fused: Callable[..., Tensor] | None = None
 
-    def compile(self) -> None:
-        """Compute forward by torch.compile from now on: faster, where there is a C compiler."""
+    def use_torch_compile(self) -> None:
+        """Compute forward by torch.compile from now on: faster on a GPU; needs a C compiler."""
         self.fused = torch.compile(_all_pairs_fused, dynamic=False)
 
     def forward(
@@ -123,14 +127,14 @@ class DinoLoss(nn.Module):
         teacher_temp: float,
         overwrite_student: bool = False,
     ) -> Tensor:
-        """Give the scalar loss of student (v, b, k) and teacher (t, b, k) logits.
+        """Return the scalar loss of student (v, b, k) and teacher (t, b, k) logits. Eq. 1 to 3.
 
         The first t student views are the teacher's. Equals, with CE the batch mean:
             mean(CE(softmax((teacher[i] - center) / teacher_temp), student[j] / student_temp)
                  for i in range(t) for j in range(v) if i != j)
-        The gradient reaches the student only, once. It changes nothing but, where asked for by
-        `overwrite_student`, the student's logits, whose memory the gradient may then take. Raises
-        ValueError for shapes that do not fit.
+        The gradient reaches the student only, and can be taken once. Nothing is changed, except
+        with `overwrite_student`: the gradient may then take the memory of the student's logits.
+        Raises ValueError for shapes that do not fit.
         """
         k = self.center.shape[-1]
         if student.ndim != 3 or teacher.ndim != 3 or student.shape[1:] != teacher.shape[1:]:
@@ -141,17 +145,23 @@ class DinoLoss(nn.Module):
             raise ValueError(f"need v >= 2 and v >= t >= 1 views of dimension {k}, got {views}")
         with torch.autocast(student.device.type, enabled=False):
             if self.fused is not None:
-                # a tensor, since each new number would be compiled anew; filled, not copied there
+                # a tensor, since each new number would be compiled anew; filled on the device,
+                # since copying it there would wait
                 temp = torch.full((), teacher_temp, device=student.device)
-                center = self.center.clone()  # the update in place comes before a late backward
+                # a copy, since update_center may change it in place before backward reads it
+                center = self.center.clone()
                 return self.fused(student, teacher.detach(), center, self.student_temp, temp)
-            temps = (self.student_temp, teacher_temp)
-            inputs = student, teacher.detach(), self.center, temps
-            return _AllPairsCrossEntropy.apply(*inputs, overwrite_student)
+            return _AllPairsCrossEntropy.apply(
+                student,
+                teacher.detach(),
+                self.center,
+                (self.student_temp, teacher_temp),
+                overwrite_student,
+            )
 
     @torch.no_grad()
     def teacher_entropy(self, teacher: Tensor, teacher_temp: float) -> Tensor:
-        """Give the mean entropy of teacher (t, b, k): ln(k) when uniform, 0 when one-hot.
+        """Return the mean entropy of teacher (t, b, k): ln(k) when uniform, 0 when one-hot.
 
         The loss less this is the mean KL divergence from student to teacher.
         """
@@ -160,7 +170,7 @@ class DinoLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher: Tensor) -> None:
-        """Move the center towards the mean of teacher (..., k), in place. Eq. 4; a collective."""
+        """Move the center towards the mean of teacher (..., k), in place. Eq. 4. A collective."""
         rows = teacher.flatten(end_dim=-2)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         sum_and_count = torch.cat([rows.sum(dim=0), rows.new_full((1,), len(rows))])

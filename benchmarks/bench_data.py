@@ -26,7 +26,7 @@ from data import (
     collate,
     hash_keys,
 )
-from monitor import run_command
+from harness.command import run_command
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def main() -> None:
     device = measure.device()
     multi_crop, keys = MultiCrop(config).to(device), torch.arange(options.batch_size)
     if torch.cuda.is_available():  # as training does
-        multi_crop.compile()
+        multi_crop.use_torch_compile()
     num = min(options.images, 64)
 
     def crop_all(dataset: Dataset) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval_knn import knn_accuracy
-from monitor import run_command
+from harness.command import run_command
 
 KS = (10, 20, 100, 200)
 

@@ -15,9 +15,9 @@ import measure
 import torch
 from torch import Tensor, nn
 
+from harness.command import run_command
 from losses import DinoLoss
 from models import PrototypeLayer
-from monitor import run_command
 
 VIEWS, TEACHERS, TEMP = 10, 2, 0.04
 
@@ -36,7 +36,7 @@ def our_loss(k: int) -> DinoLoss:
     """Build the loss as training does: compiled on a GPU."""
     loss = DinoLoss(k).to(measure.device())
     if torch.cuda.is_available():
-        loss.compile()
+        loss.use_torch_compile()
     return loss
 
 

@@ -23,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config, RunConfig
 from dino_train import build_networks
-from distributed import make_accelerator
+from harness.command import run_command
+from harness.distributed import make_accelerator
 from losses import DinoLoss
 from models import DinoModel, ModelConfig, update_teacher_EMA
-from monitor import run_command
 from optimizers import clip_gradients
 
 K, TEMP, CLIP, MOMENTUM = 65536, 0.04, 3.0, 0.996
@@ -69,7 +69,7 @@ def our_step(arch: str, options: Options) -> Callable[[list[Tensor]], Marks]:
     student, teacher = system.student, system.teacher
     loss_of = DinoLoss(K).to(device)
     if options.compile:
-        loss_of.compile()
+        loss_of.use_torch_compile()
 
     def step(crops: list[Tensor], by_part: bool = False) -> Marks:
         marks: Marks = []

@@ -21,9 +21,8 @@ import tyro
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import data
-from data import CropConfig, MultiCrop, StepSampler, build_dataset
-from monitor import run_command
+from data import CropConfig, Cropper, MultiCrop, StepSampler, build_dataset, collate
+from harness.command import run_command
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,14 @@ def our_crops(options: Options) -> Iterator[list[Tensor]]:
         dataset,
         batch_sampler=sampler,
         num_workers=options.workers,
-        collate_fn=data.collate,
+        collate_fn=collate,
         pin_memory=device.type == "cuda",
     )
-    stream = torch.cuda.Stream() if device.type == "cuda" else None
     if options.compile:
-        multi_crop.compile()
+        multi_crop.use_torch_compile()
+    crops_of = Cropper(multi_crop, 0, device)
     for batch in loader:
-        yield data.crops_of(batch, multi_crop, 0, device, stream)
+        yield crops_of(batch)
 
 
 def cut_in_workers(augment: Callable, options: Options) -> Iterator[list[Tensor]]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from data import draw_patterns
-from monitor import Monitor, run_command
+from harness.command import run_command
+from harness.monitor import Monitor
 
 ROOT = Path(__file__).parent.parent
 

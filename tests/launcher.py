@@ -31,10 +31,9 @@ from accelerate.utils import DistributedType
 
 import data
 import dino_train  # noqa: F401, imported before the fork
-import distributed
 import eval_knn  # noqa: F401
 import eval_linear  # noqa: F401
-import monitor
+from harness import command, distributed
 
 
 class FsdpOnCpu(Accelerator):
@@ -95,14 +94,14 @@ def child(request: dict, rank: int, port: int) -> None:
     if request.get("file_limit_after"):
         number, limit = request["file_limit_after"]
         limits = resource.RLIMIT_FSIZE, (limit, limit)
-        before("run_io.Run.save", number, lambda: resource.setrlimit(*limits))
+        before("harness.run.Run.save", number, lambda: resource.setrlimit(*limits))
     if request.get("nan_at") and request["nan_at"][0] == rank:
         spoil_crops(request["nan_at"][1])
     script = request.get("script", "dino_train")
     sys.argv = [f"{script}.py", *map(str, request["flags"])]
     code = 1
     try:
-        monitor.run_command(importlib.import_module(script).main)
+        command.run_command(importlib.import_module(script).main)
         code = 0
     except SystemExit as stop:
         code = stop.code

@@ -23,21 +23,21 @@ from torch import nn
 from torch.nn import functional as F
 
 import dino_train
-from config import check_values, default_precision, resolve, settle_precision
+from config import Config
 from data import MultiCrop, StepSampler, build_dataset, hash_keys
 from dino_train import (
-    Config,
     build_optimizer,
     clip_gradients,
     cosine_schedule,
-    parse_config,
     schedules,
     train,
 )
 from eval_knn import knn_accuracy
+from harness.command import stop_requests
+from harness.flags import check_values, default_precision, finish, parse_config
+from harness.run import Run, TrainingState
 from losses import DinoLoss
 from models import DinoModel, DinoProjectionHead, load_checkpoint
-from run_io import Run, TrainingState
 
 
 @pytest.fixture
@@ -638,11 +638,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, tiny) -> No
     config = tiny(tmp_path / "run", "--knn-every", 0)
     train(config)
     dataset = build_dataset(config.data.data)
-    config = resolve(
-        settle_precision(replace(config, run=replace(config.run, resume=True))), dataset
-    )
+    config = finish(replace(config, run=replace(config.run, resume=True)), dataset, "no")
     run = Run(config, Accelerator(cpu=True), dataset)
-    run.settle(config)
     model = DinoModel.from_config(replace(config.model, image_size=16))
     system = dino_train.DinoSystem(model, DinoModel.from_config(model.config))
     optimizer = build_optimizer(model, "sgd")
@@ -651,7 +648,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, tiny) -> No
     with torch.no_grad():
         model.projection_head.mlp[0].bias[3] = math.nan
     with pytest.raises(FloatingPointError, match=r"mlp\.0\.bias is not finite .*kept"):
-        run.save(state, 21, 2.1, {})
+        run.save(state, 21, {})
     assert {path: path.read_bytes() for path in run.folder.iterdir()} == before
 
 
@@ -720,7 +717,7 @@ def test_system_trains_the_student_alone() -> None:
 
 def test_second_interrupt_stops_at_once() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with dino_train.stop_requests() as stop, pytest.raises(KeyboardInterrupt):
+    with stop_requests() as stop, pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
         assert stop == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)

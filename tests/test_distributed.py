@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-import distributed
-from config import parse_config
+import optimizers
 from data import CropConfig, MultiCrop, StepSampler, build_dataset, hash_keys
 from dino_train import train
+from harness import distributed
+from harness.flags import parse_config
 from models import get_backbone
 
 Launch = Callable[..., Answer]
@@ -198,7 +199,7 @@ def test_blocks_are_what_a_network_repeats(arch: str, kind: str, num: int) -> No
 def test_norms_are_each_tensors_own() -> None:
     tensors = [torch.randn(3, 4), torch.zeros(2), torch.randn(5)]
     expected = torch.stack([tensor.norm() for tensor in tensors])
-    torch.testing.assert_close(distributed.tensor_norms(tensors), expected)
+    torch.testing.assert_close(optimizers.tensor_norms(tensors), expected)
 
 
 @pytest.mark.slow

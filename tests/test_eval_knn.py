@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from data import ImageDataset
 from eval_knn import knn_accuracy
-from features import extract_features
+from harness.evaluation import extract_features
 
 
 def test_equals_the_original(parity: dict) -> None:

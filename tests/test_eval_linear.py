@@ -18,7 +18,7 @@ from eval_linear import (
     train_on_crops,
     train_probes,
 )
-from features import EvalConfig, Network
+from harness.evaluation import EvalConfig
 
 
 def config(**kwargs: object) -> LinearConfig:
@@ -108,7 +108,6 @@ def test_probe_on_crops_equals_torch_sgd_on_the_features_it_saw() -> None:
     """Every epoch sees each image once, in another crop, and one probe is plain SGD."""
     dataset = build_dataset("patterns")
     dataset.images, dataset.labels = dataset.images[:40], dataset.labels[:40]
-    network = Network(nn.Identity(), {"crops": {"global_crop_size": 16}}, {})
     seen: list = []
 
     def forward(crops: torch.Tensor) -> torch.Tensor:
@@ -118,7 +117,7 @@ def test_probe_on_crops_equals_torch_sgd_on_the_features_it_saw() -> None:
 
     settings = config(epochs=3, probe_batch_size=8, lrs=(0.1, 25.6))
     accelerator = Accelerator(cpu=True)
-    probes = train_on_crops(forward, dataset, network, 10, settings, accelerator)
+    probes = train_on_crops(forward, dataset, 16, 10, settings, accelerator)
     assert len(seen) == 15
     by_epoch = torch.stack(seen).view(3, 40, 3)
     assert not torch.equal(by_epoch[0].sort(dim=0).values, by_epoch[1].sort(dim=0).values)

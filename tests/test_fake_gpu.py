@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from data import CropConfig, MultiCrop, hash_keys
 from dino_train import DinoSystem, StepMeans
-from fast_backbone import skip_unread_tokens
+from harness.fast_backbone import share_drop_path, skip_unread_tokens
 from losses import DinoLoss, _all_pairs_fused
 from models import DinoModel, ModelConfig, update_teacher_EMA
 from optimizers import build_optimizer, clip_gradients
@@ -46,6 +46,7 @@ def fake_crops() -> list[Tensor]:
 def system(request: pytest.FixtureRequest) -> Iterator[DinoSystem]:
     config = ModelConfig(arch=request.param, image_size=64, projection_output_dim=K)
     student, teacher = DinoModel.from_config(config), DinoModel.from_config(config)
+    share_drop_path(student.backbone)
     for network in (student, teacher):
         skip_unread_tokens(network.backbone)
     with FakeTensorMode():
@@ -92,6 +93,7 @@ def test_what_is_compiled_on_a_gpu_is_whole_graphs_and_few() -> None:
     """For two sizes of crops: colours, then a ViT's blocks, all but the last alike; the loss."""
     config = ModelConfig(arch="dino_vits16", image_size=64, projection_output_dim=K)
     student = DinoModel.from_config(config)
+    share_drop_path(student.backbone)
     skip_unread_tokens(student.backbone)
     graphs = []
 

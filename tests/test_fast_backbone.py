@@ -2,9 +2,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
-from fast_backbone import convolve_linear, skip_unread_tokens
+from harness.fast_backbone import DropPath, share_drop_path, skip_unread_tokens
 from models import get_backbone
 
 
@@ -37,45 +36,27 @@ def test_other_networks_are_left_as_they_are(arch: str) -> None:
     assert not skip_unread_tokens(backbone)
 
 
-@pytest.mark.parametrize("shape", [(5,), (1, 5), (3, 4, 5), (2, 3, 4, 5), (0, 5)])
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_linear_as_convolution_equals_the_plain_product(
-    shape: tuple[int, ...], has_bias: bool
-) -> None:
-    layer = nn.Sequential(nn.Linear(5, 7, bias=has_bias))
-    tokens = torch.randn(shape, requires_grad=True)
-    direction = torch.randn(*shape[:-1], 7)
-    wanted = layer.double()(tokens.double())
-    inputs = [tokens, *layer.parameters()]
-    wanted_grads = torch.autograd.grad((wanted * direction).sum(), inputs)
-    convolve_linear(layer.float())
-    mine = layer(tokens)
-    grads = torch.autograd.grad((mine * direction).sum(), [tokens, *layer.parameters()])
-    torch.testing.assert_close(mine, wanted.float(), rtol=1e-5, atol=1e-6)
-    for grad, other in zip(grads, wanted_grads, strict=True):
-        torch.testing.assert_close(grad, other.float(), rtol=1e-5, atol=1e-6)
+def test_drop_path_leaves_out_a_share_of_samples_and_scales_the_rest() -> None:
+    branch = torch.randn(20_000, 3, 2)
+    layer = DropPath(0.3)
+    dropped = layer(branch)
+    is_left_out = (dropped == 0).flatten(1).all(dim=1)
+    assert is_left_out.float().mean().item() == pytest.approx(0.3, abs=0.015)
+    torch.testing.assert_close(dropped[~is_left_out], branch[~is_left_out] / 0.7)
+    assert torch.equal(layer.eval()(branch), branch)
+    assert torch.equal(DropPath(0.0)(branch), branch)
+    assert not layer.state_dict()
 
 
-def test_convolved_backbone_keeps_its_names_and_values_and_is_really_convolved() -> None:
-    backbone = get_backbone("vit_tiny_patch16_224", image_size=32).train()
-    images = torch.randn(3, 3, 32, 32)
-    wanted, names = backbone(images), backbone.state_dict().keys()
-    convolve_linear(backbone)
-    with torch.profiler.profile() as profile:
-        features = backbone(images)
-    torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-5)
-    assert backbone.state_dict().keys() == names
-    calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["aten::conv2d"] == 1 + 4 * 12 and "aten::addmm" not in calls
-    torch.testing.assert_close(copy.deepcopy(backbone)(images), features, rtol=0, atol=0)
+def test_drop_path_rates_rise_along_the_depth_as_timms() -> None:
+    vit = get_backbone("vit_tiny_patch16_224", drop_path_rate=0.2, image_size=32)
+    share_drop_path(vit)
+    rates = [block.drop_path2.drop_prob for block in vit.blocks]
+    assert rates == pytest.approx([0.2 * i / 11 for i in range(12)])
+    assert all(isinstance(block.drop_path1, DropPath) for block in vit.blocks)
 
 
-def test_other_precisions_take_the_plain_product() -> None:
-    layer = nn.Sequential(nn.Linear(5, 7))
-    convolve_linear(layer)
-    tokens = torch.randn(3, 5)
-    with torch.profiler.profile() as profile:
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(tokens).dtype == torch.bfloat16
-        layer.double()(tokens.double())
-    assert "aten::conv2d" not in {event.key for event in profile.key_averages()}
+def test_network_without_drop_path_keeps_its_identities() -> None:
+    vit = get_backbone("vit_tiny_patch16_224", image_size=32)
+    share_drop_path(vit)
+    assert not any(isinstance(module, DropPath) for module in vit.modules())

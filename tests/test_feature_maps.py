@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from feature_maps import (
+from harness.feature_maps import (
     PCA,
     class_attention,
     feature_map,

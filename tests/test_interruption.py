@@ -15,11 +15,11 @@ import torch
 from conftest import MEASURED, ROOT, Answer, read_log, same_files
 from safetensors.torch import load_file
 
-from config import parse_config
 from dino_train import train
+from harness.command import iterate
+from harness.flags import parse_config
+from harness.run import Run
 from models import load_checkpoint
-from monitor import iterate
-from run_io import Run
 
 Launch = Callable[..., Answer]
 
@@ -68,9 +68,16 @@ INTERRUPTED = (
 # each dies at the n-th such call of its start: while a file is written, between checkpoint and
 # state, with the run's folder half open, in an evaluation, in a step
 PLACES = (
-    *(["os.replace", 3], ["os.replace", 5], ["run_io.save_tensors", 2], ["run_io._link", 3]),
-    *(["run_io.write_text", 1], ["run_io.write_text", 2], ["os.link", 1], ["os.fsync", 2]),
-    *(["online_knn.teacher_knn", 1], ["dino_train.clip_gradients", 4]),
+    ["os.replace", 3],
+    ["os.replace", 5],
+    ["harness.run.save_tensors", 2],
+    ["harness.run.copy_whole", 3],
+    ["harness.run.write_whole", 1],
+    ["harness.run.write_whole", 2],
+    ["shutil.copyfile", 1],
+    ["os.fsync", 2],
+    ["harness.online_knn.features_of_splits", 1],
+    ["dino_train.clip_gradients", 4],
 )
 
 
@@ -109,7 +116,7 @@ def test_killed_processes_leave_the_run_as_if_they_had_not_been(
     launch_as = {"world": 2, "fsdp": fsdp}
     alone = launch([*flags, "--output-dir", tmp_path / "alone"], **launch_as)
     assert alone.codes == [0, 0], alone.text
-    places = (["dino_train.clip_gradients", 5], ["run_io.save_tensors", 2], ["os.replace", 4])
+    places = (["dino_train.clip_gradients", 5], ["harness.run.save_tensors", 2], ["os.replace", 4])
     kills = [{"kill_at": place} for place in places]
     folder = tmp_path / "killed"
     assert run_to_the_end(launch, flags, folder, kills, **launch_as) == 3
@@ -190,8 +197,8 @@ def test_signal_as_soon_as_the_folder_is_there_saves_a_step(
 ) -> None:
     opened = Run.open
 
-    def open_and_signal(self: Run, step: int) -> None:
-        opened(self, step)
+    def open_and_signal(self: Run) -> None:
+        opened(self)
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Run, "open", open_and_signal)

@@ -7,16 +7,17 @@ import signal
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
 from conftest import MEASURED, read_log, stop_at
 from PIL import Image
 from rich.console import Console
 from torch import nn
 
-import outlook
-from config import parse_config
 from dino_train import train
-from outlook import collapse_of, duration, ema_half_life
+from harness import outlook
+from harness.flags import parse_config
+from harness.monitor import collapse_of
+from harness.outlook import duration, ema_half_life
+from harness.run import Run
 
 UNIFORM = (
     *("--teacher-temp", "5", "--warmup-teacher-temp", "5", "--teacher-momentum", "0.5"),
@@ -59,23 +60,26 @@ def test_what_cannot_be_meant_is_a_warning_that_names_the_flag(
     assert "half-life of 1,386 steps, the run 10" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("found", "layer", "said"),
-    [
-        (False, nn.Linear(1, 1), "a C compiler and Python's headers were not found"),
-        (True, nn.SyncBatchNorm(1), "its BatchNorm is over all GPUs"),
-        (True, nn.Linear(1, 1), "the backbone repeats none"),
-    ],
-)
-def test_header_says_why_no_block_is_compiled(
-    found: bool, layer: nn.Module, said: str, tiny_flags, monkeypatch: pytest.MonkeyPatch
+def test_header_says_whether_blocks_are_compiled_and_what_is_missing(
+    tiny_flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outlook, "has_compiler", lambda: found)
-    config = parse_config([*tiny_flags, "--compile"])
-    model = nn.Sequential(layer, nn.Linear(1, 1))  # backbone and head
-    console = Console(width=300, file=io.StringIO())
-    console.print(outlook.header(config, Accelerator(cpu=True), 80, model))
-    assert f"blocks not compiled: {said}\n" in re.sub(" *\n", "\n", console.file.getvalue())
+    config = parse_config([*tiny_flags, "--compile", "--output-dir", str(tmp_path / "run")])
+    run = Run.prepare(config)
+
+    def header_of(student: nn.Module) -> str:
+        console = Console(width=300, file=io.StringIO())
+        console.print(outlook.header(run, student))
+        return re.sub(" *\n", "\n", console.file.getvalue())
+
+    student = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))  # backbone and head
+    assert "mixed precision: no, blocks not compiled\n" in header_of(student)
+    student[0].compile()
+    assert "mixed precision: no, blocks compiled\n" in header_of(student)
+    missing = "--compile needs a C compiler and Python's headers, which were not found"
+    for found in (False, True):
+        monkeypatch.setattr(outlook, "has_compiler", lambda found=found: found)
+        assert (missing in outlook.unlikely_settings(run, student)) != found
+    assert not (tmp_path / "run").exists()
 
 
 def test_header_shows_the_arithmetic(tiny_run: Path, tiny_flags, tmp_path: Path, script) -> None:

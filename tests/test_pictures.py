@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from pictures import LINES, WIDTH, clipped, crop_cells, curves, panel, sheet, ticks
+from harness.pictures import LINES, WIDTH, clipped, crop_cells, curves, panel, sheet, ticks
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-0.3, 6.9), (28.1, 86.3), (0, 0.0075), (0, 800)])

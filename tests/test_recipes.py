@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, stop_at
 
-from config import Config, parse_config
+from config import Config
 from dino_train import schedules, train
+from harness.flags import parse_config
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # processes, images a step, epochs, peak lr, its end, decay at both ends, temperature at both ends

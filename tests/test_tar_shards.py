@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from config import parse_config
 from data import build_dataset, collate
 from dino_train import train
+from harness.flags import parse_config
 from tar_shards import TarImages, scan_tars
 
 

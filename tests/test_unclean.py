@@ -12,7 +12,6 @@ import torch
 from conftest import Answer, read_log
 from PIL import Image
 
-from config import parse_config
 from data import (
     CropConfig,
     ImageDataset,
@@ -25,7 +24,8 @@ from data import (
     to_canvas,
 )
 from dino_train import train
-from monitor import Monitor
+from harness.flags import parse_config
+from harness.monitor import Monitor
 
 
 def colours(height: int = 24, width: int = 40) -> np.ndarray:

@@ -9,8 +9,9 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
-from data import CropConfig, draw_patterns, resolve_crop_sizes
+from data import CropConfig, draw_patterns
 from models import DinoModel, ModelConfig, save_checkpoint
+from multicrop import resolve_crop_sizes
 from visualize import VisualizeConfig, draw_pictures
 
 pytestmark = pytest.mark.slow  # seconds as a whole
@@ -90,11 +91,11 @@ def test_neighbours_are_those_of_brute_force(
     assert [label for _, label in cells][:2] == ["7", "1.00 stripes"]
     np.testing.assert_array_equal(np.asarray(cells[0][0]), np.asarray(cells[1][0]))
 
-    network = visualize.Network(checkpoint, None)
+    network = visualize.Observer(checkpoint, None)
     images = visualize.open_images(str(image_folder))
-    crops = [network.crop(visualize.data.decode(path)) for path in images.images]
+    crops = [network.crop(visualize.decode(path)) for path in images.images]
     with torch.no_grad():
-        features = network.backbone(visualize.normalized(torch.stack(crops), network.config))
+        features = network.backbone(visualize.normalized(torch.stack(crops), network.preparation))
     own = list(images.images).index(str(query).encode())
     similarity = F.cosine_similarity(features[own][None], features).tolist()
     ranked = sorted(range(80), key=lambda row: -similarity[row])

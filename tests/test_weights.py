@@ -12,6 +12,9 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from harness import evaluation
+from harness.evaluation import open_network
+from harness.weights import load_weights, read_weights
 from models import (
     DinoModel,
     ModelConfig,
@@ -20,7 +23,6 @@ from models import (
     save_checkpoint,
     save_tensors,
 )
-from weights import load_weights, open_network, read_weights
 
 pytestmark = pytest.mark.slow  # seconds as a whole
 
@@ -215,9 +217,9 @@ def test_head_of_another_size_names_the_way_around_it(tmp_path: Path, script: Ca
     source, backbone = tmp_path / "ckpt.safetensors", tmp_path / "backbone.safetensors"
     save_checkpoint(source, build(SMALL), {})
     wide = build(replace(SMALL, projection_output_dim=20), 2)
-    with pytest.raises(ValueError, match=f"alone: python weights.py {source} backbone"):
+    with pytest.raises(ValueError, match=f"alone: python export.py {source} backbone"):
         load_weights(wide, source)
-    assert script("weights", source, backbone).returncode == 0
+    assert script("export", source, backbone).returncode == 0
     load_weights(wide, backbone)
     assert same_state(wide.backbone, build(SMALL).backbone)
 
@@ -236,7 +238,7 @@ def test_other_classes_in_a_pickle_are_refused_in_one_line(
     torch.save(content, "a.pth", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match=r"a\.pth is no file of plain weights: it holds io\.open"):
         read_weights("a.pth")
-    result = script("weights", "a.pth", "b.safetensors")
+    result = script("export", "a.pth", "b.safetensors")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert not Path("exploded").exists()
@@ -345,14 +347,15 @@ def test_architecture_follows_from_the_weights(config: ModelConfig, tmp_path: Pa
     backbone = get_backbone(config.arch, **sizes)
     torch.save({"teacher": {f"backbone.{k}": x for k, x in backbone.state_dict().items()}},
                tmp_path / "a.pth")  # fmt: skip
-    model, metadata = open_network(tmp_path / "a.pth")
-    assert model.config == config
-    assert not model.training
-    assert same_state(model.backbone, backbone)
-    assert metadata["config"]["model"]["arch"] == config.arch
+    network = open_network(tmp_path / "a.pth")
+    assert network.model.config == config
+    assert not network.model.training
+    assert same_state(network.model.backbone, backbone)
+    assert network.arch == config.arch
     size = config.image_size or 224
-    assert metadata["config"]["crops"]["global_crop_size"] == size
-    assert metadata["config"]["data"] == {"data": None, "eval_resize": round(size * 8 / 7)}
+    assert network.crops.global_crop_size == network.preparation.size == size
+    assert network.preparation.data is None
+    assert network.preparation.resize == round(size * 8 / 7)
 
 
 def test_unknown_architecture_names_what_it_found(tmp_path: Path) -> None:
@@ -363,24 +366,27 @@ def test_unknown_architecture_names_what_it_found(tmp_path: Path) -> None:
 
 def test_own_checkpoint_opens_with_its_metadata(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "ckpt.safetensors", build(SMALL), {"step": 3})
-    model, metadata = open_network(tmp_path / "ckpt.safetensors")
-    assert same_state(model, build(SMALL))
-    assert metadata == {"step": 3}
+    network = open_network(tmp_path / "ckpt.safetensors")
+    assert same_state(network.model, build(SMALL))
+    assert network.metadata == {"step": 3}
+    assert network.preparation is None
 
 
 def test_published_names_say_how_images_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     build_net = get_backbone
-    monkeypatch.setattr("weights.get_backbone", lambda name, pretrained, **_: build_net(name))
+    monkeypatch.setattr(evaluation, "get_backbone", lambda name, *_, **__: build_net(name))
     expected = {
         "dino_vits16": (224, 256, 0.485),  # the paper's, where timm says 249
         "resnet18": (224, 256, 0.485),
         "vit_tiny_patch16_224": (224, 249, 0.5),
     }
     for name, facts in expected.items():
-        config = open_network(name)[1]["config"]
-        crops, resize = config["crops"], config["data"]["eval_resize"]
-        assert (crops["global_crop_size"], resize, crops["mean"][0]) == facts
-        assert config["model"]["pretrained"]
+        network = open_network(name)
+        preparation = network.preparation
+        assert (preparation.size, preparation.resize, preparation.mean[0]) == facts
+        assert network.crops.global_crop_size == preparation.size
+        assert network.crops.mean == preparation.mean
+        assert network.model.config.pretrained
 
 
 # ---------------------------------------------------------------- export
@@ -389,7 +395,7 @@ def test_published_names_say_how_images_are_prepared(monkeypatch: pytest.MonkeyP
 def test_export_loads_strictly_in_timm(tmp_path: Path, script: Callable) -> None:
     model, out = build(VIT), tmp_path / "backbone.safetensors"
     save_checkpoint(tmp_path / "ckpt.safetensors", model, {})
-    result = script("weights", tmp_path / "ckpt.safetensors", out)
+    result = script("export", tmp_path / "ckpt.safetensors", out)
     assert result.stdout.endswith("150 tensors, patch_size 8, image_size 32\n")
     sizes = {"patch_size": 8, "img_size": 32}
     net = timm.create_model(VIT.arch, num_classes=0, checkpoint_path=str(out), **sizes).eval()
@@ -400,7 +406,7 @@ def test_export_loads_strictly_in_timm(tmp_path: Path, script: Callable) -> None
 def test_export_loads_strictly_in_torchvision(tmp_path: Path, script: Callable) -> None:
     model, out = build(RESNET), tmp_path / "backbone.safetensors"
     save_checkpoint(tmp_path / "ckpt.safetensors", model, {})
-    assert script("weights", tmp_path / "ckpt.safetensors", out).returncode == 0
+    assert script("export", tmp_path / "ckpt.safetensors", out).returncode == 0
     net = torchvision.models.resnet18().eval()
     net.fc = nn.Identity()
     net.load_state_dict(load_file(out), strict=True)
@@ -410,7 +416,7 @@ def test_export_loads_strictly_in_torchvision(tmp_path: Path, script: Callable) 
 
 def test_export_says_that_a_small_stem_fits_no_other(tmp_path: Path, script: Callable) -> None:
     save_checkpoint(tmp_path / "c.safetensors", build(replace(RESNET, image_size=32)), {})
-    result = script("weights", tmp_path / "c.safetensors", tmp_path / "b.safetensors")
+    result = script("export", tmp_path / "c.safetensors", tmp_path / "b.safetensors")
     assert "3x3 stem for small images does not fit an ImageNet ResNet's 7x7 conv1" in result.stdout
 
 
@@ -420,7 +426,7 @@ def test_export_for_the_original_has_its_keys_and_comes_back(
 ) -> None:
     model, out = build(replace(VIT, **options)), tmp_path / "dino.pth"
     save_checkpoint(tmp_path / "ckpt.safetensors", model, {})
-    result = script("weights", tmp_path / "ckpt.safetensors", out, "--format", "original")
+    result = script("export", tmp_path / "ckpt.safetensors", out, "--format", "original")
     assert result.returncode == 0, result.stderr
     teacher = torch.load(out, weights_only=True)["teacher"]
     keys = [f"backbone.{key}" for key in ORIGINAL_BACKBONE]
@@ -437,7 +443,7 @@ def test_export_for_the_original_has_its_keys_and_comes_back(
 
 def test_export_of_the_student(full: Path, tmp_path: Path, script: Callable) -> None:
     out = tmp_path / "student.pth"
-    result = script("weights", full, out, "--format", "original", "--student")
+    result = script("export", full, out, "--format", "original", "--student")
     assert result.returncode == 0, result.stderr
     assert set(torch.load(out, weights_only=True)) == {"student"}
     loaded = build(replace(SMALL, norm_last_layer=False))
@@ -450,10 +456,10 @@ def test_export_refuses_a_wrong_place(tmp_path: Path, script: Callable) -> None:
     save_checkpoint(source, build(SMALL), {})
     before = source.read_bytes()
     for out in (source, tmp_path / "a.pth", tmp_path / "none" / "a.safetensors"):
-        result = script("weights", source, out)
+        result = script("export", source, out)
         assert result.returncode == 2
         assert result.stderr.startswith("error: need a new file in .safetensors, in a folder")
     assert source.read_bytes() == before
-    assert script("weights", tmp_path / "b.pth", tmp_path / "a.safetensors").stderr == (
+    assert script("export", tmp_path / "b.pth", tmp_path / "a.safetensors").stderr == (
         f"error: no such checkpoint: {tmp_path / 'b.pth'}\n"
     )

@@ -8,6 +8,7 @@ Stands alone: needs torch, torchvision, timm and einops. Source: DINO, arXiv 210
 Axes: b batch, n vectors, d features, p tokens, c h w image or map.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,24 +31,30 @@ def has_class_attention(backbone: nn.Module) -> bool:
 
 @torch.no_grad()
 def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Give the class token's attention (b, head, p) to all tokens in the last block.
+    """Return the class token's attention (b, head, p) to all tokens in the last block.
 
     Fused attention returns no weights: they are computed again from its queries and keys.
     """
-    attention, seen = backbone.blocks[-1].attn, []
-    norms = (attention.q_norm, attention.k_norm)  # called in this order; identities without norm
-    hooks = [norm.register_forward_hook(lambda *call: seen.append(call[2])) for norm in norms]
+    attention = backbone.blocks[-1].attn
+    seen: list[Tensor] = []
+
+    def note(norm: nn.Module, inputs: tuple, output: Tensor) -> None:
+        seen.append(output)
+
+    # queries are normalised before keys; without norm these modules are identities
+    hooks = [norm.register_forward_hook(note) for norm in (attention.q_norm, attention.k_norm)]
     try:
         backbone.forward_features(images)
     finally:
         for hook in hooks:
             hook.remove()
-    query, key = seen[0][:, :, 0].float(), seen[1].float()
-    return (attention.scale * einsum(query, key, "b head d, b head p d -> b head p")).softmax(-1)
+    queries, keys = seen
+    query, keys = queries[:, :, 0].float(), keys.float()  # of the class token
+    return (attention.scale * einsum(query, keys, "b head d, b head p d -> b head p")).softmax(-1)
 
 
 def patch_map(tokens: Tensor, backbone: nn.Module, images: Tensor) -> Tensor:
-    """Lay out tokens (b, k, p) on the images' patches, (b, k, h, w), prefix tokens left out."""
+    """Return tokens (b, k, p) laid out on the patches, (b, k, h, w), prefix tokens left out."""
     height, width = (side // backbone.patch_size for side in images.shape[2:])
     patches = tokens[..., getattr(backbone, "num_prefix_tokens", 0) :]
     if patches.shape[2] != height * width:
@@ -57,7 +64,7 @@ def patch_map(tokens: Tensor, backbone: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Give the last feature map (b, d, h, w): a ViT's patches after the norm, a CNN's last stage.
+    """Return the last feature map (b, d, h, w): a ViT's patches after the norm, a CNN's last stage.
 
     Raises ValueError where its layout is unknown.
     """
@@ -66,7 +73,7 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
     else:  # torchvision's ResNets, without pooling and classifier
         features = nn.Sequential(*list(backbone.children())[:-2])(images)
     shape, width = tuple(features.shape), backbone.num_features
-    if len(shape) == 3 and shape[2] == width:
+    if len(shape) == 3 and shape[2] == width:  # tokens
         return patch_map(features.mT, backbone, images)
     if len(shape) == 4 and shape[3] == width and getattr(backbone, "output_fmt", "") == "NHWC":
         return rearrange(features, "b h w d -> b d h w")
@@ -76,20 +83,20 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
 
 
 def fit_patches(image: Tensor, size: int, patch_size: int) -> Tensor:
-    """Resize the shorter side of (3, h, w) uint8 to `size`, rounded to whole patches, aspect kept.
+    """Return (3, h, w) uint8 whose shorter side is `size`, rounded to whole patches, aspect kept.
 
     What is left of the longer side is cut; strips of more than 8 to 1 are cut to that.
     """
-    most = 8 * min(image.shape[1:])
-    if max(image.shape[1:]) > most:
-        image = TF.center_crop(image, [min(side, most) for side in image.shape[1:]])
+    longest = 8 * min(image.shape[1:])
+    if max(image.shape[1:]) > longest:
+        image = TF.center_crop(image, [min(side, longest) for side in image.shape[1:]])
     shorter = max(1, round(size / patch_size)) * patch_size
     image = TF.resize(image, [shorter], TF.InterpolationMode.BICUBIC)
     return TF.center_crop(image, [side // patch_size * patch_size for side in image.shape[1:]])
 
 
 def mass_mask(attention: Tensor, mass: float) -> Tensor:
-    """Mark the fewest patches of (h, w) that hold at least the share `mass` of all attention."""
+    """Return a mask of the fewest patches of (h, w) that hold the share `mass` of all attention."""
     shares = attention.double() / attention.double().sum()
     order = shares.flatten().argsort(descending=True)
     num = int((shares.flatten()[order].cumsum(0) < mass - 1e-9).sum()) + 1
@@ -99,7 +106,7 @@ def mass_mask(attention: Tensor, mass: float) -> Tensor:
 
 
 def peak(attention: Tensor) -> float:
-    """Give what is drawn brightest: above the 99th percentile a few patches hide all others."""
+    """Return what is drawn brightest: above the 99th percentile a few patches hide all others."""
     return attention.quantile(0.99).clamp(min=1e-12).item()
 
 
@@ -112,11 +119,13 @@ class PCA(NamedTuple):
     @classmethod
     def fit(cls, vectors: Tensor, num: int) -> "PCA":
         """Fit `num` components to (n, d), each signed so that its largest entry is positive."""
-        vectors = vectors[:: -(-len(vectors) // MOST_VECTORS)].double()
+        every = math.ceil(len(vectors) / MOST_VECTORS)
+        vectors = vectors[::every].double()
         centered = vectors - vectors.mean(0)
         variances, axes = torch.linalg.eigh(centered.T @ centered)  # ascending
         axes = axes.T.flip(0)[:num]
-        axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+        largest = axes.abs().argmax(1, keepdim=True)
+        axes = axes * axes.gather(1, largest).sign()
         shares = (variances.flip(0)[:num] / variances.sum().clamp(min=1e-12)).tolist()
         bounds = (centered @ axes.T).quantile(torch.tensor([0.02, 0.98]).double(), dim=0)
         return cls(vectors.mean(0).float(), axes.float(), shares, bounds.float())
@@ -126,7 +135,7 @@ class PCA(NamedTuple):
         return cls.fit(torch.cat([rearrange(x, "d h w -> (h w) d") for x in maps]), 3)
 
     def colours(self, features: Tensor) -> np.ndarray:
-        """Turn a feature map (d, h, w) into RGB (h, w, 3) uint8."""
+        """Return a feature map (d, h, w) as RGB (h, w, 3) uint8."""
         values = (rearrange(features, "d h w -> h w d") - self.mean) @ self.axes.T
         low, high = self.bounds
         share = (values - low) / (high - low).clamp(min=1e-6)

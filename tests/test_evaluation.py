@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from features import evenly, feature_quality, layer_features
+from harness.evaluation import evenly, feature_quality, layer_features
 from models import get_backbone
 
 

@@ -1,0 +1,18 @@
+"""What keeps a run alive and an evaluation honest, a room a file, from the ground up:
+
+command        flags, errors, signals, workers, whole files, rows: what stands around every main
+distributed    launch lines and their guards, networks laid out, common decisions of processes
+fast_backbone  shortcuts for backbones in training
+feature_maps   attention and feature maps of a backbone, their components as colours
+pictures       sheets, curves, heat maps and points, drawn by Pillow
+weights        weights from elsewhere: read, matched, loaded
+flags          recipes, checks of settings, what follows from data and machine
+run            a run's folder: what is saved, when, and how it goes on
+monitor        progress, log, curves, unreadable images, collapse
+outlook        header, warnings, dry run
+evaluation     a frozen backbone: opened, its images prepared, its features
+online_knn     the teacher's k-NN during training
+
+Imports go down: a file here imports those above it in this list, and the top level's models.py,
+losses.py, multicrop.py, data.py, tar_shards.py, optimizers.py and config.py. None imports a script.
+"""

@@ -1,0 +1,426 @@
+"""Evaluations of a frozen backbone: open it, prepare images as it knows them, compute features.
+
+Source: DINO, arXiv 2104.14294, appendix F. Axes: n images, d features, b batch.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather
+from einops import rearrange
+from rich.console import Console
+from rich.table import Table
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.v2 import functional as TF
+
+from config import Config
+from data import ImageDataset, build_dataset, center_crop, collate, index_folder_beside
+from harness.command import iterate, write_whole
+from harness.weights import Role, Weights, as_file, config_of, load_parts, read_file, weights_of
+from models import (
+    RESNETS,
+    TIMM_NAMES,
+    DinoModel,
+    ModelConfig,
+    get_backbone,
+    load_tensors,
+    rebuild_model,
+)
+from multicrop import CropConfig
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    # ckpt.safetensors of a run, an original's .pth, or the name of published weights: dino_vits16
+    checkpoint: tyro.conf.Positional[str]
+    # a folder or a data set's name; None: what the run trained on
+    data: str | None = None
+    # evaluate the student, from state.safetensors beside the checkpoint
+    student: bool = False
+    # images a forward pass
+    batch_size: int = 256
+    # processes that decode images; about the number of cores for photographs
+    num_workers: int = 0
+    # write the results there
+    json_out: Path | None = None
+
+
+# ---------------------------------------------------------------- open
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Which images a network is evaluated on, and how they are prepared for it."""
+
+    data: str | None  # a folder or a data set's name; None where the weights come without
+    size: int  # pixels, side of the central crop
+    resize: int  # pixels, shorter side before it
+    mean: tuple[float, float, float]  # of RGB within 0..1
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of_run(cls, config: Config) -> "Preparation":
+        """Return how a run's own evaluations prepare images, by its finished config."""
+        return cls(
+            data=config.data.data,
+            size=config.crops.global_crop_size,
+            resize=config.data.eval_resize,
+            mean=config.crops.mean,
+            std=config.crops.std,
+        )
+
+    @classmethod
+    def of_checkpoint(cls, metadata: dict) -> "Preparation | None":
+        """Return what a checkpoint's metadata says, None where that is nothing."""
+        config = metadata.get("config", {})
+        if not {"data", "crops"} <= config.keys():
+            return None
+        data, crops = config["data"], config["crops"]
+        return cls(
+            data=data["data"],
+            size=crops["global_crop_size"],
+            resize=data["eval_resize"],
+            mean=tuple(crops["mean"]),
+            std=tuple(crops["std"]),
+        )
+
+    @classmethod
+    def of_published(cls, backbone: nn.Module, config: ModelConfig) -> "Preparation":
+        """Return what the paper has or, for another model of timm's, what timm says of it."""
+        timms = {}
+        if config.pretrained and config.arch not in (*RESNETS, *TIMM_NAMES):
+            timms = backbone.pretrained_cfg
+        size = config.image_size or timms.get("input_size", (3, 224, 224))[-1]
+        return cls(
+            data=None,
+            size=size,
+            resize=round(size / timms.get("crop_pct", 0.875)),
+            mean=tuple(timms.get("mean", IMAGENET_DEFAULT_MEAN)),
+            std=tuple(timms.get("std", IMAGENET_DEFAULT_STD)),
+        )
+
+
+@dataclass(frozen=True)
+class OpenedNetwork:
+    """What a source holds: a model in eval mode on the CPU, and what is known of its images."""
+
+    model: DinoModel
+    metadata: dict  # a run's own, {} for other sources
+    preparation: Preparation | None  # None where the file does not say it
+
+    @property
+    def arch(self) -> str:
+        return self.model.config.arch
+
+    @property
+    def crops(self) -> CropConfig:
+        """Return the crops that it was trained on, or the paper's where the file does not say."""
+        if "config" in self.metadata:
+            return CropConfig(**self.metadata["config"]["crops"])
+        size, mean, std = self.preparation.size, self.preparation.mean, self.preparation.std
+        return CropConfig(global_crop_size=size, mean=mean, std=std)
+
+    @property
+    def canvas_size(self) -> int:
+        """Return the side in pixels of the squares that its images were decoded to."""
+        return self.metadata.get("config", {}).get("data", {}).get("canvas_size") or 384
+
+
+def open_network(source: str | Path, role: Role = "teacher") -> OpenedNetwork:
+    """Open what is to be evaluated, a file or the name of published weights, and read it once.
+
+    A run's ckpt.safetensors is rebuilt with its head, others have none. Raises ValueError for
+    files that do not fit, OSError for a name whose published weights cannot be loaded.
+    """
+    path = as_file(source)
+    if path is None:
+        return _open_backbone(ModelConfig(str(source), pretrained=True), None, source)
+    file = read_file(path)
+    if file.is_checkpoint:
+        model, metadata = rebuild_model(path, file.content, file.texts)
+        return OpenedNetwork(model, metadata, Preparation.of_checkpoint(metadata))
+    weights = weights_of(file, role)
+    return _open_backbone(config_of(weights.backbone, path), weights, source)
+
+
+def _open_backbone(config: ModelConfig, weights: Weights | None, source: object) -> OpenedNetwork:
+    """Build a backbone without head, with given weights or with those that are published."""
+    backbone = get_backbone(
+        config.arch,
+        config.pretrained,
+        patch_size=config.patch_size,
+        image_size=config.image_size,
+    )
+    model = DinoModel(backbone, nn.Identity())
+    model.config = config
+    if weights is not None:
+        load_parts(model, weights._replace(head={}), source)
+    return OpenedNetwork(model.eval(), {}, Preparation.of_published(backbone, config))
+
+
+def require_preparation(network: OpenedNetwork, source: object) -> Preparation:
+    """Return how the network's images are prepared. ValueError where its file does not say it."""
+    if network.preparation is None:
+        raise ValueError(f"{source} does not say how its images were prepared")
+    return network.preparation
+
+
+def check_folder(path: Path | None, content: str) -> None:
+    """Raise ValueError where the file `path` could not be written for want of its folder."""
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"no such folder for the {content}: {path.parent}")
+
+
+@dataclass(frozen=True)
+class FrozenBackbone:
+    """A backbone to evaluate, on its device, how its images are prepared, and facts to report."""
+
+    backbone: nn.Module
+    preparation: Preparation
+    facts: dict
+
+
+def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbone:
+    """Load what `options` name. Raises ValueError or OSError for what cannot be used."""
+    check_folder(options.json_out, "results")
+    source, role = options.checkpoint, "student" if options.student else "teacher"
+    if options.student and as_file(source) is None:
+        raise ValueError(f"{source} is published as one network: not with --student")
+    network = open_network(source, role)
+    step = network.metadata.get("step")
+    if options.student and step is not None:
+        _load_student_beside(Path(source), network.model, step)
+    preparation = require_preparation(network, source)
+    if options.data is not None:
+        preparation = replace(preparation, data=options.data)
+    if not preparation.data:
+        raise ValueError(f"{source} does not come with data: need --data")
+    facts = {
+        "checkpoint": source,
+        "network": role,
+        "arch": network.arch,
+        "step": step,
+        "data": preparation.data,
+    }
+    backbone = network.model.backbone.to(accelerator.device).eval()
+    return FrozenBackbone(backbone, preparation, facts)
+
+
+def _load_student_beside(checkpoint: Path, model: DinoModel, step: int) -> None:
+    """Load a run's student, which its state keeps beside the teacher's checkpoint."""
+    state_file = checkpoint.with_name(checkpoint.name.replace("ckpt", "state", 1))
+    state, texts = load_tensors(state_file)
+    step_of_state = json.loads(texts.get("metadata", "{}")).get("step")
+    if step_of_state != step:
+        text = f"the student in {state_file.name} is of step {step_of_state}"
+        raise ValueError(f"{text}: need step {step} of {checkpoint}")
+    prefix = "student."
+    student = {
+        key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)
+    }
+    model.load_state_dict(student)
+
+
+# ---------------------------------------------------------------- images
+
+
+def evaluation_splits(
+    preparation: Preparation, index_folder: Path | None = None
+) -> tuple[ImageDataset, ImageDataset]:
+    """Open the labelled images that k-NN remembers, and those that it is tested on.
+
+    They are center crops, as the paper's evaluation has them. ValueError without classes.
+    """
+    memory, test = (
+        build_dataset(preparation.data, split, index_folder=index_folder)
+        for split in ("memory", "test")
+    )
+    return center_cropped(memory, preparation), center_cropped(test, preparation)
+
+
+def open_splits(
+    network: FrozenBackbone, options: EvalConfig, accelerator: Accelerator
+) -> tuple[ImageDataset, ImageDataset]:
+    """Open the images that a network is evaluated on: those remembered, and those that test."""
+    index_folder = index_folder_beside(Path(options.checkpoint).parent)
+    with accelerator.local_main_process_first():  # which may have to download
+        return evaluation_splits(network.preparation, index_folder)
+
+
+def center_cropped(dataset: ImageDataset, preparation: Preparation) -> ImageDataset:
+    dataset.transform = partial(center_crop, resize=preparation.resize, size=preparation.size)
+    return dataset
+
+
+def normalized(images: Tensor, preparation: Preparation) -> Tensor:
+    """Return uint8 images (b, 3, h, w) as the network was trained on them: float32, normalised."""
+    images = TF.to_dtype(images, torch.float32, scale=True)
+    return TF.normalize(images, list(preparation.mean), list(preparation.std))
+
+
+# ---------------------------------------------------------------- features
+
+
+@torch.no_grad()
+def extract_features(
+    forward: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int,
+) -> tuple[Tensor, Tensor]:
+    """Return features (n, d) float32 and labels (n,) of all images, in the data's order.
+
+    `forward` maps uint8 images on the device to features. An image that cannot be decoded is left
+    out, and that is said. A collective: each process takes every world-th image, and all get all
+    features.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    # all processes must gather as many: the last image is repeated, and the cut below drops it
+    last = len(dataset) - 1
+    rows = [min(row, last) for row in range(rank, rank + world * (last // world + 1), world)]
+    loader = DataLoader(
+        Subset(dataset, rows), batch_size, num_workers=num_workers, collate_fn=collate
+    )
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in iterate(loader):
+        features = forward(batch.image.to(accelerator.device)).float()
+        labels = batch.label.to(accelerator.device)
+        is_read = (batch.source == batch.index).to(accelerator.device)
+        parts.append((features, labels, is_read))
+    of_ranks = gather(tuple(torch.cat(part) for part in zip(*parts, strict=True)))
+    features, labels, is_read = (
+        rearrange(x, "(w i) ... -> (i w) ...", w=world)[: last + 1] for x in of_ranks
+    )
+    if is_read.all():  # no copy then of what may be large
+        return features, labels
+    num = int((~is_read).sum())
+    accelerator.print(f"warning: {num} of {last + 1:,} images cannot be decoded: left out")
+    return features[is_read], labels[is_read]
+
+
+def features_of_splits(
+    backbone: Callable[[Tensor], Tensor],
+    splits: Sequence[Dataset],
+    preparation: Preparation,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int,
+) -> list[Tensor]:
+    """Return features and labels of each split in turn. A collective."""
+
+    def forward(images: Tensor) -> Tensor:
+        return backbone(normalized(images, preparation))
+
+    tensors: list[Tensor] = []
+    for split in splits:
+        tensors += extract_features(forward, split, accelerator, batch_size, num_workers)
+    return tensors
+
+
+def is_vit(backbone: nn.Module) -> bool:
+    """Tell whether a network is a ViT of timm that is read by its class token."""
+    has_blocks = bool(getattr(backbone, "blocks", None))
+    can_be_read = hasattr(backbone, "forward_intermediates")
+    return has_blocks and can_be_read and getattr(backbone, "has_class_token", False)
+
+
+def layer_features(
+    backbone: nn.Module, num_last_blocks: int = 1, avgpool: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Return the function from images to features that the original's linear evaluation reads.
+
+    Of a ViT the normalised class tokens of the last blocks and, with `avgpool`, the mean of the
+    last block's patch tokens; of other networks their output. Raises ValueError for more.
+    """
+    if num_last_blocks == 1 and not avgpool:
+        return backbone
+    if not is_vit(backbone):
+        raise ValueError("--n-last-blocks and --avgpool need a ViT of timm with a class token")
+    num_blocks = len(backbone.blocks)
+    if not 1 <= num_last_blocks <= num_blocks:
+        raise ValueError(f"need --n-last-blocks from 1 to {num_blocks}, got {num_last_blocks}")
+
+    def forward(images: Tensor) -> Tensor:
+        blocks = backbone.forward_intermediates(
+            images,
+            indices=num_last_blocks,
+            return_prefix_tokens=True,
+            norm=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        tokens = [prefix_tokens[:, 0] for _, prefix_tokens in blocks]
+        if avgpool:
+            last_patch_tokens, _ = blocks[-1]
+            tokens.append(last_patch_tokens.mean(dim=1))
+        return torch.cat(tokens, dim=-1)
+
+    return forward
+
+
+# ---------------------------------------------------------------- quality without labels
+
+RANKME_IMAGES = 25_600  # as many as its authors took
+
+
+def evenly(num: int, most: int = RANKME_IMAGES) -> Tensor:
+    """Return at most `most` of the rows 0 to num - 1, evenly spaced."""
+    return torch.linspace(0, num - 1, min(num, most), dtype=torch.float64).long()
+
+
+@torch.no_grad()
+def feature_quality(features: Tensor) -> dict[str, object]:
+    """Judge features (n, d) without labels: RankMe and the leading components' share of variance.
+
+    RankMe (Garrido et al., arXiv 2210.02885) is exp of the entropy of the singular values' shares:
+    the number of dimensions in use, 1 for a collapsed network. Of at most RANKME_IMAGES.
+    """
+    features = features[evenly(len(features)).to(features.device)].double()
+    values = torch.linalg.svdvals(features)
+    shares = values / values.sum().clamp(min=1e-300) + 1e-7
+    variances = torch.linalg.svdvals(features - features.mean(dim=0)).square()
+    variances = variances.cumsum(dim=0) / variances.sum().clamp(min=1e-300)
+    leading = {k: variances[k - 1].item() for k in (1, 10, 100) if k <= len(variances)}
+    rankme = (-(shares * shares.log()).sum()).exp().item()
+    return {"rankme": rankme, "variance_share": leading}
+
+
+# ---------------------------------------------------------------- report
+
+
+def size_facts(train: Tensor, test: Tensor | None = None) -> dict[str, object]:
+    """Count features of images, (n, d) and (m, d), and say how good the first are."""
+    num_test = 0 if test is None else len(test)
+    facts = {"num_train": len(train), "num_test": num_test, "features": train.shape[1]}
+    return facts | feature_quality(train)
+
+
+def report(facts: dict, table: Table | None, results: dict, json_out: Path | None) -> None:
+    """Print the table under a line of facts, and write both to `json_out`."""
+    console = Console()
+    step = "" if facts["step"] is None else f" at step {facts['step']:,}"
+    images = f"{facts['num_train']:,} images"
+    if facts["num_test"]:
+        images = f"{facts['num_train']:,} train, {facts['num_test']:,} test images"
+    console.print(
+        f"[bold]{facts['arch']}[/] {facts['network']}{step}: {facts['features']} features; "
+        f"{facts['data']}: {images}",
+        soft_wrap=True,
+    )
+    if "rankme" in facts:
+        leading = facts["variance_share"].items()
+        shares = ", ".join(f"{100 * share:.0f} % in {k}" for k, share in leading)
+        console.print(f"RankMe {facts['rankme']:.1f}; variance by components: {shares}")
+    if table is not None:
+        console.print(table)
+    if json_out is not None:
+        write_whole(json_out, json.dumps(facts | results, indent=2) + "\n")

@@ -1,0 +1,259 @@
+"""From a command line to a finished Config: recipes, checks, what follows from data and machine.
+
+A Config is built by `parse_config`, checked by `check_values` before anything is opened, and
+finished by `finish` once the images are known.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from config import SETTINGS, Config
+from data import ImageDataset
+from harness.command import read_flags
+from harness.distributed import cores_per_process, is_set
+from models import ModelConfig, get_backbone
+from multicrop import CropConfig, resolve_crop_sizes
+
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+
+# ---------------------------------------------------------------- the command line
+
+
+def parse_config(args: Sequence[str], description: str | None = None) -> Config:
+    """Return the Config of a command line: recipe, resumed run or quick start, then the flags.
+
+    Raises ValueError for a recipe or run that cannot be read; wrong flags exit with code 2.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    early.add_argument("--resume", nargs="?", const="", default=None)  # with or without a folder
+    early.add_argument("--output-dir", "--output_dir", type=Path)
+    known, flags = early.parse_known_args(args)
+    recipe, output_dir = known.config, known.output_dir
+    if known.resume is not None:
+        output_dir = _folder_to_resume(known.resume, known.output_dir, flags)
+        recipe = recipe or output_dir / "config.yaml"
+        flags = [*flags, "--resume"]
+    elif recipe is None and not any(flag.split("=")[0] == "--data" for flag in flags):
+        recipe = QUICKSTART
+    if recipe is not None:
+        flags = [*recipe_flags(recipe), *flags, "--config", str(recipe)]
+    if output_dir is not None:
+        flags = [*flags, "--output-dir", str(output_dir)]
+    return read_flags(Config, flags, description)
+
+
+def _folder_to_resume(given: str, output_dir: Path | None, flags: list[str]) -> Path:
+    """Return the folder of --resume FOLDER, or of --resume with --output-dir."""
+    folder = Path(given) if given else output_dir
+    if folder is None or not (folder / "config.yaml").is_file():
+        raise ValueError(f"no run to resume: need a folder with config.yaml, got {folder}")
+    if output_dir not in (None, folder):
+        raise ValueError(f"got --resume {folder} and --output-dir {output_dir}")
+    if any(flag.startswith("--overwrite") for flag in flags):
+        raise ValueError("--resume goes on with a run and --overwrite deletes it: need one")
+    return folder
+
+
+def recipe_flags(path: Path) -> list[str]:
+    """Read a YAML recipe, {section: {setting: value}}, as the flags that say the same.
+
+    Raises ValueError for a file that is none, and for unknown keys, with close matches.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if isinstance(recipe, dict):
+        _require_known(recipe, SETTINGS, path)
+    if not isinstance(recipe, dict) or not all(isinstance(x, dict) for x in recipe.values()):
+        raise ValueError(f"{path}: need sections {', '.join(SETTINGS)} with keys under them")
+    flags: list[str] = []
+    for section, values in recipe.items():
+        _require_known(values, SETTINGS[section], path)
+        for name, value in values.items():
+            flags += _flags_of(name.replace("_", "-"), value)
+    return flags
+
+
+def _require_known(given: dict, known: dict, path: Path) -> None:
+    for name in given:
+        if name not in known:
+            close = ", ".join(difflib.get_close_matches(str(name), known)) or "none"
+            raise ValueError(f"{path}: unknown key {name!r}; close matches: {close}")
+
+
+def _flags_of(flag: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    values = value if isinstance(value, list) else [value]
+    return [f"--{flag}", *map(str, values)]
+
+
+# ---------------------------------------------------------------- checks
+
+LARGEST = 1e38  # near the end of float32's range
+
+
+def check_values(config: Config) -> None:
+    """Raise ValueError for what cannot be meant: numbers out of range, flags that contradict."""
+    for section, settings in SETTINGS.items():
+        values = getattr(config, section)
+        for name, setting in settings.items():
+            _check_range(f"--{name.replace('_', '-')}", getattr(values, name), setting.metadata)
+    run = config.run
+    if run.overwrite and run.output_dir is None:
+        raise ValueError("--overwrite needs the --output-dir whose run it deletes")
+    if run.dry_run and (run.resume or run.overwrite):
+        text = "--dry-run starts anew and deletes nothing: not with --resume, --overwrite"
+        raise ValueError(text)
+    if run.init_from and config.model.pretrained:
+        raise ValueError("--init-from and --pretrained both name weights to start from: need one")
+    if run.log_with and not _is_installed(run.log_with):
+        text = f"--log-with {run.log_with} needs that package: pip install {run.log_with}"
+        raise ValueError(text)
+
+
+def _check_range(flag: str, value: object, bounds: dict) -> None:
+    """Raise ValueError for a number, or one of a tuple's, that is out of its setting's range."""
+    lowest = f"> {bounds['above']}" if "above" in bounds else ">= 0"
+    most = bounds.get("most", LARGEST)
+    for number in value if isinstance(value, tuple) else (value,):
+        if not isinstance(number, int | float):
+            continue
+        is_low_enough = number <= most  # false for nan, too
+        is_high_enough = number > bounds["above"] if "above" in bounds else number >= 0
+        if not is_high_enough:
+            raise ValueError(f"need {flag} {lowest}, got {number}")
+        if not is_low_enough:
+            raise ValueError(f"need {flag} {lowest} and <= {most}, got {number}")
+
+
+def _is_installed(package: str) -> bool:
+    # a folder of the package's name is found too, but has no origin
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def choose_precision(config: Config) -> str:
+    """Return --mixed-precision, or what launcher and GPU imply where it is None.
+
+    Raises ValueError for fp16 without a GPU.
+    """
+    precision = config.run.mixed_precision or default_precision()
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--mixed-precision fp16 needs a GPU, got none: need bf16 or no")
+    return precision
+
+
+def default_precision() -> str:
+    """Return the precision where neither --mixed-precision nor accelerate launch says one."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no" or not torch.cuda.is_available() or is_set("ACCELERATE_USE_CPU"):
+        return launched
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "no" if is_set("ACCELERATE_USE_FSDP") else "fp16"
+
+
+# ---------------------------------------------------------------- what follows
+
+
+def finish(config: Config, dataset: ImageDataset, precision: str) -> Config:
+    """Return the config with all that was None filled in, by images, architecture and machine.
+
+    Raises ValueError for sizes that do not fit each other.
+    """
+    short, long = dataset.typical_size()
+    model, crops = _fit_sizes(config.model, config.crops, short)
+    size = crops.global_crop_size
+    data = config.data
+    eval_resize = data.eval_resize
+    if eval_resize is None:  # the paper's 256 for 224, in proportion; no margin for small images
+        eval_resize = round(size * 8 / 7) if short >= 192 else size
+    if eval_resize < size:
+        raise ValueError(f"need --eval-resize >= the crop of {size} px, got {eval_resize}")
+    num_workers = data.num_workers
+    if num_workers is None:
+        is_in_memory = isinstance(dataset.images, torch.Tensor)
+        num_workers = 0 if is_in_memory else min(16, max(1, cores_per_process() - 1))
+    data = replace(
+        data,
+        data=os.path.abspath(data.data) if os.path.exists(data.data) else data.data,
+        canvas_size=data.canvas_size or min(long, 384),
+        eval_resize=eval_resize,
+        num_workers=num_workers,
+    )
+    run = replace(config.run, mixed_precision=precision)
+    return replace(config, model=model, data=data, crops=crops, run=run)
+
+
+def _fit_sizes(
+    model: ModelConfig, crops: CropConfig, image_size: int
+) -> tuple[ModelConfig, CropConfig]:
+    """Fill in crop sizes and image size; ValueError where the network does not take its crops."""
+    with torch.device("meta"):  # shapes alone: neither memory nor time
+        patch_size = get_backbone(model.arch, patch_size=model.patch_size).patch_size
+        crops = resolve_crop_sizes(crops, image_size, patch_size)
+        if model.image_size is None and not model.pretrained:
+            model = replace(model, image_size=crops.global_crop_size)
+        backbone = get_backbone(
+            model.arch, patch_size=model.patch_size, image_size=model.image_size
+        ).eval()
+        for crop_size in (crops.global_crop_size, crops.local_crop_size):
+            _require_that_it_takes(backbone, crop_size, model.arch)
+    return model, crops
+
+
+def _require_that_it_takes(backbone: nn.Module, crop_size: int, arch: str) -> None:
+    try:
+        backbone(torch.empty(1, 3, crop_size, crop_size))
+    except Exception as error:  # a network can raise anything for a size that it was not made for
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{arch} does not take crops of {crop_size} px: {reason}") from error
+
+
+def fit_batch(config: Config, num_images: int, world: int) -> Config:
+    """Return the config with a batch of `num_images` a step over `world` processes.
+
+    A run that goes on on another number of processes keeps its images a step, by which their order
+    is fixed. Raises ValueError where they cannot be shared evenly.
+    """
+    each, left = divmod(num_images, world)
+    if left:
+        text = f"{num_images} images a step need a number of processes that divides them"
+        raise ValueError(f"cannot resume on {world} processes: {text}")
+    largest = config.optim.batch_size  # which fitted in memory
+    batch_size = max(n for n in range(1, largest + 1) if each % n == 0)
+    optim = replace(config.optim, batch_size=batch_size, accumulation_steps=each // batch_size)
+    return replace(config, optim=optim)
+
+
+def as_plain_data(config: Config) -> dict:
+    """Return the config as a run keeps it: plain data, without what belongs to one start."""
+    kept: dict[str, dict] = {}
+    for section, settings in SETTINGS.items():
+        values = dataclasses.asdict(getattr(config, section))
+        kept[section] = {
+            name: _plain(value)
+            for name, value in values.items()
+            if not settings[name].metadata.get("of_one_start")
+        }
+    return kept
+
+
+def _plain(value: object) -> object:
+    """Return a value as YAML and JSON read it back: a tuple as a list, a path as text."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,256 @@
+"""What a run tells while it trains: progress, log, curves, unreadable images and collapse."""
+
+import io
+import json
+import math
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from harness.command import RunError, write_whole
+from harness.distributed import launch_line
+from harness.pictures import curves
+from harness.run import Run
+
+# ---------------------------------------------------------------- collapse
+
+# A collapse is reported after one epoch or this many steps, whichever is shorter.
+COLLAPSE_STEPS = 1000
+# what to change where the teacher has collapsed to this
+REMEDIES = {
+    "uniform": "lower --teacher-temp and --warmup-teacher-temp, take --use-bn, or fewer prototypes "
+    "by --projection-output-dim",
+    "one-hot": "raise --teacher-temp and --warmup-teacher-temp, or lower --center-momentum or --lr",
+}
+
+
+def collapse_of(entropy: float, kl: float, output_dim: int) -> str:
+    """Return what a teacher of this entropy has collapsed to: `uniform`, `one-hot` or nothing.
+
+    Uniform is an entropy within 2 % of ln K with a student that says the same (KL divergence below
+    1 % of ln K); one-hot is an entropy below 1 % of ln K. In the logged steps of the quick start,
+    which is healthy, the entropy is 1.2 to 78 % of ln K and the KL divergence above 1.2 % of it.
+    """
+    highest = math.log(output_dim)
+    if entropy > 0.98 * highest and kl < 0.01 * highest:
+        return "uniform"
+    return "one-hot" if entropy < 0.01 * highest else ""
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """What the teacher has been, in every logged step since one."""
+
+    kind: str
+    since: int
+
+    def __str__(self) -> str:
+        text = f"the teacher is {self.kind} since step {self.since:,}"
+        return f"collapse: {text}; {REMEDIES[self.kind]}"
+
+
+# ---------------------------------------------------------------- the monitor
+
+MOST_UNREADABLE = 0.01  # share of the images; where more are unreadable, it is no accident
+
+
+def peak_memory() -> float:
+    """Return the most memory in GiB that the main process has taken so far, of its GPU or its own.
+
+    It is nan on Windows without a GPU.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    if resource is None:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write a PNG whole or not at all. Raises OSError naming it."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    write_whole(path, content.getvalue())
+
+
+def _progress(console: Console) -> Progress:
+    """Return a progress bar, which is shown on a terminal alone."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console.quiet or not console.is_terminal,
+    )
+
+
+class Monitor:
+    """Tell of a run in log.jsonl, trackers and terminal, without waiting for the device."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.accelerator = run.accelerator
+        self.console = Console(quiet=not self.accelerator.is_main_process)
+        self.progress = _progress(self.console)
+        self.bar = self.progress.add_task(
+            "starting", total=run.total_steps, completed=run.first_step
+        )
+        self.losses: dict[int, Tensor] = {}  # by step, not yet read from the device
+        self.failure = ""  # of writing the log, which all processes learn of after the step
+        saved = run.saved.collapse
+        self.collapse = Collapse(**saved) if saved else None
+        self.said_collapse = ""  # the kind that was printed
+        self.restart_clock()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    # ------------------------------------------------ steps
+
+    def restart_clock(self) -> None:
+        """Leave what was done until now out of images/s. A sync point."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.clock_start = time.perf_counter()
+        self.steps_on_clock = 0
+        self.waited_before = self.run.waited
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """Note that a step is done, and its loss in this process, which is not read yet."""
+        self.losses[step] = loss.detach()
+        self.steps_on_clock += 1
+        self.progress.update(self.bar, completed=step)
+
+    def check_finite(self) -> float:
+        """Return the last loss, the mean over all processes, once all since the last call are read.
+
+        Raises FloatingPointError at the first that is not finite. A collective, and a sync point:
+        all processes stop at the same step.
+        """
+        values = torch.stack(list(self.losses.values()))
+        values = self.accelerator.reduce(values, reduction="mean").tolist()
+        for step, value in zip(self.losses, values, strict=True):
+            if not math.isfinite(value):
+                text = f"the loss is {value} at step {step:,}"
+                raise FloatingPointError(f"{text}; {self.run.kept()}")
+        self.losses.clear()
+        return values[-1]
+
+    # ------------------------------------------------ log
+
+    def log(self, step: int, values: dict) -> None:
+        """Write a line of log.jsonl, and its numbers to the trackers.
+
+        A failure is kept until the step's end, where all processes stop.
+        """
+        if self.accelerator.is_main_process:
+            line = {"step": step, "epoch": round(self.run.epoch(step), 4)} | values
+            try:
+                self.run.append_to_log(json.dumps(line))
+            except OSError as error:
+                text = f"cannot write {self.run.log_file}: {error.strerror}"
+                self.failure = f"{text}; {self.run.kept()}"
+        numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
+        self.accelerator.log(numbers, step=step)
+
+    def log_step(self, step: int, loss: float, lr: float, figures: dict[str, float]) -> None:
+        """Log a step: its loss, what `figures` says of the teacher, speed and memory."""
+        seconds = time.perf_counter() - self.clock_start
+        speed = self.steps_on_clock * self.run.batch_size / seconds
+        waited = (self.run.waited - self.waited_before) / seconds
+        values = {"loss": loss, "lr": lr, "images_per_second": speed, "data_wait": waited}
+        values |= {"peak_memory_gib": peak_memory()} | figures
+        collapse = self._lasting_collapse(step, figures["teacher_entropy"], figures["kl"])
+        if collapse:
+            values["collapse"] = collapse
+        self.log(step, values)
+        text = f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} images/s"
+        self.progress.update(self.bar, description=text)
+        self.restart_clock()
+
+    def draw_curves(self) -> None:
+        """Draw curves.png anew from the log; a failure is said, and ends nothing."""
+        if not self.accelerator.is_main_process:
+            return
+        file = self.run.folder / "curves.png"
+        try:
+            lines = self.run.log_file.read_text().splitlines()
+            output_dim = self.run.config.model.projection_output_dim
+            write_picture(file, curves([json.loads(line) for line in lines], output_dim))
+        except Exception as error:  # whatever it is, a run goes on without the picture
+            self.say(f"warning: cannot draw {file}: {error}")
+
+    # ------------------------------------------------ what is wrong
+
+    def _lasting_collapse(self, step: int, entropy: float, kl: float) -> str:
+        """Return what the teacher has been collapsed to for long, or nothing; say it once."""
+        output_dim = self.run.config.model.projection_output_dim
+        kind = collapse_of(entropy, kl, output_dim)
+        if not kind:
+            if self.said_collapse:
+                self.say(f"step {step:,}: the teacher is no longer {self.said_collapse}")
+            self.collapse = None
+            self.said_collapse = ""
+            return ""
+        if self.collapse is None or self.collapse.kind != kind:
+            self.collapse = Collapse(kind, since=step)
+        if step - self.collapse.since < min(self.run.steps_per_epoch, COLLAPSE_STEPS):
+            return ""
+        if self.said_collapse != kind:
+            self.said_collapse = kind
+            self.say(f"warning: step {step:,}: {self.collapse}")
+        return kind
+
+    def collapse_to_save(self) -> dict | None:
+        """Return since when the teacher has been collapsed: a resumed run then says the same."""
+        return asdict(self.collapse) if self.collapse else None
+
+    def stop_on_collapse(self) -> None:
+        """Raise RunError where --stop-on-collapse was given and a collapse was said."""
+        if self.run.config.run.stop_on_collapse and self.said_collapse:
+            raise RunError(f"{self.collapse}; {self.run.kept()}")
+
+    def report_unreadable(self, step: int) -> None:
+        """Name the images that could not be decoded, once each; RunError if they are too many.
+
+        A collective.
+        """
+        run = self.run
+        new = set().union(*run.agreement.gather(run.new_unreadable)) - run.unreadable
+        run.new_unreadable = set()
+        run.unreadable |= new
+        if new:
+            reasons = [run.dataset.why_unreadable(index) for index in sorted(new)]
+            self.log(step, {"unreadable": reasons})
+            for reason in reasons:
+                self.say(f"{reason}; replaced by the next")
+        num, total = len(run.unreadable), len(run.dataset)
+        if num > MOST_UNREADABLE * total:
+            lines = [
+                f"{num} of {total:,} images cannot be decoded, more than {MOST_UNREADABLE:.0%}:"
+            ]
+            lines += [run.dataset.why_unreadable(index) for index in sorted(run.unreadable)[:10]]
+            if num > 10:
+                lines.append(f"and {num - 10} more, in {run.log_file}")
+            raise RunError("\n  ".join(lines))
+
+    def say_how_to_resume(self, step: int) -> None:
+        self.say(f"stopped after step {step:,} of {self.run.total_steps:,}; to go on:")
+        folder = shlex.quote(str(self.run.folder))
+        self.say(f"  {launch_line(self.accelerator)} dino_train.py --resume {folder}")

@@ -1,0 +1,288 @@
+"""What a run is about to do, by its own arithmetic: header, warnings, and the dry run."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+
+from config import Config
+from data import batch_factors
+from harness.command import print_rows, unused_path
+from harness.distributed import has_compiler, is_compiled
+from harness.monitor import Monitor, peak_memory, write_picture
+from harness.pictures import crop_cells, sheet
+from harness.run import Due, Run, TrainingState
+from multicrop import MultiCrop
+
+# ---------------------------------------------------------------- words and numbers
+
+
+def ema_half_life(momentum: float) -> float:
+    """Return the steps after which half of an EMA is newer."""
+    if momentum <= 0:
+        return 0.0
+    if momentum >= 1:
+        return math.inf
+    return math.log(0.5) / math.log(momentum)
+
+
+def three_digits(number: float) -> str:
+    """Return a number with three digits, or in whole thousands: `0.658`, `34.3`, `1,386`."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def num_epochs(number: float) -> str:
+    return f"{number:g} epoch" if number == 1 else f"{number:g} epochs"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as `2 d 03 h`, `3 h 05 min`, `4 min 06 s`, or `7 s`."""
+    seconds = round(seconds)
+    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
+    if days:
+        return f"{days} d {hours:02} h"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    if minutes:
+        return f"{minutes} min {seconds % 60:02} s"
+    return f"{seconds} s"
+
+
+# ---------------------------------------------------------------- header
+
+
+def introduce(run: Run, monitor: Monitor, student: nn.Module, why_no_knn: str) -> None:
+    """Say what is about to be trained, what is likely not meant, and where it goes on."""
+    monitor.console.print(header(run, student))
+    if why_no_knn:
+        monitor.say(f"no k-NN during training: {why_no_knn}")
+    for warning in unlikely_settings(run, student):
+        monitor.say(f"warning: {warning}")
+    if run.config.run.resume:
+        text = f"after step {run.first_step:,} of {run.total_steps:,}"
+        monitor.say(f"resumed {run.folder} {text}")
+    for change in run.changes:
+        monitor.say(f"taken over: {change}")
+
+
+def header(run: Run, student: nn.Module) -> Table:
+    """Return a table of what is about to be trained, on what, and how."""
+    config, num_images = run.config, len(run.dataset)
+    output_dim = config.model.projection_output_dim
+    rows = {
+        "arch": f"{config.model.arch}: {_sizes_of(student)}",
+        "head": f"K {output_dim:,} prototypes, {three_digits(num_images / output_dim)} images to "
+        "each",
+        "data": f"{config.data.data}: {num_images:,} images, crops {_crops_of(config)}",
+        "device": f"{_devices_of(run)}, mixed precision: {config.run.mixed_precision}"
+        f"{_compiling_of(config, student)}",
+        "batch": f"{_batch_of(run)}, {run.steps_per_epoch:,} steps an epoch, "
+        f"{num_epochs(config.optim.epochs)}",
+        "optimizer": _optimizer_of(run),
+        "teacher": _teacher_of(run),
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}[/]", escape(text))
+    return table
+
+
+def _sizes_of(student: nn.Module) -> str:
+    backbone, head = student.children()
+    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (backbone, head)]
+    return f"{millions[0]:.2f} M parameters, {millions[1]:.2f} M in the head"
+
+
+def _crops_of(config: Config) -> str:
+    crops = config.crops
+    text = f"2 of {crops.global_crop_size}"
+    if crops.num_local_crops:
+        text += f" + {crops.num_local_crops} of {crops.local_crop_size}"
+    return f"{text} px"
+
+
+def _devices_of(run: Run) -> str:
+    world, device = run.accelerator.num_processes, run.accelerator.device.type
+    text = f"{world} x {torch.cuda.get_device_name() if device == 'cuda' else device}"
+    if run.accelerator.is_fsdp2:
+        return f"{text} FSDP"
+    return f"{text} DDP" if world > 1 else text
+
+
+def _compiling_of(config: Config, student: nn.Module) -> str:
+    if not config.run.compile:
+        return ""
+    return ", blocks compiled" if is_compiled(student) else ", blocks not compiled"
+
+
+def _batch_of(run: Run) -> str:
+    optim, world = run.config.optim, run.accelerator.num_processes
+    text = f"{run.batch_size} images"
+    if optim.batch_size == run.batch_size:
+        return text
+    return f"{text} ({batch_factors(optim.batch_size, world, optim.accumulation_steps)})"
+
+
+def _optimizer_of(run: Run) -> str:
+    optim = run.config.optim
+    peak = f"lr {optim.lr * run.batch_size / 256:.3g} ({optim.lr:g} x {run.batch_size} / 256)"
+    return f"{optim.optimizer}, {peak}, warm-up of {num_epochs(optim.warmup_epochs)}"
+
+
+def _teacher_of(run: Run) -> str:
+    teacher, epochs = run.config.teacher, num_epochs(run.config.optim.epochs)
+    half_life = ema_half_life(teacher.teacher_momentum)
+    half_life_epochs = three_digits(half_life / run.steps_per_epoch)
+    temperature = f"{teacher.teacher_temp:g}"
+    if teacher.warmup_teacher_temp_epochs:
+        warmup = f"in {teacher.warmup_teacher_temp_epochs} of {epochs}"
+        temperature = f"{teacher.warmup_teacher_temp:g} to {teacher.teacher_temp:g} {warmup}"
+    return (
+        f"half of it newer than {three_digits(half_life)} steps at first ({half_life_epochs} "
+        f"epochs), temperature {temperature}"
+    )
+
+
+# ---------------------------------------------------------------- warnings
+
+
+def unlikely_settings(run: Run, student: nn.Module) -> list[str]:
+    """Return a line for each setting that is likely not meant so."""
+    config = run.config
+    num_images, epochs = len(run.dataset), config.optim.epochs
+    lines: list[str] = []
+    half_life = ema_half_life(config.teacher.teacher_momentum)
+    if half_life > run.total_steps:
+        lines.append(
+            f"--teacher-momentum {config.teacher.teacher_momentum:g} has a half-life of "
+            f"{three_digits(half_life)} steps, the run {run.total_steps:,}: the teacher stays as "
+            "it is"
+        )
+    output_dim = config.model.projection_output_dim
+    if output_dim > num_images:
+        given = f"--projection-output-dim {output_dim}"
+        lines.append(f"{given} is more prototypes than the {num_images:,} images")
+    if config.run.knn_every and min(config.run.knn_images, num_images) < 20:
+        flag = "--knn-images" if config.run.knn_images < 20 else "--data"
+        lines.append(f"k-NN asks 20 images, {flag} gives it fewer")
+    warm_ups = {
+        "--warmup-epochs": config.optim.warmup_epochs,
+        "--warmup-teacher-temp-epochs": config.teacher.warmup_teacher_temp_epochs,
+    }
+    for flag, warm_up in warm_ups.items():
+        if warm_up > epochs:
+            lines.append(f"{flag} {warm_up:g} is longer than the run of {num_epochs(epochs)}")
+    frozen = config.optim.freeze_last_layer_epochs
+    if frozen >= epochs:
+        given = f"--freeze-last-layer-epochs {frozen}"
+        text = f"covers the run of {num_epochs(epochs)}: the last layer stays as it is"
+        lines.append(f"{given} {text}")
+    if run.accelerator.num_processes > 1 and _has_plain_batch_norm(student):
+        is_on_gpus = run.accelerator.device.type == "cuda"
+        reason = "--no-sync-bn" if is_on_gpus else "only GPUs share them"
+        lines.append(f"BatchNorm sees {config.optim.batch_size} images at a time: {reason}")
+    if config.run.compile and not has_compiler():
+        lines.append("--compile needs a C compiler and Python's headers, which were not found")
+    return lines
+
+
+def _has_plain_batch_norm(network: nn.Module) -> bool:
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return any(not isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+
+
+# ---------------------------------------------------------------- dry run
+
+WARM_UP_STEPS = 2  # not timed
+TIMED_STEPS = 12  # at most
+TIMED_SECONDS = 30  # at most
+BATCHES_AHEAD = 2  # that a worker makes: until they are used up, no step seems to wait
+
+
+class DryRun(Run):
+    """A run of a few steps that writes nothing, and ends once it has timed them."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        # what workers made ahead during the warm-up is used up before the clock starts
+        self.steady_step = WARM_UP_STEPS + BATCHES_AHEAD * self.config.data.num_workers
+        self.last_step = min(self.total_steps, self.steady_step + TIMED_STEPS)
+        self.began = time.monotonic()
+        self.began_after = 0  # steps
+
+    def open(self) -> None:
+        """Create nothing."""
+
+    def append_to_log(self, line: str) -> None:
+        """Keep nothing."""
+
+    def save(self, state: TrainingState, step: int, metrics: dict, collapse: object = None) -> None:
+        """Save nothing."""
+
+    def steps(self) -> Iterator[int]:
+        """Yield the steps to take; the clock starts after the warm-up, and anew once it is steady.
+
+        Where steps are slow, the run is over before the second start.
+        """
+        for step in range(1, self.last_step + 1):
+            if step in (WARM_UP_STEPS + 1, self.steady_step + 1):
+                self._start_clock(step - 1)
+            yield step
+
+    def _start_clock(self, after_step: int) -> None:
+        self._wait_for_device()
+        self.began = time.monotonic()
+        self.began_after = after_step
+        self.waited = 0.0
+
+    def _wait_for_device(self) -> None:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def what_is_due(self, step: int, *args: object) -> Due:
+        """Return what follows a step: no file, and the end once enough is timed. A collective."""
+        due = super().what_is_due(step, *args)
+        is_long = step > WARM_UP_STEPS and time.monotonic() - self.began > TIMED_SECONDS
+        (is_over,) = self.agreement.largest(step == self.last_step or is_long)
+        return due._replace(evaluates=False, saves=False, ends=due.ends or bool(is_over))
+
+    def report(self, console: Console, step: int, crops: list[Tensor], cut: MultiCrop) -> None:
+        """Print what the timed steps tell of the run, and write crops.png under an unused name."""
+        if not self.accelerator.is_main_process:
+            return
+        self._wait_for_device()
+        seconds = time.monotonic() - self.began
+        num_steps = step - self.began_after
+        seconds_a_step = seconds / num_steps
+        speed = self.batch_size / seconds_a_step
+        file = self._draw_crops(crops, cut)
+        whole_run = duration(self.total_steps * seconds_a_step)
+        memory_of = "device" if torch.cuda.is_available() else "process"
+        console.print(f"dry run: nothing but {file.name} was written", markup=False)
+        rows = {
+            "speed": f"{speed:.3g} images/s, {seconds_a_step:.3g} s a step, over {num_steps}",
+            "waiting": f"{self.waited / seconds:.0%} of the time, for data",
+            "memory": f"{peak_memory():.2f} GiB at most, of the {memory_of}",
+            "whole run": f"{whole_run} for {self.total_steps:,} steps, less k-NN and saving",
+            "crops": str(file),
+        }
+        print_rows(console, rows)
+
+    def _draw_crops(self, crops: list[Tensor], cut: MultiCrop) -> Path:
+        """Write all crops of up to eight images as one picture, and return its path."""
+        num_images = min(8, len(crops[0]))
+        cells = []
+        for row in range(num_images):
+            cells += crop_cells(crops, cut.mean, cut.std, row)
+        title = f"crops of {num_images} images, as the network sees them"
+        folder = Path() if self.config.run.output_dir is None else self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        file = unused_path(folder, "crops", ".png")
+        write_picture(file, sheet(title, cells, len(crops)))
+        return file

@@ -1,0 +1,292 @@
+"""Pictures drawn by Pillow: sheets of images with labels, and the curves of a run.
+
+    curves(lines_of_log_jsonl, output_dim=4096).save("curves.png")
+
+Stands alone: needs Pillow, NumPy, torch and torchvision. A card has its own colours, which can be
+read on light and dark pages. Axes: b batch, n points, c h w image or map.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+CARD = "#202226"  # background of a sheet
+INK = "#e4e6e9"  # its texts
+PLOT = "#141518"  # background of curves and points
+GRID = "#303338"  # lines behind curves
+OTHER = "#70747a"  # what has no colour of its own
+# from no attention to the most, in red, green and blue
+HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
+CLASS_COLOURS = (
+    "#e6454a",
+    "#4cc46a",
+    "#ffe14a",
+    "#5b86f5",
+    "#f58b3c",
+    "#b565e0",
+    "#4fd8f2",
+    "#f25be0",
+    "#c3ee55",
+    "#f9bdd3",
+    "#4fa3a0",
+    "#d9bfff",
+    "#b0784a",
+    "#fff6c0",
+    "#a8432f",
+    "#aaf5c0",
+    "#90902c",
+    "#ffd3a8",
+    "#6a6ad0",
+    "#a9a9a9",
+)
+LINES = ("#5b86f5", "#f58b3c")  # colours of a panel's curves
+
+GAP = 8  # pixels between pictures
+TITLE_HEIGHT = 40  # pixels
+LABEL_HEIGHT = 22  # pixels
+SMALL_TILE = 120  # pixels, the least width of a column that has labels
+WIDTH = 400  # pixels of a panel of curves
+HEIGHT = 240  # pixels of a panel of curves
+MOST_POINTS = 400  # of a curve: about as many as it has pixels
+
+Cell = tuple[Image.Image, str]  # a picture and the label under it
+Curve = tuple[str, list[float], list[float]]  # name, epochs, values
+
+
+def tile(image: Tensor, side: int) -> Image.Image:
+    """Return (3, h, w) uint8 fitted into a square, aspect kept; enlarged, it keeps its pixels."""
+    scale = side / max(image.shape[1:])
+    height, width = (max(1, round(scale * length)) for length in image.shape[1:])
+    resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    return TF.to_pil_image(image).resize((width, height), resample)
+
+
+def clipped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Return a text as one line of at most `width` pixels, shortened by an ellipsis."""
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def sheet(title: str, cells: Sequence[Cell], num_columns: int) -> Image.Image:
+    """Lay out pictures in rows, each with its label below, under a title. Sizes follow theirs."""
+    title_font, label_font = ImageFont.load_default(17), ImageFont.load_default(14)
+    rows = [cells[i : i + num_columns] for i in range(0, len(cells), num_columns)]
+    columns = [cells[i::num_columns] for i in range(min(num_columns, len(cells)))]
+    column_widths = [_column_width(column) for column in columns]
+    below = GAP  # a picture
+    if any(label for _, label in cells):
+        below += LABEL_HEIGHT
+    row_heights = [max(picture.height for picture, _ in row) + below for row in rows]
+    width = sum(column_widths) + GAP * (len(column_widths) + 1)
+    top = TITLE_HEIGHT if title else GAP
+    card = Image.new("RGB", (width, top + sum(row_heights)), CARD)
+    draw = ImageDraw.Draw(card)
+    draw.text((GAP, 10), clipped(title, title_font, width - 2 * GAP), INK, title_font)
+    for row, row_height in zip(rows, row_heights, strict=True):
+        label_top = top + row_height - below
+        left = GAP
+        for (picture, label), column_width in zip(row, column_widths, strict=False):
+            middle = left + column_width // 2
+            card.paste(picture, (middle - picture.width // 2, label_top - picture.height))
+            text = clipped(label, label_font, column_width)
+            draw.text((middle, label_top + 3), text, INK, label_font, anchor="ma")
+            left += column_width + GAP
+        top += row_height
+    return card
+
+
+def _column_width(column: Sequence[Cell]) -> int:
+    width = max(picture.width for picture, _ in column)
+    has_labels = any(label for _, label in column)
+    return max(width, SMALL_TILE) if has_labels else width
+
+
+# ---------------------------------------------------------------- curves
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Return round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
+    power = 10 ** math.floor(math.log10((high - low) / most))
+    steps = [power * factor for factor in (1, 2, 5, 10, 20)]
+    step = next(step for step in steps if (high - low) / step <= most)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+class _Axes:
+    """Where values over epochs lie on a panel of twice its size, for smooth lines."""
+
+    left, right = 120, 2 * WIDTH - 24
+    top, bottom = 64, 2 * HEIGHT - 56
+
+    def __init__(self, end: float, values: Sequence[float]) -> None:
+        """Cover epochs from 0 to `end` and all values, with some room around them."""
+        low, high = min(values), max(values)
+        room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+        self.end = end
+        self.low = low if low == 0 else low - room
+        self.high = high + room
+
+    def place(self, epoch: float, value: float) -> tuple[float, float]:
+        across = epoch / self.end
+        up = (value - self.low) / (self.high - self.low)
+        x = self.left + (self.right - self.left) * across
+        y = self.bottom - (self.bottom - self.top) * up
+        return x, y
+
+
+def panel(title: str, curves: Sequence[Curve], guides: dict[str, float]) -> Image.Image:
+    """Draw curves over epochs, with dashed guides by name."""
+    font = ImageFont.load_default(26)
+    card = Image.new("RGB", (2 * WIDTH, 2 * HEIGHT), PLOT)
+    draw = ImageDraw.Draw(card)
+    draw.text((20, 12), title, INK, font)
+    epochs: list[float] = []
+    values = list(guides.values())
+    for _, curve_epochs, curve_values in curves:
+        for epoch, value in zip(curve_epochs, curve_values, strict=True):
+            if math.isfinite(value):
+                epochs.append(epoch)
+                values.append(value)
+    if not epochs:
+        draw.text((WIDTH, HEIGHT), "nothing yet", OTHER, font, anchor="mm")
+        return card.reduce(2)
+    axes = _Axes(max(epochs) or 1.0, values)
+    _draw_grid(draw, axes, font)
+    name_right = axes.right
+    for curve, colour in zip(curves, LINES, strict=False):
+        _draw_curve(draw, axes, curve, colour)
+        draw.text((name_right, 12), curve[0], colour, font, anchor="ra")
+        name_right -= font.getlength(curve[0]) + 24
+    for name, value in guides.items():
+        _draw_guide(draw, axes, name, value, font)
+    return card.reduce(2)
+
+
+def _draw_grid(draw: ImageDraw.ImageDraw, axes: _Axes, font: ImageFont.FreeTypeFont) -> None:
+    for value in ticks(axes.low, axes.high, 4):
+        start, end = axes.place(0, value), axes.place(axes.end, value)
+        draw.line([start, end], GRID, 2)
+        draw.text((axes.left - 12, start[1]), f"{value:.4g}", OTHER, font, anchor="rm")
+    for epoch in ticks(0, axes.end, 6):
+        x, _ = axes.place(epoch, axes.low)
+        draw.text((x, axes.bottom + 12), f"{epoch:g}", OTHER, font, anchor="ma")
+
+
+def _draw_curve(draw: ImageDraw.ImageDraw, axes: _Axes, curve: Curve, colour: str) -> None:
+    _, epochs, values = curve
+    every = math.ceil(len(epochs) / MOST_POINTS) or 1
+    line = [axes.place(x, y) for x, y in zip(epochs[::every], values[::every], strict=True)]
+    draw.line(line, colour, 4, joint="curve")
+    if len(line) <= 30:  # so few that their places can be told
+        for spot in line:
+            draw.circle(spot, 7, colour)
+
+
+def _draw_guide(
+    draw: ImageDraw.ImageDraw,
+    axes: _Axes,
+    name: str,
+    value: float,
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    _, y = axes.place(0, value)
+    for start in range(axes.left, axes.right, 24):
+        draw.line([(start, y), (start + 12, y)], OTHER, 2)
+    draw.text((axes.right, y + 4), name, OTHER, font, anchor="ra")
+
+
+def curves(log: Sequence[dict], output_dim: int) -> Image.Image:
+    """Draw a run's lines of log.jsonl: loss, k-NN, entropy with KL, and learning rate."""
+
+    def curve(key: str, name: str) -> Curve:
+        rows = [row for row in log if key in row]
+        return name, [row["epoch"] for row in rows], [row[key] for row in rows]
+
+    knn = curve("knn_top1", "")
+    untrained = {"untrained": knn[2][0]} if len(knn[2]) > 1 else {}
+    uniform = {f"ln K = {math.log(output_dim):.2f}: uniform": math.log(output_dim)}
+    entropies = [curve("teacher_entropy", "entropy"), curve("kl", "KL")]
+    panels = [
+        panel("loss", [curve("loss", "")], {}),
+        panel("k-NN top-1, %", [knn], untrained),
+        panel("teacher entropy and KL", entropies, uniform),
+        panel("learning rate", [curve("lr", "")], {}),
+    ]
+    epoch = max((row["epoch"] for row in log), default=0)
+    return sheet(f"by epoch, up to {epoch:g}", [(picture, "") for picture in panels], 2)
+
+
+# ---------------------------------------------------------------- images, maps and points
+
+
+def crop_cells(crops: Sequence[Tensor], mean: Tensor, std: Tensor, row: int) -> list[Cell]:
+    """Return the crops, (b, 3, h, w) each and globals first, of image `row` of a batch, as seen."""
+    cells = []
+    for view, crop in enumerate(crops):
+        pixels = (crop[row] * std + mean).clamp(0, 1).cpu()
+        label = f"global {view + 1}" if view < 2 else f"local {view - 1}"
+        cells.append((tile(TF.to_dtype(pixels, torch.uint8, scale=True), SMALL_TILE), label))
+    return cells
+
+
+def enlarged(values: np.ndarray, like: Image.Image) -> Image.Image:
+    """Return a map (h, w) or (h, w, 3) uint8 in a picture's size, its cells kept visible."""
+    return Image.fromarray(values).resize(like.size, Image.Resampling.NEAREST)
+
+
+def heat(picture: Image.Image, attention: Tensor, brightest: float) -> Image.Image:
+    """Return a picture in grey under attention (h, w): dark at 0, bright at `brightest`."""
+    share = (attention / brightest).clamp(0, 1).numpy()
+    stops = np.linspace(0, 1, len(HEAT))
+    channels = [np.interp(share, stops, levels) for levels in zip(*HEAT, strict=True)]
+    colours = np.stack(channels, axis=-1).astype(np.uint8)
+    grey = ImageOps.grayscale(picture).convert("RGB")
+    return Image.blend(grey, enlarged(colours, picture), 0.75)
+
+
+def scatter(title: str, points: Tensor, classes: list[str], axes: str) -> Image.Image:
+    """Draw points (n, 2) in their classes' colours, on one scale, with a legend."""
+    names = sorted(set(classes))
+    colours = dict(zip(names, CLASS_COLOURS, strict=False))
+    low, high = points.min(0).values, points.max(0).values
+    # three times as large as shown, for smooth edges
+    scale = 1800 / (high - low).max().clamp(min=1e-6)
+    margin, radius = 48, 10
+    width, height = ((high - low) * scale).long().tolist()
+    plot = Image.new("RGB", (width + 2 * margin, height + 2 * margin), PLOT)
+    draw = ImageDraw.Draw(plot)
+    # in a random order, else the last class hides the others
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
+    for i in order.tolist():
+        x, y = ((points[i] - low) * scale + margin).tolist()
+        draw.circle((x, plot.height - y), radius, colours.get(classes[i], OTHER))
+    plot = plot.reduce(3)
+    labels = list(colours)
+    if len(names) > len(colours):
+        labels.append(f"{len(names) - len(colours)} more")
+    legend = _legend(labels, colours, plot.height)
+    return sheet(title, [(plot, axes), (legend, "")], 2)
+
+
+def _legend(labels: list[str], colours: dict[str, str], height: int) -> Image.Image:
+    """Draw labels below each other, each beside a spot of its colour."""
+    font = ImageFont.load_default(14)
+    longest = max(font.getlength(clipped(label, font, 160)) for label in labels)
+    width = min(160, 30 + int(longest))
+    legend = Image.new("RGB", (width, max(height, LABEL_HEIGHT * len(labels))), CARD)
+    draw = ImageDraw.Draw(legend)
+    for i, label in enumerate(labels):
+        top = LABEL_HEIGHT * i
+        draw.circle((9, top + 10), 5, colours.get(label, OTHER))
+        draw.text((22, top + 2), clipped(label, font, width - 24), INK, font)
+    return legend

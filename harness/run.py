@@ -1,0 +1,506 @@
+"""A run and its folder: what is saved, when, and how it goes on.
+
+runs/NAME/config.yaml         the finished configuration; --config reproduces the run
+runs/NAME/log.jsonl           one line a logged step and evaluation
+runs/NAME/ckpt.safetensors    the teacher, with all that evaluating it needs
+runs/NAME/state.safetensors   all that an exact resume needs, on any number of processes
+
+Run.prepare -> build the networks -> run.load -> run.open -> the loop asks what_is_due and saves.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader
+
+from config import SETTINGS, Config
+from data import (
+    ImageDataset,
+    Sample,
+    StepSampler,
+    build_dataset,
+    collate,
+    index_folder_beside,
+    to_canvas,
+)
+from harness.command import RunError, copy_whole, iterate, unused_path, write_whole
+from harness.distributed import Agreement, make_accelerator
+from harness.flags import as_plain_data, check_values, choose_precision, finish, fit_batch
+from losses import DinoLoss
+from models import load_tensors, save_checkpoint, save_tensors
+
+# ---------------------------------------------------------------- what a step changes
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with all its shards. A collective where it has any."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _copy_into(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into `target`, each process its shard, in place."""
+    if isinstance(target, DTensor):
+        value = distribute_tensor(
+            value.to(target.device),
+            target.device_mesh,
+            target.placements,
+            src_data_rank=None,  # all processes have the value: nothing is sent
+        )
+    target.copy_(value)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """All that a step changes: with the step's number, all that an exact resume needs."""
+
+    system: nn.Module  # with .student and .teacher
+    loss: DinoLoss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None  # fp16's
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state by name, the optimizer's by its parameter's name; sharded as it is."""
+        names = {param: name for name, param in self.system.student.named_parameters()}
+        tensors = {**self.system.state_dict(), "loss.center": self.loss.center}
+        for param, values in self.optimizer.state.items():
+            for key, value in values.items():
+                tensors[f"optimizer.{names[param]}.{key}"] = value
+        if self.scaler is not None:
+            for key, number in self.scaler.state_dict().items():
+                tensors[f"scaler.{key}"] = torch.tensor(number)
+        return tensors
+
+    def whole_tensors(self, keep: bool) -> dict[str, Tensor]:
+        """Return `tensors` whole and on the CPU where `keep`, else nothing. A collective."""
+        kept = {}
+        for name, tensor in self.tensors().items():
+            tensor = _whole(tensor)
+            if keep:
+                kept[name] = tensor.detach().cpu()
+        return kept
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `whole_tensors` returned, in place. ValueError where a tensor lacks."""
+        params = dict(self.system.student.named_parameters())
+        own = {**self.system.state_dict(), "loss.center": self.loss.center}
+        scaling = {}
+        for name, value in tensors.items():
+            part, rest = name.split(".", 1)
+            if part == "scaler":
+                scaling[rest] = value.item()
+            elif part == "optimizer":
+                param_name, key = rest.rsplit(".", 1)
+                self._load_optimizer(params[param_name], key, value)
+            else:
+                _copy_into(own.pop(name), value)
+        if own:
+            raise ValueError(f"the saved state lacks {', '.join(list(own)[:3])}")
+        if self.scaler is not None:
+            self.scaler.load_state_dict(scaling)
+
+    def _load_optimizer(self, param: Tensor, key: str, value: Tensor) -> None:
+        if value.shape == param.shape:  # in the parameter's strides, which fused optimizers need
+            target = torch.empty_like(param, dtype=value.dtype)
+        else:  # the step's number, which torch keeps on the CPU unless the optimizer is fused
+            is_fused = self.optimizer.param_groups[0].get("fused")
+            target = torch.empty_like(value, device=param.device if is_fused else "cpu")
+        _copy_into(target, value)
+        self.optimizer.state[param][key] = target
+
+
+# ---------------------------------------------------------------- what was saved
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a state file says of its run, apart from the tensors."""
+
+    step: int = 0
+    metrics: dict = field(default_factory=dict)  # of the last evaluation
+    collapse: dict | None = None  # what the teacher had been since which step
+    unreadable: tuple[int, ...] = ()  # images
+    config: dict = field(default_factory=dict)  # as as_plain_data gave it
+    world: int = 1  # processes
+    fingerprint: str = ""  # of the images
+
+    @classmethod
+    def read(cls, state_file: Path) -> "SavedRun":
+        """Read a state file's metadata. ValueError where another version of this code wrote it."""
+        _, texts = load_tensors(state_file, only_metadata=True)
+        metadata = json.loads(texts["metadata"])
+        metrics = dict(metadata["metrics"])
+        is_known = {"world", "fingerprint"} <= metadata.keys() and all(
+            section in SETTINGS and values.keys() <= SETTINGS[section].keys()
+            for section, values in metadata["config"].items()
+        )
+        if not is_known:
+            folder = state_file.parent
+            raise ValueError(f"cannot resume {folder}: another version of this code saved it")
+        older_place = metrics.pop("collapse", None)  # earlier versions kept it among the metrics
+        return cls(
+            step=metadata["step"],
+            metrics=metrics,
+            collapse=metadata.get("collapse", older_place),
+            unreadable=tuple(metadata.get("unreadable", ())),
+            config=metadata["config"],
+            world=metadata["world"],
+            fingerprint=metadata["fingerprint"],
+        )
+
+    @property
+    def images_per_step(self) -> int:
+        optim = self.config["optim"]
+        return optim["batch_size"] * optim["accumulation_steps"] * self.world
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Due(NamedTuple):
+    """What follows a step, in all processes alike."""
+
+    reads_loss: bool  # from the device, which has to be waited for
+    logs: bool
+    evaluates: bool
+    saves: bool
+    ends: bool
+
+
+# the run's own files in its folder, besides its four; the last are safetensors' temporary names
+NUMBERED_FILE = r"(state|ckpt)-(\d{8}|epoch-\d{4,})\.safetensors"
+LEFT_BY_A_KILL = r"\.tmp-.+|\.tmp[A-Za-z0-9]{6}"
+
+
+class Run:
+    """A run: its config, processes, images and folder. Nothing is written before `open`.
+
+    Raises ValueError where the folder is taken or the run in it cannot go on so.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, dataset: ImageDataset) -> None:
+        self.accelerator = accelerator
+        self.dataset = dataset
+        self.agreement = Agreement()
+        self.folder = self._choose_folder(config)
+        self.config_file = self.folder / "config.yaml"
+        self.log_file = self.folder / "log.jsonl"
+        self.checkpoint = self.folder / "ckpt.safetensors"
+        self.state_file = self.folder / "state.safetensors"
+        self.to_delete = self._files_of_another_run(config)
+        self.fingerprint = dataset.fingerprint()
+        self.is_resumed = config.run.resume and self.state_file.exists()
+        self.saved = SavedRun.read(self.state_file) if self.is_resumed else SavedRun()
+        self.agreement.require_same(self.saved.step, f"state in {self.folder}")
+        self.agreement.require_same(self.fingerprint, f"images in {config.data.data}")
+        world = accelerator.num_processes
+        if self.is_resumed and world != self.saved.world:
+            config = fit_batch(config, self.saved.images_per_step, world)
+        self.config = config
+        self.changes = self._changes_since_saved() if self.is_resumed else []
+        accelerator.gradient_accumulation_steps = config.optim.accumulation_steps
+        self.batch_size = config.optim.images_per_step(world)  # of all processes
+        self.steps_per_epoch = self._sampler(range(0)).steps_per_epoch
+        self.total_steps = config.optim.epochs * self.steps_per_epoch
+        self.first_step = self.saved.step  # steps that were done before
+        self.stop_signal = 0  # the one that ended the run, once all processes know of it
+        self.unreadable = set(self.saved.unreadable)
+        self.new_unreadable: set[int] = set()  # not yet said
+        self.waited = 0.0  # seconds, for batches
+        self.saved_at = time.monotonic()
+
+    @classmethod
+    def prepare(cls, config: Config) -> "Run":
+        """Open processes, images and the run's folder, and finish the config by them.
+
+        Raises ValueError for what cannot be meant; nothing is written then.
+        """
+        check_values(config)
+        accelerator = make_accelerator(choose_precision(config), config.run.log_with)
+        index_folder = None
+        if not config.run.dry_run:
+            index_folder = index_folder_beside(config.run.output_dir or Path("runs", "run"))
+        with accelerator.local_main_process_first():  # which may have to download or to scan
+            dataset = build_dataset(config.data.data, index_folder=index_folder)
+        config = finish(config, dataset, accelerator.mixed_precision)
+        dataset.seed = config.run.seed
+        dataset.transform = partial(to_canvas, size=config.data.canvas_size)
+        return cls(config, accelerator, dataset)
+
+    # ------------------------------------------------ before the first step
+
+    def _choose_folder(self, config: Config) -> Path:
+        name = f"{Path(config.data.data).name}-{config.model.arch}"
+        unused = self.agreement.gather(unused_path(Path("runs"), name))[0]
+        folder = config.run.output_dir or unused
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"need a folder for --output-dir, got the file {folder}")
+        return folder
+
+    def _files_of_another_run(self, config: Config) -> list[Path]:
+        """Return the files that --overwrite deletes. ValueError where it was not given."""
+        files = [self.config_file, self.log_file, self.checkpoint, self.state_file]
+        taken = [file for file in files if file.exists()]
+        if config.run.overwrite:
+            return taken + self._files(NUMBERED_FILE)
+        if taken and not config.run.resume:
+            wanted = "--resume, --overwrite or another --output-dir"
+            raise ValueError(f"{self.folder} already holds a run ({taken[0].name}): need {wanted}")
+        return []
+
+    def _files(self, pattern: str) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return [file for file in self.folder.iterdir() if re.fullmatch(pattern, file.name)]
+
+    def _changes_since_saved(self) -> list[str]:
+        """Return the settings that differ from the saved run's, as lines to be said.
+
+        Raises ValueError naming every one that a resumed run may not change.
+        """
+        changes: list[str] = []
+        refused: list[str] = []
+        has_same_images = self.fingerprint == self.saved.fingerprint
+        images_per_step = self.config.optim.images_per_step(self.accelerator.num_processes)
+        has_same_batch = images_per_step == self.saved.images_per_step
+        given = as_plain_data(self.config)
+        for section, values in self.saved.config.items():
+            for name, old in values.items():
+                new = given[section][name]
+                if new == old:
+                    continue
+                may_change = SETTINGS[section][name].metadata.get("may_change", False)
+                if name == "data":
+                    may_change = has_same_images  # which may have moved
+                if name in ("batch_size", "accumulation_steps"):
+                    may_change = has_same_batch
+                flag = f"--{name.replace('_', '-')} {new}"
+                if may_change:
+                    changes.append(f"{flag} (was {old})")
+                else:
+                    refused.append(f"{flag}: it has {old}")
+        if not refused and not has_same_images:
+            images = self.config.data.data
+            refused.append(f"the images in {images}: they are not those it began with")
+        if refused:
+            raise ValueError(f"cannot resume {self.folder} with {'; '.join(refused)}")
+        return changes
+
+    def load(self, state: TrainingState) -> None:
+        """Restore what the run saved, where it goes on."""
+        if self.is_resumed:
+            tensors, _ = load_tensors(self.state_file)
+            state.load(tensors)
+
+    def open(self) -> None:
+        """Create the folder and its trackers; the log's lines after the saved step are cut.
+
+        A collective. Raises ValueError in all processes where it cannot be written.
+        """
+        error = ""
+        if self.accelerator.is_main_process:
+            try:
+                self._create_folder()
+            except OSError as failure:
+                error = str(failure)
+        error = self.agreement.gather(error)[0]
+        if error:
+            raise ValueError(f"cannot write to {self.folder}: {error}")
+        if self.config.run.log_with:
+            self.accelerator.project_configuration.logging_dir = str(self.folder)
+            self.accelerator.init_trackers("dino")
+
+    def _create_folder(self) -> None:
+        is_expected = self.config.run.output_dir is not None
+        self.folder.mkdir(parents=True, exist_ok=is_expected)
+        for file in self.to_delete + self._files(LEFT_BY_A_KILL):
+            file.unlink()
+        write_whole(self.config_file, yaml.safe_dump(as_plain_data(self.config), sort_keys=False))
+        write_whole(self.log_file, "".join(f"{line}\n" for line in self._lines_to_keep()))
+
+    def _lines_to_keep(self) -> Iterator[str]:
+        """Yield the log's lines up to the saved step."""
+        if not self.first_step or not self.log_file.exists():
+            return
+        for line in self.log_file.read_text().splitlines():
+            try:
+                step = json.loads(line)["step"]
+            except ValueError:  # a line that a kill cut off
+                return
+            if step <= self.first_step:
+                yield line
+
+    def append_to_log(self, line: str) -> None:
+        with open(self.log_file, "a") as file:
+            file.write(line + "\n")
+
+    # ------------------------------------------------ steps and batches
+
+    def _sampler(self, steps: range) -> StepSampler:
+        return StepSampler(
+            num_images=len(self.dataset),
+            batch_size=self.config.optim.batch_size,
+            seed=self.config.run.seed,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            steps=steps,
+            accumulation_steps=self.config.optim.accumulation_steps,
+        )
+
+    def steps(self) -> Iterable[int]:
+        """Return the numbers of the steps to take, from 1 where nothing was done before."""
+        return range(self.first_step + 1, self.total_steps + 1)
+
+    def epoch(self, step: int) -> float:
+        """Return how many passes over the data are done after a step."""
+        return step / self.steps_per_epoch
+
+    def start_loading(self) -> None:
+        """Start the workers that decode this process's batches, from the first step on."""
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self._sampler(range(self.first_step, self.total_steps)),
+            num_workers=self.config.data.num_workers,
+            collate_fn=collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        self._batches = iterate(loader)
+
+    def next_batch(self) -> Sample:
+        """Take the next batch, and note what could not be decoded and how long it was waited for.
+
+        On a GPU, what runs there goes on meanwhile.
+        """
+        asked = time.perf_counter()
+        batch = next(self._batches)
+        self.waited += time.perf_counter() - asked
+        is_replaced = batch.index != batch.source
+        self.new_unreadable |= set(batch.index[is_replaced].tolist())
+        return batch
+
+    # ------------------------------------------------ after a step
+
+    def is_logged(self, step: int) -> bool:
+        return step == self.total_steps or step % self.config.run.log_every == 0
+
+    def _keeps_teacher_for_good(self, step: int) -> bool:
+        every = self.config.run.keep_every
+        return every > 0 and self.epoch(step) % every == 0
+
+    def what_is_due(
+        self, step: int, stop_signals: list[int], failure: str, knn_is_due: bool
+    ) -> Due:
+        """Return what follows a step, in all processes alike, so that none waits for another.
+
+        A collective. `stop_signals` are those that this process received; `failure` is what went
+        wrong in it, if anything: then RunError is raised in all of them.
+        """
+        settings = self.config.run
+        minutes = (time.monotonic() - self.saved_at) / 60
+        self.stop_signal, is_late, has_failed = self.agreement.largest(
+            stop_signals[0] if stop_signals else 0,
+            0 < settings.save_minutes <= minutes,
+            bool(failure),
+        )
+        if has_failed:
+            raise RunError(failure)
+        is_last_step = step == self.total_steps
+        logs = self.is_logged(step)
+        evaluates = knn_is_due and (is_last_step or not self.stop_signal)
+        ends = is_last_step or self.stop_signal > 0
+        saves = bool(
+            ends or is_late or step % settings.save_every == 0 or self._keeps_teacher_for_good(step)
+        )
+        is_on_cpu = self.accelerator.device.type == "cpu"  # where nothing has to be waited for
+        reads_loss = logs or evaluates or saves or is_on_cpu
+        return Due(reads_loss, logs, evaluates, saves, ends)
+
+    def save(
+        self, state: TrainingState, step: int, metrics: dict, collapse: dict | None = None
+    ) -> None:
+        """Write the state after `step` steps, and the teacher with all that evaluating it needs.
+
+        A collective. Raises, in all processes alike, RunError where the disk is full, and
+        FloatingPointError before a file is touched where a weight is not finite.
+        """
+        tensors = state.whole_tensors(keep=self.accelerator.is_main_process)
+        error: Exception | None = None
+        if self.accelerator.is_main_process:
+            try:
+                self._write(tensors, state.system.teacher, step, metrics, collapse)
+            except OSError as failure:
+                error = RunError(f"{failure}; {self.kept()}")
+            except FloatingPointError as failure:
+                error = failure
+        error = self.agreement.gather(error)[0]
+        if error:
+            raise error
+        self.saved_at = time.monotonic()
+
+    def _write(
+        self,
+        tensors: dict[str, Tensor],
+        teacher: nn.Module,
+        step: int,
+        metrics: dict,
+        collapse: dict | None,
+    ) -> None:
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                text = f"{name} is not finite after step {step:,}; {self.kept()}"
+                raise FloatingPointError(text)
+        metadata = {
+            "config": as_plain_data(self.config),
+            "step": step,
+            "epoch": self.epoch(step),
+            "metrics": metrics,
+        }
+        prefix = "teacher."
+        teacher_tensors = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        save_checkpoint(self.checkpoint, teacher, metadata, teacher_tensors)
+        more = {
+            "world": self.accelerator.num_processes,
+            "fingerprint": self.fingerprint,
+            "unreadable": sorted(self.unreadable),
+            "collapse": collapse,
+        }
+        self._write_state(tensors, {"metadata": json.dumps(metadata | more)}, step)
+
+    def _write_state(self, tensors: dict[str, Tensor], texts: dict[str, str], step: int) -> None:
+        """Write state.safetensors last, after the copies to keep: a kill before it undoes all."""
+        if self._keeps_teacher_for_good(step):
+            name = f"{self.checkpoint.stem}-epoch-{round(self.epoch(step)):04}"
+            copy_whole(self.checkpoint, self.checkpoint.with_stem(name))
+        if self.config.run.keep_last == 1:
+            save_tensors(self.state_file, tensors, texts)
+            return
+        numbered_state = self.state_file.with_stem(f"{self.state_file.stem}-{step:08}")
+        numbered_checkpoint = self.checkpoint.with_stem(f"{self.checkpoint.stem}-{step:08}")
+        save_tensors(numbered_state, tensors, texts)
+        copy_whole(self.checkpoint, numbered_checkpoint)
+        for stem in (self.state_file.stem, self.checkpoint.stem):
+            numbered = self._files(rf"{stem}-\d{{8}}\.safetensors")
+            numbered.sort(key=lambda file: file.stat().st_mtime)
+            for file in numbered[: -self.config.run.keep_last]:
+                file.unlink()
+        copy_whole(numbered_state, self.state_file)
+
+    def kept(self) -> str:
+        """Return what the run still has when it fails, in words."""
+        is_there = self.checkpoint.exists()
+        return f"{self.checkpoint} is kept" if is_there else "no checkpoint was saved yet"
