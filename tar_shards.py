@@ -1,7 +1,7 @@
 """Images in uncompressed tars, read at random without unpacking.
 
-    members = scan_tars([Path("train-000.tar"), Path("train-001.tar")])
-    images = TarImages(members)     # images[i].read() gives a member's bytes, in any process
+    members = scan_tars([Path("train-000.tar"), Path("train-001.tar")], (".jpg", ".png"))
+    images = TarImages(members)     # images[i].read() returns a member's bytes, in any process
 
 A tar may hold images in class folders, webdataset's pairs of KEY.jpg and KEY.cls, or one tar a
 class, as ImageNet's ILSVRC2012_img_train.tar does. Stands alone: needs NumPy. Axis: n images.
@@ -14,16 +14,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
 
 @dataclass(frozen=True)
 class TarMember:
-    path: str
+    """A file in a tar, which is read from the disk only when asked for."""
+
+    path: str  # of the tar
     name: str
-    offset: int
-    size: int
+    offset: int  # bytes from the tar's beginning
+    size: int  # bytes
 
     def read(self) -> bytes:
         """Read the member; OSError where the tar is gone or ends too early."""
@@ -44,23 +47,34 @@ def _opened(path: str) -> BufferedReader:
 class TarImages:
     """A sequence of TarMembers, held as arrays: one block of memory for all loader workers.
 
-    An array of indices (m,) gives the TarImages of those.
+    Indexed by an array (m,), it returns the TarImages of those.
     """
 
     def __init__(self, members: dict[str, np.ndarray]) -> None:
-        self.members = members  # what scan_tars gives
+        self.members = members  # what scan_tars returns
 
     def __len__(self) -> int:
         return len(self.members["names"])
 
     def __getitem__(self, index: "int | np.ndarray") -> "TarMember | TarImages":
+        # all arrays have a row an image, but for `tars`, which their column `tar` points into
+        rows = {key: values[index] for key, values in self.members.items() if key != "tars"}
+        tars = self.members["tars"]
         if isinstance(index, np.ndarray):
-            rows = {key: x if key == "tars" else x[index] for key, x in self.members.items()}
-            return TarImages(rows)
-        row = {key: values[index] for key, values in self.members.items() if key != "tars"}
-        path = os.fsdecode(self.members["tars"][row["tar"]])
-        name = os.fsdecode(row["names"])
-        return TarMember(path, name, int(row["offsets"]), int(row["sizes"]))
+            return TarImages(rows | {"tars": tars})
+        return TarMember(
+            path=os.fsdecode(tars[rows["tar"]]),
+            name=os.fsdecode(rows["names"]),
+            offset=int(rows["offsets"]),
+            size=int(rows["sizes"]),
+        )
+
+
+class _Image(NamedTuple):
+    name: str
+    offset: int  # bytes from the tar's beginning
+    size: int  # bytes
+    kind: str  # class
 
 
 def scan_tars(paths: Iterable[Path], suffixes: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -70,23 +84,31 @@ def scan_tars(paths: Iterable[Path], suffixes: tuple[str, ...]) -> dict[str, np.
     tar, or the first folder; "" where there is none. Raises ValueError, naming the last member that
     could be read, for a tar that is compressed, damaged or cut off.
     """
-    rows, paths = [], [str(path) for path in paths]
+    paths = [str(path) for path in paths]
+    numbers_of_tars: list[int] = []
+    images: list[_Image] = []
     for number, path in enumerate(paths):
         with open(path, "rb") as file:
             end = os.fstat(file.fileno()).st_size
-            rows += [(number, *row) for row in _images(file, path, end, suffixes)]
-    number, names, offsets, sizes, classes = zip(*rows, strict=True) if rows else [()] * 5
-    texts = {"names": names, "classes": classes, "tars": paths}
-    members = {key: np.array([os.fsencode(x) for x in values]) for key, values in texts.items()}
-    numbers = {"tar": number, "offsets": offsets, "sizes": sizes}
-    return members | {key: np.array(values, np.int64) for key, values in numbers.items()}
+            found = list(_images(file, path, end, suffixes))
+        images += found
+        numbers_of_tars += [number] * len(found)
+    return {
+        "names": np.array([os.fsencode(image.name) for image in images], bytes),
+        "classes": np.array([os.fsencode(image.kind) for image in images], bytes),
+        "tars": np.array([os.fsencode(path) for path in paths], bytes),
+        "tar": np.array(numbers_of_tars, np.int64),
+        "offsets": np.array([image.offset for image in images], np.int64),
+        "sizes": np.array([image.size for image in images], np.int64),
+    }
 
 
 def _images(
     file: BufferedReader, path: str, end: int, suffixes: tuple[str, ...]
-) -> Iterator[tuple[str, int, int, str]]:
-    """Yield (name, offset, size, class) of the images in a tar that ends at `end`, and its tars."""
-    images, classes = [], {}
+) -> Iterator[_Image]:
+    """Yield the images in a tar that ends at byte `end`, and those in the tars in it."""
+    images: list[tuple[PurePosixPath, tarfile.TarInfo]] = []
+    classes: dict[PurePosixPath, str] = {}  # what KEY.cls says of KEY
     for member in _members(file, path, end):
         name = PurePosixPath(member.name)
         if name.name.startswith("."):
@@ -94,8 +116,8 @@ def _images(
         if name.suffix == ".tar":
             file.seek(member.offset_data)
             inner_end = member.offset_data + member.size
-            for inner, offset, size, _ in _images(file, f"{path}:{name}", inner_end, suffixes):
-                yield f"{name}/{inner}", offset, size, name.stem
+            for image in _images(file, f"{path}:{name}", inner_end, suffixes):
+                yield image._replace(name=f"{name}/{image.name}", kind=name.stem)
         elif name.suffix == ".cls":
             file.seek(member.offset_data)
             classes[name.with_suffix("")] = file.read(member.size).decode().strip()
@@ -104,18 +126,23 @@ def _images(
     for name, member in images:
         folder = name.parts[0] if len(name.parts) > 1 else ""
         kind = classes.get(name.with_suffix(""), folder)
-        yield str(name), member.offset_data, member.size, kind
+        yield _Image(str(name), member.offset_data, member.size, kind)
 
 
 def _members(file: BufferedReader, path: str, end: int) -> list[tarfile.TarInfo]:
-    last, members = "its beginning", []
+    """Return the files of a tar that ends at byte `end`. ValueError where it is no whole tar."""
+    members: list[tarfile.TarInfo] = []
+    last = "its beginning"
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 last = member.name
-                if member.issparse() or member.offset_data + member.size > end:
-                    raise tarfile.ReadError("it is cut off" if not member.issparse() else "sparse")
-                members += [member] if member.isfile() else []
+                if member.issparse():
+                    raise tarfile.ReadError("sparse")
+                if member.offset_data + member.size > end:
+                    raise tarfile.ReadError("it is cut off")
+                if member.isfile():
+                    members.append(member)
                 tar.members = []  # or all headers stay in memory
             file.seek(tar.offset)
             # tarfile ends quietly at a header that is broken

@@ -2,9 +2,6 @@ import copy
 import dataclasses
 import json
 import pickle
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -377,13 +374,3 @@ def test_metadata_is_plain_json_in_the_header(tmp_path: Path) -> None:
     assert json.loads(header["__metadata__"]["metadata"]) == {"step": 7}
     assert json.loads(header["__metadata__"]["model_config"]) == dataclasses.asdict(TINY)
     assert {key.split(".")[0] for key in header} == {"__metadata__", "backbone", "projection_head"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["models", "losses", "data", "pictures"])
-def test_file_works_when_copied_alone(name: str, tmp_path: Path) -> None:
-    shutil.copy(Path(__file__).parent.parent / f"{name}.py", tmp_path)
-    blocked = "import sys; sys.modules.update(accelerate=None, tyro=None, rich=None, yaml=None); "
-    command = [sys.executable, "-c", f"{blocked}import {name}"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr

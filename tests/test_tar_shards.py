@@ -86,6 +86,12 @@ def test_tars_hold_what_a_folder_of_files_does(kind: str, tmp_path: Path, folder
     assert np.array_equal(held_out.labels, build_dataset(str(tars_path), "test").labels)
 
 
+def test_tar_without_images_says_so(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "texts.tar", {"notes.txt": b"none"})
+    with pytest.raises(ValueError, match=r"no images in .*texts\.tar: need files like \.jpg"):
+        build_dataset(str(tar))
+
+
 def test_members_are_read_in_any_order_by_several_workers(tmp_path: Path, folder: Path) -> None:
     tars, files = build_dataset(str(write_kind("shards", tmp_path))), build_dataset(str(folder))
     order = torch.randperm(10).tolist()
