@@ -48,7 +48,7 @@ class OptimConfig:
     batch_size: int = setting(64, above=0)
     # micro-batches a step: a larger batch in the same memory
     accumulation_steps: int = setting(1, above=0)
-    # [paper: adamw; lars for ResNet-50]
+    # how the student's weights are updated [paper: adamw; lars for ResNet-50]
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     # learning rate at its peak for 256 images, scaled by the whole batch / 256 [paper: 5e-4]
     lr: float = setting(5e-4, above=0)
@@ -72,18 +72,19 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    # softens the student's softmax [paper: 0.1]
+    # student temperature, by which logits are divided before the softmax [paper: 0.1]
     student_temp: float = setting(0.1, above=0)
     # teacher temperature at first; lower it if the loss stays at ln K [paper: 0.04]
     warmup_teacher_temp: float = setting(0.04, above=0)
     # teacher temperature after the warm-up; above 0.07 is unstable [paper: 0.04 to 0.07]
     teacher_temp: float = setting(0.04, above=0)
-    # epochs, linear from one temperature to the other [paper: 30, for a teacher_temp of 0.07]
+    # epochs in which the teacher temperature changes from one to the other, linearly [paper: 30, for
+    # a teacher_temp of 0.07]
     warmup_teacher_temp_epochs: int = 0
-    # of the teacher's EMA at first, 1 at the end; 0.9995 for batch 256, less for short runs [paper:
-    # 0.996]
+    # momentum of the teacher's moving average at first, 1 at the end; 0.9995 for batch 256, less for
+    # short runs [paper: 0.996]
     teacher_momentum: float = setting(0.996, most=1)
-    # of the center's EMA [paper: 0.9]
+    # momentum of the center's moving average [paper: 0.9]
     center_momentum: float = setting(0.9, most=1)
 
 
@@ -91,7 +92,7 @@ class TeacherConfig:
 class RunConfig:
     # a YAML recipe, or a run's config.yaml; flags override it
     config: Path | None = setting(None, of_one_start=True)
-    # for the run's files; None: runs/DATA-ARCH, numbered
+    # folder for the run's files; None: runs/DATA-ARCH, numbered
     output_dir: Path | None = setting(None, of_one_start=True)
     # take a few real steps, then tell speed, memory, the time that the run will take, and draw
     # crops.png; nothing else is written
@@ -105,10 +106,10 @@ class RunConfig:
     init_from: str | None = None
     # which network of --init-from, where it holds both
     init_network: Literal["teacher", "student"] = "teacher"
-    # of weights, order and crops
+    # fixes the initial weights, the order of the images and their crops
     seed: int = setting(0, most=1 << 62)
-    # of the networks; loss, center and EMA are float32; None: bf16 on a GPU (fp16 on old ones),
-    # else no
+    # precision of the networks; loss, center and EMA are float32; None: bf16 on a GPU (fp16 on old
+    # ones), else no
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     # BatchNorm over the batches of all GPUs, where there are several; CPUs have none
     sync_bn: bool = True

@@ -44,11 +44,11 @@ class KnnConfig:
     evaluation: EvalConfig
     # numbers of neighbours [paper: 10 20 100 200]
     ks: tuple[int, ...] = (10, 20, 100, 200)
-    # of the votes [paper: 0.07]
+    # temperature of the votes [paper: 0.07]
     temperature: float = 0.07
     # RankMe alone, of up to 25,600 training images: needs no classes
     rank_only: bool = False
-    # write features and labels there, as safetensors
+    # file for features and labels, as safetensors
     features_out: Path | None = None
 
 

@@ -48,7 +48,8 @@ Accuracies = dict[float, tuple[float, float]]  # by learning rate: top-1 and top
 @dataclass(frozen=True)
 class LinearConfig:
     evaluation: EvalConfig
-    # for a batch of 256; ResNets want the large ones, ViTs the small [paper: 0.001, ResNet-50 0.3]
+    # learning rates for a batch of 256; ResNets want the large ones, ViTs the small [paper: 0.001,
+    # ResNet-50: 0.3]
     lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     # passes over the training images [paper: 100]
     epochs: int = 100
@@ -62,7 +63,7 @@ class LinearConfig:
     # train on random crops and flips, a pass of the network an epoch, instead of on center crops
     # that it sees once [paper: yes]
     augment: bool = False
-    # of initial weights, order and crops
+    # fixes the initial weights, the order of the images and their crops
     seed: int = 0
 
 

@@ -91,8 +91,8 @@ class CropConfig:
     hue: float = field(default=0.1, metadata=SHARE)
     # probability of losing all colour [paper: 0.2]
     grayscale_probability: float = field(default=0.2, metadata=SHARE)
-    # probability of a blur in the first large, the second large and the small crops [paper: 1 0.1
-    # 0.5]; 0 for images of 32 px or so
+    # probability of a blur in the first large, the second large and the small crops; 0 for images of
+    # some 32 px [paper: 1 0.1 0.5]
     blur_probability: tuple[float, float, float] = field(default=(1.0, 0.1, 0.5), metadata=SHARE)
     # pixels, least and largest standard deviation of the blur [paper: 0.1 2]
     blur_sigma: tuple[float, float] = field(default=(0.1, 2.0), metadata=ABOVE_ZERO)
@@ -100,9 +100,9 @@ class CropConfig:
     solarize_probability: tuple[float, float, float] = field(
         default=(0.0, 0.2, 0.0), metadata=SHARE
     )
-    # mean of red, green and blue within 0..1, which is subtracted [ImageNet's]
+    # mean of red, green and blue within 0..1, which is subtracted [default: ImageNet's]
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    # standard deviation of the same, which is divided by [ImageNet's]
+    # standard deviation of the same, which is divided by [default: ImageNet's]
     std: tuple[float, float, float] = field(default=(0.229, 0.224, 0.225), metadata=ABOVE_ZERO)
 
 

@@ -92,7 +92,7 @@ class VisualizeConfig:
     query: str | None = None
     # of a folder of frames: attention beside each, or pca where there is none or --kind says so
     video: Literal["gif", "frames"] | None = None
-    # of the crops
+    # fixes the crops
     seed: int = 0
 
 

@@ -80,7 +80,7 @@ def cut_each(pipelines: list[Callable], image: object) -> list[Tensor]:
 
 
 def run(step: Callable, crops: Iterator, steps: int) -> tuple[float, float]:
-    """Give the seconds of `steps` steps, and those of them spent waiting for crops."""
+    """Return the seconds of `steps` steps, and those of them spent waiting for crops."""
     waited, start = 0.0, bench_step.now()
     for _ in range(steps):
         asked = time.perf_counter()

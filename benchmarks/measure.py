@@ -76,12 +76,12 @@ def median(values: list[float]) -> float:
 
 
 def ratio(values: list[float], others: list[float]) -> float:
-    """Give how many times as long `values` took, by round: a slow minute then slows both."""
+    """Return how many times as long `values` took, by round: a slow minute then slows both."""
     return median([value / other for value, other in zip(values, others, strict=True)])
 
 
 def spread(values: list[float]) -> float:
-    """Give the distance between the quartiles in % of the median."""
+    """Return the distance between the quartiles in % of the median."""
     if len(values) < 4:
         return 100 * (max(values) - min(values)) / median(values)
     low, _, high = statistics.quantiles(values, n=4)
@@ -89,7 +89,7 @@ def spread(values: list[float]) -> float:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Give the memory that a call needs at its peak, beyond what is allocated before it."""
+    """Return the memory that a call needs at its peak, beyond what is allocated before it."""
     call()
     synchronize()
     if torch.cuda.is_available():

@@ -49,7 +49,7 @@ class EvalConfig:
     batch_size: int = 256
     # processes that decode images; about the number of cores for photographs
     num_workers: int = 0
-    # write the results there
+    # file for the results, as JSON
     json_out: Path | None = None
 
 

@@ -81,11 +81,11 @@ def script() -> Callable[..., Result]:
     return run_script
 
 
-TINY_FLAGS = (
-    *("--arch", "resnet10_half", "--batch-size", "8", "--epochs", "2", "--warmup-epochs", "0"),
-    *("--num-local-crops", "1", "--projection-hidden-dim", "16", "--projection-output-dim", "16"),
-    *("--projection-bottleneck-dim", "8", "--knn-every", "1", "--lr", "0.01", "--num-workers", "0"),
-)
+TINY_FLAGS = """
+    --arch resnet10_half --batch-size 8 --epochs 2 --warmup-epochs 0 --num-local-crops 1
+    --projection-hidden-dim 16 --projection-output-dim 16 --projection-bottleneck-dim 8
+    --knn-every 1 --lr 0.01 --num-workers 0
+""".split()
 
 
 @pytest.fixture(scope="session")
@@ -116,12 +116,11 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) ->
     return folder
 
 
-VIT_FLAGS = (
-    *("--arch", "vit_tiny_patch16_224", "--patch-size", "8", "--drop-path-rate", "0"),
-    *("--epochs", "2", "--warmup-epochs", "0", "--num-local-crops", "1", "--lr", "0.01"),
-    *("--projection-hidden-dim", "16", "--projection-output-dim", "16", "--knn-every", "0"),
-    *("--projection-bottleneck-dim", "8", "--num-workers", "0"),
-)
+VIT_FLAGS = """
+    --arch vit_tiny_patch16_224 --patch-size 8 --drop-path-rate 0 --epochs 2
+    --warmup-epochs 0 --num-local-crops 1 --lr 0.01 --projection-hidden-dim 16
+    --projection-output-dim 16 --knn-every 0 --projection-bottleneck-dim 8 --num-workers 0
+""".split()
 
 
 @pytest.fixture(scope="session")

@@ -30,10 +30,13 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 import data
-import dino_train  # noqa: F401, imported before the fork
-import eval_knn  # noqa: F401
-import eval_linear  # noqa: F401
+import dino_train
+import eval_knn
+import eval_linear
 from harness import command, distributed
+
+# imported before the fork
+SCRIPTS = {"dino_train": dino_train, "eval_knn": eval_knn, "eval_linear": eval_linear}
 
 
 class FsdpOnCpu(Accelerator):
@@ -101,7 +104,7 @@ def child(request: dict, rank: int, port: int) -> None:
     sys.argv = [f"{script}.py", *map(str, request["flags"])]
     code = 1
     try:
-        command.run_command(importlib.import_module(script).main)
+        command.run_command(SCRIPTS[script].main)
         code = 0
     except SystemExit as stop:
         code = stop.code

@@ -345,10 +345,25 @@ def test_drop_path_repeats_on_resume_and_vit_trains_on_a_folder(
 ) -> None:
     write_images(tmp_path / "images", 8)
     common = [
-        "--data", tmp_path / "images", "--arch", "vit_tiny_patch16_224", "--drop-path-rate", 0.5,
-        "--batch-size", 2, "--epochs", 1, "--log-every", 1, "--num-local-crops", 1,
-        "--projection-output-dim", 32, "--num-workers", 1,
-    ]  # fmt: skip
+        "--data",
+        tmp_path / "images",
+        "--arch",
+        "vit_tiny_patch16_224",
+        "--drop-path-rate",
+        0.5,
+        "--batch-size",
+        2,
+        "--epochs",
+        1,
+        "--log-every",
+        1,
+        "--num-local-crops",
+        1,
+        "--projection-output-dim",
+        32,
+        "--num-workers",
+        1,
+    ]
 
     def config(name: str) -> Config:
         return parse_config([*map(str, common), "--output-dir", str(tmp_path / name)])

@@ -49,8 +49,11 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     train, test = torch.randn(300, 8), torch.randn(50, 8)
     labels, targets = torch.randint(4, (300,)), torch.randint(4, (50,))
     whole = knn_accuracy(train, labels, test, targets)
-    parts = [knn_accuracy(train, labels, x, y) for x, y in zip(test, targets, strict=True)
-             for x, y in [(x[None], y[None])]]  # fmt: skip
+    parts = [
+        knn_accuracy(train, labels, x, y)
+        for x, y in zip(test, targets, strict=True)
+        for x, y in [(x[None], y[None])]
+    ]
     for k, (top1, top5) in whole.items():
         assert top1 == pytest.approx(sum(part[k][0] for part in parts) / 50)
         assert top5 == pytest.approx(sum(part[k][1] for part in parts) / 50)
@@ -103,9 +106,16 @@ def test_json_and_features_hold_what_the_table_shows(
     tmp_path: Path, tiny_run: Path, script
 ) -> None:
     result = script(
-        "eval_knn", tiny_run / "ckpt.safetensors", "--json-out", tmp_path / "knn.json",
-        "--features-out", tmp_path / "f.safetensors", "--ks", "5", "20",
-    )  # fmt: skip
+        "eval_knn",
+        tiny_run / "ckpt.safetensors",
+        "--json-out",
+        tmp_path / "knn.json",
+        "--features-out",
+        tmp_path / "f.safetensors",
+        "--ks",
+        "5",
+        "20",
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "knn.json").read_text())
     tensors = load_file(tmp_path / "f.safetensors")
@@ -136,8 +146,11 @@ def test_wrong_checkpoint_is_one_line_and_code_2(name: str, tmp_path: Path, scri
 
     (tmp_path / "text.safetensors").write_text("hello")
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps([1]))
-    for file, said in (("none.safetensors", "no such"), ("text.safetensors", "truncated"),
-                       ("pickle.pth", "pickle")):  # fmt: skip
+    for file, said in (
+        ("none.safetensors", "no such"),
+        ("text.safetensors", "truncated"),
+        ("pickle.pth", "pickle"),
+    ):
         result = script(name, tmp_path / file, "--json-out", tmp_path / "out.json")
         assert result.returncode == 2
         assert result.stderr.startswith("error: ") and said in result.stderr

@@ -77,8 +77,9 @@ def test_components_are_those_of_the_singular_value_decomposition() -> None:
     vectors = torch.randn(200, 12) * torch.arange(1.0, 13)
     pca = PCA.fit(vectors, 3)
     _, values, axes = torch.linalg.svd((vectors - vectors.mean(0)).double(), full_matrices=False)
-    torch.testing.assert_close((pca.axes.double() @ axes[:3].T).abs(), torch.eye(3).double(),
-                               atol=1e-5, rtol=0)  # fmt: skip
+    torch.testing.assert_close(
+        (pca.axes.double() @ axes[:3].T).abs(), torch.eye(3).double(), atol=1e-5, rtol=0
+    )
     shares = values.square() / values.square().sum()
     assert pca.shares == pytest.approx(shares[:3].tolist())
     assert (pca.axes.gather(1, pca.axes.abs().argmax(1, keepdim=True)) > 0).all()

@@ -61,10 +61,10 @@ def run_to_the_end(
     return killed
 
 
-INTERRUPTED = (
-    *("--batch-size", "2", "--accumulation-steps", "2", "--num-workers", "2", "--epochs", "2"),
-    *("--log-every", "1", "--save-every", "3", "--keep-last", "2", "--keep-every", "1"),
-)
+INTERRUPTED = """
+    --batch-size 2 --accumulation-steps 2 --num-workers 2 --epochs 2 --log-every 1
+    --save-every 3 --keep-last 2 --keep-every 1
+""".split()
 # each dies at the n-th such call of its start: while a file is written, between checkpoint and
 # state, with the run's folder half open, in an evaluation, in a step
 PLACES = (
@@ -270,9 +270,12 @@ def test_older_states_and_teachers_of_epochs_are_kept_as_asked(
     train(parse_config([*tiny_flags, *flags]))
     kept = {path.name: path for path in folder.glob("*-*.safetensors")}
     assert sorted(kept) == [
-        *("ckpt-00000040.safetensors", "ckpt-00000050.safetensors"),
-        *("ckpt-epoch-0002.safetensors", "ckpt-epoch-0004.safetensors"),
-        *("state-00000040.safetensors", "state-00000050.safetensors"),
+        "ckpt-00000040.safetensors",
+        "ckpt-00000050.safetensors",
+        "ckpt-epoch-0002.safetensors",
+        "ckpt-epoch-0004.safetensors",
+        "state-00000040.safetensors",
+        "state-00000050.safetensors",
     ]
     for name, step in (("ckpt-epoch-0002", 20), ("ckpt-epoch-0004", 40), ("ckpt-00000040", 40)):
         assert load_checkpoint(kept[f"{name}.safetensors"])[1]["step"] == step

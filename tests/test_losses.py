@@ -120,9 +120,15 @@ def test_entropy_tells_uniform_from_one_hot() -> None:
 
 @pytest.mark.parametrize(
     ("student", "teacher"),
-    [((4, 3, 5), (2, 3, 6)), ((4, 3, 5), (2, 2, 5)), ((3, 5), (3, 5)), ((1, 3, 5), (1, 3, 5)),
-     ((2, 3, 5), (3, 3, 5)), ((4, 3, 6), (2, 3, 6))],
-)  # fmt: skip
+    [
+        ((4, 3, 5), (2, 3, 6)),
+        ((4, 3, 5), (2, 2, 5)),
+        ((3, 5), (3, 5)),
+        ((1, 3, 5), (1, 3, 5)),
+        ((2, 3, 5), (3, 3, 5)),
+        ((4, 3, 6), (2, 3, 6)),
+    ],
+)
 def test_shapes_that_do_not_fit_are_named(student: tuple, teacher: tuple) -> None:
     with pytest.raises(ValueError, match="need"):
         DinoLoss(5)(torch.zeros(student), torch.zeros(teacher), 0.04)

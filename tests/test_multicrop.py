@@ -158,11 +158,19 @@ def test_blur_equals_torchvisions() -> None:
 def neutral(**changes: object) -> CropConfig:
     """One view of each kind of the whole image, changed by nothing but `changes`."""
     off = {
-        "global_crop_size": 40, "local_crop_size": 40, "num_local_crops": 1,
-        "global_crop_scale": (1.0, 1.0), "local_crop_scale": (1.0, 1.0), "flip_probability": 0.0,
-        "jitter_probability": 0.0, "grayscale_probability": 0.0, "blur_probability": (0.0,) * 3,
-        "solarize_probability": (0.0,) * 3, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0),
-    }  # fmt: skip
+        "global_crop_size": 40,
+        "local_crop_size": 40,
+        "num_local_crops": 1,
+        "global_crop_scale": (1.0, 1.0),
+        "local_crop_scale": (1.0, 1.0),
+        "flip_probability": 0.0,
+        "jitter_probability": 0.0,
+        "grayscale_probability": 0.0,
+        "blur_probability": (0.0,) * 3,
+        "solarize_probability": (0.0,) * 3,
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+    }
     return CropConfig(**off | changes)
 
 
@@ -193,9 +201,12 @@ def test_each_change_alone_equals_torchvisions(changes: dict, expected: object) 
 def test_probabilities_are_those_of_the_config() -> None:
     images = photos(1).expand(4000, 3, 40, 40)[:, :, :8, :8].contiguous()
     config = neutral(
-        global_crop_size=8, local_crop_size=8, solarize_probability=(0.0, 0.2, 0.7),
-        flip_probability=0.5, grayscale_probability=0.25,
-    )  # fmt: skip
+        global_crop_size=8,
+        local_crop_size=8,
+        solarize_probability=(0.0, 0.2, 0.7),
+        flip_probability=0.5,
+        grayscale_probability=0.25,
+    )
     crops = MultiCrop(config)(images, None, hash_keys(torch.arange(4000)))
     plain = images[0] / 255
     for crop, solarized in zip(crops, (0.0, 0.2, 0.7), strict=True):
@@ -287,9 +298,17 @@ def test_wrong_images_are_named(images: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("image_size", "patch", "sizes"),
-    [(500, 1, (224, 96)), (500, 14, (224, 98)), (48, 1, (48, 24)), (48, 16, (48, 32)),
-     (32, 4, (32, 16)), (28, 1, (28, 14)), (96, 1, (96, 48)), (160, 16, (160, 80))],
-)  # fmt: skip
+    [
+        (500, 1, (224, 96)),
+        (500, 14, (224, 98)),
+        (48, 1, (48, 24)),
+        (48, 16, (48, 32)),
+        (32, 4, (32, 16)),
+        (28, 1, (28, 14)),
+        (96, 1, (96, 48)),
+        (160, 16, (160, 80)),
+    ],
+)
 def test_crop_sizes_follow_from_the_images(image_size: int, patch: int, sizes: tuple) -> None:
     config = multicrop.resolve_crop_sizes(CropConfig(), image_size, patch)
     assert (config.global_crop_size, config.local_crop_size) == sizes

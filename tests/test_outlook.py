@@ -19,18 +19,16 @@ from harness.monitor import collapse_of
 from harness.outlook import duration, ema_half_life
 from harness.run import Run
 
-UNIFORM = (
-    *("--teacher-temp", "5", "--warmup-teacher-temp", "5", "--teacher-momentum", "0.5"),
-    *("--student-temp", "1"),
-)  # fmt: skip
-ONE_HOT = (
-    *("--teacher-temp", "0.002", "--warmup-teacher-temp", "0.002", "--center-momentum", "1"),
-    *("--teacher-momentum", "0.5",),
-)  # fmt: skip
-MORE = (
-    *("--knn-every", "0", "--epochs", "6", "--lr", "0.05", "--log-every", "1"),
-    *("--freeze-last-layer-epochs", "0"),
-)
+UNIFORM = """
+    --teacher-temp 5 --warmup-teacher-temp 5 --teacher-momentum 0.5 --student-temp 1
+""".split()
+ONE_HOT = """
+    --teacher-temp 0.002 --warmup-teacher-temp 0.002 --center-momentum 1
+    --teacher-momentum 0.5
+""".split()
+MORE = """
+    --knn-every 0 --epochs 6 --lr 0.05 --log-every 1 --freeze-last-layer-epochs 0
+""".split()
 
 
 def test_half_life_is_when_half_of_the_average_is_new() -> None:
@@ -53,9 +51,14 @@ def test_what_cannot_be_meant_is_a_warning_that_names_the_flag(
     result = script("dino_train", *tiny_flags, *flags, *more, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     warned = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
-    for flag in ("--teacher-momentum 0.9995", "--projection-output-dim 128", "--knn-images",
-                 "--warmup-epochs 5", "--warmup-teacher-temp-epochs 3",
-                 "--freeze-last-layer-epochs 1 covers"):  # fmt: skip
+    for flag in (
+        "--teacher-momentum 0.9995",
+        "--projection-output-dim 128",
+        "--knn-images",
+        "--warmup-epochs 5",
+        "--warmup-teacher-temp-epochs 3",
+        "--freeze-last-layer-epochs 1 covers",
+    ):
         assert sum(flag in line for line in warned) == 1, flag
     assert "half-life of 1,386 steps, the run 10" in result.stdout
 
@@ -88,9 +91,13 @@ def test_header_shows_the_arithmetic(tiny_run: Path, tiny_flags, tmp_path: Path,
     result = script("dino_train", *tiny_flags, *flags)
     said = " ".join(result.stdout.split())
     half_life = math.log(2) / -math.log(0.9)
-    for text in ("K 16 prototypes, 5 images to each", "batch 8 images, 10 steps an epoch, 2 epochs",
-                 "lr 0.000313 (0.01 x 8 / 256)", "0.04 to 0.07 in 1 of 2 epochs",
-                 f"newer than {half_life:.3g} steps at first (0.658 epochs)"):  # fmt: skip
+    for text in (
+        "K 16 prototypes, 5 images to each",
+        "batch 8 images, 10 steps an epoch, 2 epochs",
+        "lr 0.000313 (0.01 x 8 / 256)",
+        "0.04 to 0.07 in 1 of 2 epochs",
+        f"newer than {half_life:.3g} steps at first (0.658 epochs)",
+    ):
         assert text in said, said
 
 

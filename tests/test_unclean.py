@@ -117,8 +117,19 @@ def write_unreadable(folder: Path, names: tuple[str, ...] = UNREADABLE) -> list[
 
 
 KINDS = (
-    *("cmyk", "16_bit", "grayscale", "grayscale_jpeg", "palette", "transparent", "gif", "webp"),
-    *("exif_jpeg", "exif_png", "jpeg_called_png", "one_pixel", "long"),
+    "cmyk",
+    "16_bit",
+    "grayscale",
+    "grayscale_jpeg",
+    "palette",
+    "transparent",
+    "gif",
+    "webp",
+    "exif_jpeg",
+    "exif_png",
+    "jpeg_called_png",
+    "one_pixel",
+    "long",
 )
 
 

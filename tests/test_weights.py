@@ -345,8 +345,10 @@ def test_position_embeddings_of_another_image_size_are_resampled(tmp_path: Path)
 def test_architecture_follows_from_the_weights(config: ModelConfig, tmp_path: Path) -> None:
     sizes = {"patch_size": config.patch_size, "image_size": config.image_size}
     backbone = get_backbone(config.arch, **sizes)
-    torch.save({"teacher": {f"backbone.{k}": x for k, x in backbone.state_dict().items()}},
-               tmp_path / "a.pth")  # fmt: skip
+    torch.save(
+        {"teacher": {f"backbone.{k}": x for k, x in backbone.state_dict().items()}},
+        tmp_path / "a.pth",
+    )
     network = open_network(tmp_path / "a.pth")
     assert network.model.config == config
     assert not network.model.training
