@@ -78,11 +78,11 @@ class TeacherConfig:
     warmup_teacher_temp: float = setting(0.04, above=0)
     # teacher temperature after the warm-up; above 0.07 is unstable [paper: 0.04 to 0.07]
     teacher_temp: float = setting(0.04, above=0)
-    # epochs in which the teacher temperature changes from one to the other, linearly [paper: 30, for
-    # a teacher_temp of 0.07]
+    # epochs in which the teacher temperature changes from one to the other, linearly [paper: 30,
+    # for a teacher_temp of 0.07]
     warmup_teacher_temp_epochs: int = 0
-    # momentum of the teacher's moving average at first, 1 at the end; 0.9995 for batch 256, less for
-    # short runs [paper: 0.996]
+    # momentum of the teacher's moving average at first, 1 at the end; 0.9995 for batch 256, less
+    # for short runs [paper: 0.996]
     teacher_momentum: float = setting(0.996, most=1)
     # momentum of the center's moving average [paper: 0.9]
     center_momentum: float = setting(0.9, most=1)

@@ -91,8 +91,8 @@ class CropConfig:
     hue: float = field(default=0.1, metadata=SHARE)
     # probability of losing all colour [paper: 0.2]
     grayscale_probability: float = field(default=0.2, metadata=SHARE)
-    # probability of a blur in the first large, the second large and the small crops; 0 for images of
-    # some 32 px [paper: 1 0.1 0.5]
+    # probability of a blur in the first large, the second large and the small crops; 0 for images
+    # of some 32 px [paper: 1 0.1 0.5]
     blur_probability: tuple[float, float, float] = field(default=(1.0, 0.1, 0.5), metadata=SHARE)
     # pixels, least and largest standard deviation of the blur [paper: 0.1 2]
     blur_sigma: tuple[float, float] = field(default=(0.1, 2.0), metadata=ABOVE_ZERO)

@@ -108,4 +108,5 @@ def share_drop_path(backbone: nn.Module) -> None:
     for module in list(backbone.modules()):
         for name, child in module.named_children():
             if "drop_path" in name and isinstance(child, TimmDropPath | nn.Identity):
-                setattr(module, name, DropPath(getattr(child, "drop_prob", 0.0)))
+                shared = DropPath(getattr(child, "drop_prob", 0.0))
+                setattr(module, name, shared.train(child.training))

@@ -625,6 +625,7 @@ def test_resume_with_another_model_or_data_is_refused(
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_more_epochs_go_on_from_a_finished_run(tmp_path: Path, tiny: Callable[..., Config]) -> None:
     folder = tmp_path / "run"
     train(tiny(folder, "--knn-every", 0))

@@ -153,6 +153,7 @@ def test_loss_that_is_nan_in_one_process_stops_all_at_its_step(
     assert "Traceback" not in answer.text
 
 
+@pytest.mark.slow
 def test_steps_that_loss_scaling_skips_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_flags: list[str]
 ) -> None:
@@ -376,6 +377,7 @@ def test_slurm_job_saves_at_the_warning_requeues_and_goes_on(
     assert [line["step"] for line in read_log(tmp_path / "run")] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_batch_norms_of_several_gpus_become_one() -> None:
     """The conversion keeps the activation that timm's BatchNormAct2d applies."""
 

@@ -139,6 +139,7 @@ def test_probe_on_crops_equals_torch_sgd_on_the_features_it_saw() -> None:
     torch.testing.assert_close(probes.weight[1], layer.weight.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_augmented_probe_learns_alike_in_one_and_two_processes(
     tmp_path: Path, tiny_run: Path, launch
 ) -> None:

@@ -89,6 +89,7 @@ def test_waiting_would_be_noticed() -> None:
         torch.zeros(3, device=GPU) + torch.zeros(3)
 
 
+@pytest.mark.slow
 def test_what_is_compiled_on_a_gpu_is_whole_graphs_and_few() -> None:
     """For two sizes of crops: colours, then a ViT's blocks, all but the last alike; the loss."""
     config = ModelConfig(arch="dino_vits16", image_size=64, projection_output_dim=K)

@@ -119,6 +119,7 @@ def test_dry_run_writes_its_crops_alone_and_changes_nothing(
         assert {**mine, **dict.fromkeys(MEASURED)} == {**other, **dict.fromkeys(MEASURED)}
 
 
+@pytest.mark.slow
 def test_dry_run_of_two_processes_times_what_workers_have_not_made_ahead(
     tmp_path: Path, tiny_flags, launch
 ) -> None:

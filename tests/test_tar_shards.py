@@ -224,7 +224,7 @@ def test_run_on_tars_resumes_and_evaluates(
     path, run = write_tar(tmp_path / "images.tar", files), tmp_path / "runs" / "tar"
     flags = ["--data", str(path), "--output-dir", str(run), "--epochs", "1"]
     from_tar = train(parse_config([*tiny_flags, *flags]))
-    (index,) = data.index_folder(run).iterdir()
+    (index,) = data.index_folder_beside(run).iterdir()
     assert index.parent == tmp_path / "runs" / ".index"
     flags = ["--output-dir", str(tmp_path / "files"), "--epochs", "1"]
     from_files = train(parse_config([*tiny_flags, *flags]))
