@@ -2,6 +2,10 @@
 
 `python dino_train.py --help` shows the comments below as the flags' help; a flag is a field's name.
 ModelConfig stands in models.py and CropConfig in multicrop.py, which work without this file.
+
+To add a setting: a field with its help above it and a name that no other section has. Where its
+default is None and something else follows from the data, harness.flags.finish fills it in. Runs
+saved before a setting was renamed or removed cannot be resumed.
 """
 
 import dataclasses
@@ -18,10 +22,13 @@ from multicrop import CropConfig
 def setting(default: object, **metadata: object) -> object:
     """Return a field that says more of itself than its default.
 
-    above, most   the range of its numbers; without them, they are at least 0
-    may_change    a resumed run may have another value, since no step depends on it
+    above, most   its numbers are larger than `above` and at most `most`; without, at least 0
+    may_change    a resumed run may have another value
     of_one_start  it belongs to one start of a run, and is not kept in the run's config.yaml
     """
+    unknown = metadata.keys() - {"above", "most", "may_change", "of_one_start"}
+    if unknown:
+        raise TypeError(f"a setting has no {', '.join(unknown)}")
     return field(default=default, metadata=metadata)
 
 
@@ -36,7 +43,8 @@ class DataConfig:
     # pixels, shorter side before the center crop of an evaluation [paper: 256 for a crop of 224];
     # None: in that proportion for photographs, no margin for small images
     eval_resize: int | None = setting(None, above=0, may_change=True)
-    # decoding processes of each process; None: one less than its cores, at most 16
+    # processes that decode images for each process; None: one less than its cores, 1 to 16; 0 for
+    # data in memory
     num_workers: int | None = setting(None, may_change=True)
 
 
@@ -44,7 +52,7 @@ class DataConfig:
 class OptimConfig:
     # passes over the data [paper: 100 to 800]
     epochs: int = setting(100, above=0, may_change=True)
-    # images a process and micro-batch; the header shows the whole batch [paper: 1024]
+    # images per process and micro-batch; the header shows the whole batch [paper: 1024 in all]
     batch_size: int = setting(64, above=0)
     # micro-batches a step: a larger batch in the same memory
     accumulation_steps: int = setting(1, above=0)
@@ -62,7 +70,7 @@ class OptimConfig:
     weight_decay_end: float = 0.4
     # largest norm of each parameter's gradient; 0: not clipped [paper: 0 to 3]
     clip_grad: float = 3.0
-    # epochs in which the head's last layer waits; raise it if the loss does not fall [paper: 1]
+    # epochs in which the head's last layer is frozen; raise it if the loss does not fall [paper: 1]
     freeze_last_layer_epochs: int = 1
 
     def images_per_step(self, world: int) -> int:
@@ -78,11 +86,11 @@ class TeacherConfig:
     warmup_teacher_temp: float = setting(0.04, above=0)
     # teacher temperature after the warm-up; above 0.07 is unstable [paper: 0.04 to 0.07]
     teacher_temp: float = setting(0.04, above=0)
-    # epochs in which the teacher temperature changes from one to the other, linearly [paper: 30,
-    # for a teacher_temp of 0.07]
+    # epochs in which the teacher temperature goes linearly from --warmup-teacher-temp to
+    # --teacher-temp [paper: 30, for a teacher_temp of 0.07]
     warmup_teacher_temp_epochs: int = 0
-    # momentum of the teacher's moving average at first, 1 at the end; 0.9995 for batch 256, less
-    # for short runs [paper: 0.996]
+    # momentum of the teacher's moving average at first, 1 at the end; about 0.9995 for a whole
+    # batch of 256, less for short runs [paper: 0.996]
     teacher_momentum: float = setting(0.996, most=1)
     # momentum of the center's moving average [paper: 0.9]
     center_momentum: float = setting(0.9, most=1)
@@ -92,9 +100,9 @@ class TeacherConfig:
 class RunConfig:
     # a YAML recipe, or a run's config.yaml; flags override it
     config: Path | None = setting(None, of_one_start=True)
-    # folder for the run's files; None: runs/DATA-ARCH, numbered
+    # folder for the run's files; None: runs/DATA-ARCH, with a number where that is taken
     output_dir: Path | None = setting(None, of_one_start=True)
-    # take a few real steps, then tell speed, memory, the time that the run will take, and draw
+    # take a few real steps, then print speed, memory and the time that the run will take, and draw
     # crops.png; nothing else is written
     dry_run: bool = setting(False, of_one_start=True)
     # go on with the run of --output-dir; also: --resume FOLDER
@@ -106,22 +114,22 @@ class RunConfig:
     init_from: str | None = None
     # which network of --init-from, where it holds both
     init_network: Literal["teacher", "student"] = "teacher"
-    # fixes the initial weights, the order of the images and their crops
+    # fixes the initial weights, the order of the images, their crops and drop path
     seed: int = setting(0, most=1 << 62)
-    # precision of the networks; loss, center and EMA are float32; None: bf16 on a GPU (fp16 on old
-    # ones), else no
+    # precision of the networks; loss, center and EMA are float32; None: accelerate launch's, else
+    # bf16 on a GPU (fp16 on old ones) and no on a CPU
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    # BatchNorm over the batches of all GPUs, where there are several; CPUs have none
+    # BatchNorm over the batches of all GPUs, where there are several; no effect on CPUs
     sync_bn: bool = True
-    # torch.compile the networks' blocks, which takes minutes at first; the default is to, on a GPU
+    # torch.compile the networks' blocks, which takes minutes at first; the default on a GPU
     compile: bool = setting(torch.cuda.is_available(), may_change=True)
-    # steps between saved states; the end is saved, too
+    # save the state every so many steps, and at the end
     save_every: int = setting(1000, above=0, may_change=True)
-    # minutes between saved states at most; 0: by steps alone
+    # save the state at least every so many minutes; 0: by steps alone
     save_minutes: float = setting(30.0, may_change=True)
-    # saved states to keep, the older ones as state-STEP and ckpt-STEP
+    # above 1, keep so many states and teachers, as state-STEP and ckpt-STEP, the newest among them
     keep_last: int = setting(1, above=0, may_change=True)
-    # epochs between teachers to keep for good, as ckpt-epoch-N; 0: none
+    # keep a teacher for good every so many epochs, as ckpt-epoch-N; 0: none
     keep_every: int = setting(0, may_change=True)
     # steps between lines of log.jsonl
     log_every: int = setting(10, above=0, may_change=True)

@@ -240,7 +240,7 @@ class ImageDataset(Dataset):
             raise ValueError(f"cannot decode image {index}: {error}") from error
 
     def _read(self, epoch: int, index: int) -> tuple[int, Tensor]:
-        """Return an image and its index, or the next readable one of the epoch's order and its."""
+        """Return (index, image): the one asked for, or the next readable of the epoch's order."""
         try:
             return index, self._decode(index)
         except ValueError as error:
@@ -266,7 +266,7 @@ class ImageDataset(Dataset):
         return f"cannot decode image {index}: it could not be read, and now it can"
 
     def typical_size(self) -> tuple[int, int]:
-        """Return the median shorter and longer side in pixels, of up to 64 images."""
+        """Return the median shorter and longer side in pixels, of 64 to 127 images at most."""
         step = max(1, len(self) // 64)
         sides = [sorted(self._read(0, i)[1].shape[1:]) for i in range(0, len(self), step)]
         short, long = np.median(sides, axis=0).astype(int).tolist()
@@ -289,10 +289,10 @@ class ImageDataset(Dataset):
 def decode(image: object) -> Tensor:
     """Return (3, h, w) uint8 RGB of a path (bytes), a tar's member or a Pillow image.
 
-    Of an animation the first frame, turned as EXIF says, without transparency; of 16 bits the upper
-    8. A pair (Pillow image, label) is taken for its image, and a tensor is returned as it is.
-    Raises ValueError with the name where a file cannot be decoded, or has more than twice Pillow's
-    MAX_IMAGE_PIXELS (179 million).
+    An animation's first frame is taken, an image is turned as EXIF says, transparency is dropped,
+    and of 16 bits the upper 8 are kept. A pair (Pillow image, label) is taken for its image, and a
+    tensor is returned as it is. Raises ValueError with the name where a file cannot be decoded, or
+    has more than twice Pillow's MAX_IMAGE_PIXELS (179 million).
     """
     if isinstance(image, Tensor):
         return image
@@ -444,7 +444,11 @@ def _first_existing(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _folder(root: Path, split: str, index_folder: Path | None) -> ImageDataset:
-    """Open a split of a folder or tar: its own train and test, or all but a tenth, and that."""
+    """Open a split of a folder or tar.
+
+    Without a test of its own, `test` is a fixed tenth of the images and `memory` the others, while
+    `train` has all of them.
+    """
     train = _first_existing(root, ["train"]) or root
     test = _first_existing(root, ["val", "test"])
     has_test = train != root and test is not None
@@ -503,6 +507,9 @@ def build_dataset(
     tars so called, has its own test; of any other a fixed tenth is the test. `canvas_size` resizes
     each image to a square canvas; `index_folder` keeps what a long scan found. Raises ValueError
     for unknown data, for a folder without images and, except for `train`, without classes.
+
+    To add a source: a row in TORCHVISION_SETS or a branch here that returns an ImageDataset, whose
+    images `decode` reads; and what tells its images from others, in ImageDataset.fingerprint.
     """
     if data == "patterns":
         num_images, first = (1000, 1 << 32) if split == "test" else (2000, 0)
@@ -522,7 +529,7 @@ def build_dataset(
     if split != "train" and dataset.labels is None:
         raise ValueError(f"no class folders in the {split} images of {data}: k-NN needs labels")
     if not len(dataset):
-        raise ValueError(f"no images are left to {split} with in {data}: need at least 2")
+        raise ValueError(f"no {split} images are left in {data}: need at least 2 images")
     if canvas_size is not None:
         dataset.transform = partial(to_canvas, size=canvas_size)
     return dataset

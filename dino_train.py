@@ -68,13 +68,13 @@ class Rates(NamedTuple):
     teacher_temp: float
 
 
-def schedules(config: Config, step: int, steps_per_epoch: int, batch_size: int) -> Rates:
-    """Return what step `step` (from 0) trains with; `batch_size` is over all processes."""
+def schedules(config: Config, step: int, steps_per_epoch: int, images_per_step: int) -> Rates:
+    """Return what step `step` (from 0) trains with; `images_per_step` is of all processes."""
     optim, teacher = config.optim, config.teacher
     epoch = step // steps_per_epoch
     total_steps = optim.epochs * steps_per_epoch
     warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
-    peak = optim.lr * batch_size / 256  # the linear scaling rule; min_lr is not scaled
+    peak = optim.lr * images_per_step / 256  # the linear scaling rule; min_lr is not scaled
     teacher_temp = teacher.teacher_temp
     if epoch < teacher.warmup_teacher_temp_epochs:  # by epoch, with both ends, as in the original
         progress = epoch / max(1, teacher.warmup_teacher_temp_epochs - 1)
@@ -106,7 +106,7 @@ class DinoSystem(nn.Module):
         The teacher sees the two global crops. With `features_only`, return the teacher's features
         (b, d) of images (b, c, h, w).
         """
-        if features_only:  # the head too: FSDP2 gathers a model for its own forward alone
+        if features_only:  # by way of the head: FSDP2 gathers weights in a model's own forward only
             return self.teacher(crops, return_backbone_features=True)[0]
         with torch.no_grad():
             features, teacher_logits = self.teacher(crops[:2], return_backbone_features=True)
@@ -149,7 +149,7 @@ class Parts:
 def build_parts(run: Run) -> Parts:
     """Build networks, optimizer, loss and crops, and restore what the run saved."""
     config, accelerator = run.config, run.accelerator
-    # a saved state has all weights: those that the run began with may be gone
+    # a saved state has all weights; the file that the run began with may be gone
     init_from = None if run.is_resumed else config.run.init_from
     system, optimizer = build_networks(config, accelerator, init_from)
     model, prepared_optimizer = accelerator.prepare(system, optimizer)
@@ -179,16 +179,18 @@ class StepMeans:
         self.teacher_temp = teacher_temp
         self.is_logged = is_logged
         self.losses: list[Tensor] = []
-        self.teacher_logits: list[Tensor] = []  # (k,) each, for the center
-        self.figures: list[Tensor] = []  # the entropy, then (t d) of the mean direction
+        self.mean_logits: list[Tensor] = []  # the teacher's, (k,) each, for the center
+        self.figures: list[Tensor] = []  # the entropy, then (t d) of the mean directions
 
     def add(self, loss: Tensor, teacher_logits: Tensor, features: Tensor) -> None:
+        """Add a micro-batch's loss, teacher logits (t, b, k) and teacher features (t, b, d)."""
         self.losses.append(loss.detach())
-        self.teacher_logits.append(teacher_logits.float().mean(dim=(0, 1)))
+        self.mean_logits.append(teacher_logits.float().mean(dim=(0, 1)))
         if self.is_logged:  # with the center that the loss used
             entropy = self.dino_loss.teacher_entropy(teacher_logits, self.teacher_temp)
-            direction = F.normalize(features.float(), dim=-1).mean(dim=1) / len(features) ** 0.5
-            self.figures.append(torch.cat([entropy[None], direction.flatten()]))
+            num_views = len(features)
+            directions = F.normalize(features.float(), dim=-1).mean(dim=1) / num_views**0.5
+            self.figures.append(torch.cat([entropy[None], directions.flatten()]))
 
     @property
     def loss(self) -> Tensor:
@@ -201,7 +203,8 @@ class StepMeans:
         """
         means = accelerator.reduce(torch.stack(self.figures).mean(dim=0), reduction="mean")
         entropy = means[0].item()
-        # the deviation of directions of length 1 follows from their mean: 0 when all are one
+        # The variance of directions of length 1 is 1 less their mean's square: 0 when all are one.
+        # Divided by num_views**0.5, the squares of all views' means add up to the mean over views.
         spread = (1 - means[1:].square().sum()).clamp(min=0).sqrt().item()
         return {"teacher_entropy": entropy, "kl": loss - entropy, "feature_spread": spread}
 
@@ -229,12 +232,12 @@ def run_loop(
     last_layer = list(student.projection_head.last_layer.parameters())
     crops_of = Cropper(parts.multi_crop, seed, accelerator.device)
     metrics = knn.catch_up(model, monitor)
-    step, loss_value, crops = run.first_step, math.nan, []
+    step, loss_value, crops = run.steps_before, math.nan, []
     run.start_loading()
     monitor.restart_clock()
     for step in run.steps():
         # ---- algorithm 1
-        rates = schedules(config, step - 1, run.steps_per_epoch, run.batch_size)
+        rates = schedules(config, step - 1, run.steps_per_epoch, run.images_per_step)
         set_rates(optimizer, rates.lr, rates.weight_decay)
         means = StepMeans(dino_loss, rates.teacher_temp, run.is_logged(step))
         for micro in range(optim.accumulation_steps):
@@ -258,7 +261,7 @@ def run_loop(
         optimizer.step()
         optimizer.zero_grad()
         if not optimizer.step_was_skipped:  # by fp16, whose gradients overflowed
-            dino_loss.update_center(torch.stack(means.teacher_logits))  # eq. 4; a collective
+            dino_loss.update_center(torch.stack(means.mean_logits))  # eq. 4; a collective
             update_teacher_EMA(student, teacher, rates.teacher_momentum)
 
         # ---- what is due after it, in all processes alike
@@ -288,12 +291,13 @@ def run_loop(
 
 
 def train(config: Config) -> dict:
-    """Train as `config` says; return the checkpoint's path and the last step, loss and k-NN.
+    """Train as `config` says.
 
-    Raises ValueError for what cannot be meant, before anything is written; FloatingPointError for
-    a loss that is not finite and RunError for a full disk, a dead worker or too many unreadable
-    images, with the last good checkpoint kept. A run that is stopped by a signal exits with 128 +
-    the signal's number.
+    Return folder, checkpoint, step, loss, unreadable_images and, if k-NN was evaluated, knn_top1,
+    knn_step and knn_top1_untrained. Raises ValueError for settings that make no sense, before
+    anything is written; FloatingPointError for a loss that is not finite and RunError for a full
+    disk, a dead worker or too many unreadable images, with the last good checkpoint kept. A run
+    that is stopped by a signal exits with 128 + the signal's number.
     """
     # ---- what is wrong fails here, before a file is written
     kind_of_run = DryRun if config.run.dry_run else Run
@@ -302,9 +306,9 @@ def train(config: Config) -> dict:
     parts = build_parts(run)
     monitor = Monitor(run)
     introduce(run, monitor, parts.system.student, knn.why_not)
-    run.accelerator.wait_for_everyone()  # the others have looked into the folder by now
+    run.accelerator.wait_for_everyone()  # all have seen that the folder is free, or what is in it
 
-    with monitor.progress, stop_requests() as stop_signals:  # heeded before a file is written
+    with monitor.progress, stop_requests() as stop_signals:  # from here on a signal stops cleanly
         run.open()
         outcome = run_loop(run, parts, knn, monitor, stop_signals)
 

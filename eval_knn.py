@@ -53,7 +53,7 @@ class KnnConfig:
 
 
 def check_votes(ks: Sequence[int], temperature: float) -> None:
-    """Raise ValueError for numbers of neighbours or a temperature that cannot be meant."""
+    """Raise ValueError for numbers of neighbours or a temperature out of range."""
     if min(ks, default=0) < 1 or not temperature > 0:
         raise ValueError(f"need k >= 1 and a temperature > 0, got k {list(ks)}, {temperature}")
 
@@ -105,7 +105,7 @@ def knn_accuracy(
 
 
 def print_rank(network: FrozenBackbone, options: EvalConfig, accelerator: Accelerator) -> None:
-    """Judge the features of the training images without labels. A collective."""
+    """Print how good the training images' features are, without labels. A collective."""
     index_folder = index_folder_beside(Path(options.checkpoint).parent)
     with accelerator.local_main_process_first():  # which may have to download
         images = build_dataset(network.preparation.data, index_folder=index_folder)

@@ -55,13 +55,13 @@ class LinearConfig:
     epochs: int = 100
     # images a step, over all processes [paper: 1024]
     probe_batch_size: int = 256
-    # last blocks of a ViT whose class tokens are read; None: 4 up to a width of 384, above that 1
-    # with --avgpool [paper: so]
+    # last blocks of a ViT whose class tokens are read; None, as in the paper: 4 up to a width of
+    # 384, above that 1 with --avgpool
     n_last_blocks: int | None = None
     # read the mean of the patch tokens too
     avgpool: bool = False
-    # train on random crops and flips, a pass of the network an epoch, instead of on center crops
-    # that it sees once [paper: yes]
+    # train on random crops and flips, one pass of the network each epoch, instead of on center
+    # crops that it sees once [paper: yes]
     augment: bool = False
     # fixes the initial weights, the order of the images and their crops
     seed: int = 0
@@ -137,7 +137,7 @@ def train_on_crops(
     config: LinearConfig,
     accelerator: Accelerator,
 ) -> Probes:
-    """Train probes on a random crop and flip of each image and epoch, as published. A collective.
+    """Train probes on random crops and flips, drawn anew each epoch, as published. A collective.
 
     `forward` returns the features of crops in 0..1 of `size` pixels. The probes are the same in all
     processes, which share the images of a step.
@@ -165,13 +165,14 @@ def train_on_crops(
     is_hidden = not accelerator.is_main_process
     for step in track(range(total_steps), "training probes", disable=is_hidden, transient=True):
         batch = next(batches)
-        if step < steps_per_epoch:  # the first epoch takes each image once
+        epoch = step // steps_per_epoch
+        if epoch == 0:  # which takes each image once at most
             num_unreadable += (batch.source != batch.index).sum()
         crops = random_crops(batch, size, config.seed, device)
         features, labels = gather((forward(crops).float(), batch.label.to(device)))
         if probes is None:
             probes = Probes(features, num_classes, lrs, config.seed)
-        probes.step(features, labels, step // steps_per_epoch / config.epochs)
+        probes.step(features, labels, epoch / config.epochs)
     num = int(accelerator.reduce(num_unreadable.to(device)))
     if num:
         accelerator.print(f"warning: {num} images cannot be decoded: others took their place")
@@ -179,7 +180,7 @@ def train_on_crops(
 
 
 def check_probes(config: LinearConfig) -> None:
-    """Raise ValueError for settings that cannot be meant."""
+    """Raise ValueError for settings out of range."""
     if min(config.lrs, default=0) <= 0 or config.epochs < 1 or config.probe_batch_size < 1:
         given = f"lrs {config.lrs}, epochs {config.epochs}, batch {config.probe_batch_size}"
         raise ValueError(f"need lrs > 0, epochs >= 1 and a batch >= 1, got {given}")
@@ -247,7 +248,7 @@ def best_of(accuracies: Accuracies) -> float:
 
 
 def layers_to_read(backbone: nn.Module, options: LinearConfig) -> tuple[int, bool]:
-    """Return how many last blocks are read, and whether patch tokens; as in the paper if open."""
+    """Return how many last blocks are read, and whether patch tokens are; None: as the paper."""
     if options.n_last_blocks is not None:
         return options.n_last_blocks, options.avgpool
     if not is_vit(backbone):

@@ -52,7 +52,7 @@ class ModelConfig:
     # pixels, ViTs only [paper: 16 or 8]; None: the arch's own
     patch_size: int | None = field(default=None, metadata=ABOVE_ZERO)
     # pixels that position embeddings and ResNet stem are made for; None: the global crop size in
-    # training, the arch's own where weights are published
+    # training, the arch's own with --pretrained
     image_size: int | None = field(default=None, metadata=ABOVE_ZERO)
     # interpolate position embeddings for crops of other sizes as the original does, for its weights
     original_pos_embed: bool = False
@@ -77,9 +77,11 @@ class ModelConfig:
 
 def _build_resnet(name: str, pretrained: bool, image_size: int | None) -> nn.Module:
     is_small = image_size is not None and image_size <= 64
-    if pretrained and (is_small or name == "resnet10_half"):
-        wanted = "need a torchvision ResNet above 64 px"
-        raise ValueError(f"{name} at {image_size} px has no published weights: {wanted}")
+    if pretrained and name == "resnet10_half":
+        raise ValueError(f"{name} has no published weights: need a ResNet of torchvision")
+    if pretrained and is_small:
+        text = "the stem for small images has no published weights: need more than 64 px"
+        raise ValueError(f"{name} at {image_size} px: {text}")
     if name == "resnet10_half":  # one BasicBlock a stage, half the width
         net = timm.create_model(
             "resnet18",
@@ -197,6 +199,9 @@ def get_backbone(
     parameter names of torchvision or timm. ResNets for an `image_size` up to 64 px get a 3x3 stem
     without max-pool, of stride 1 up to 32 px and 2 above. Raises ValueError for an unknown name
     (with close matches) or option, OSError where published weights cannot be loaded.
+
+    To add a backbone: a branch here and its name among the known. It must have `.num_features` and
+    build on the meta device. (Any module with `.output_dim` goes into a DinoModel without that.)
     """
     is_resnet = name in RESNETS or name == "resnet10_half"
     if not is_resnet and name not in TIMM_NAMES and not timm.is_model(name):

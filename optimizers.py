@@ -71,6 +71,9 @@ def build_optimizer(student: nn.Module, name: str, fused: bool = True) -> torch.
 
     Biases and 1-d parameters are in the second: neither decayed nor adapted by LARS. With fp16
     AdamW must not be fused: that hides from Accelerate which steps the loss scaling skipped.
+
+    To add an optimizer: a branch here, and its name in config.py. Its state must be tensors, which
+    is what a run saves.
     """
     decayed: list[nn.Parameter] = []
     not_decayed: list[nn.Parameter] = []

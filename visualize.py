@@ -277,18 +277,19 @@ def neighbours_sheet(
     else:
         queries = [(os.fsencode(query), Path(query).stem, None)]
     cells: list[Cell] = []
-    for source, label, own in queries:
-        crop = observer.crop(decode(source))
-        similarity = features @ observer.features([crop])[0]
+    num_others = len(rows) if query is not None else len(rows) - 1
+    num_neighbours = min(NUM_NEIGHBOURS, num_others)
+    for source, query_label, own in queries:
+        query_crop = observer.crop(decode(source))
+        similarity = features @ observer.features([query_crop])[0]
         order = [i for i in similarity.argsort(descending=True).tolist() if i != own]
-        neighbours = order[:NUM_NEIGHBOURS]
-        cells.append((tile(crop, SMALL_TILE), label))
-        for i in neighbours:
+        cells.append((tile(query_crop, SMALL_TILE), query_label))
+        for i in order[:num_neighbours]:
             crop = observer.crop(decode(images.images[rows[i]]))
             label = f"{similarity[i]:.2f} {label_of(images, rows[i])}"
             cells.append((tile(crop, SMALL_TILE), label))
     title = f"query and neighbours, with cosine similarity, of {len(rows):,} images"
-    return sheet(title, cells, 1 + len(neighbours))
+    return sheet(title, cells, 1 + num_neighbours)
 
 
 def scatter_sheet(features: Tensor, classes: list[str]) -> Image.Image:
@@ -355,7 +356,7 @@ def kinds_to_draw(options: VisualizeConfig, observer: Observer, images: ImageDat
 
 
 def _why_not(options: VisualizeConfig, observer: Observer, images: ImageDataset) -> dict[str, str]:
-    """Return the reason of each kind that does not apply. ValueError where no video does."""
+    """Return why each kind that does not apply does not; ValueError for a video of one image."""
     reasons: dict[str, str] = {}
     if not has_class_attention(observer.backbone):
         reasons["attention"] = f"{observer.arch} is no ViT with a class token"
@@ -401,7 +402,10 @@ def draw_pictures(options: VisualizeConfig) -> Pictures:
 
 
 def write_pictures(folder: Path, pictures: Pictures) -> None:
-    """Write all pictures, then put them in their places and name them. Frames replace none."""
+    """Write all pictures, then put them in their places and print their names.
+
+    Raises ValueError rather than replace a folder of frames.
+    """
     for name in pictures:
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} exists: delete it or give another --output-dir")
@@ -423,7 +427,7 @@ def write_pictures(folder: Path, pictures: Pictures) -> None:
 
 
 def check_options(options: VisualizeConfig) -> None:
-    """Raise ValueError for what cannot be meant."""
+    """Raise ValueError for options out of range, and for a query that is no file."""
     for flag, value in (("size", options.size), ("num-images", options.num_images)):
         if value is not None and value < 1:
             raise ValueError(f"need --{flag} >= 1, got {value}")

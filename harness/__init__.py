@@ -13,6 +13,6 @@ outlook        header, warnings, dry run
 evaluation     a frozen backbone: opened, its images prepared, its features
 online_knn     the teacher's k-NN during training
 
-Imports go down: a file here imports those above it in this list, and the top level's models.py,
-losses.py, multicrop.py, data.py, tar_shards.py, optimizers.py and config.py. None imports a script.
+A file imports only those listed above it, and the top level's models.py, losses.py, multicrop.py,
+data.py, tar_shards.py, optimizers.py and config.py. None imports a script.
 """

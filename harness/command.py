@@ -101,7 +101,12 @@ if hasattr(signal, "SIGUSR1"):  # Slurm's warning; Windows has none
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect STOP_SIGNALS in a list, so that a step is finished; a second Ctrl-C raises."""
+    """Collect STOP_SIGNALS in a list, so that a step is finished; Ctrl-C after any of them raises.
+
+    What follows in training: Run.what_is_due agrees on the signal with all processes, run_loop
+    saves and ends, train says how to resume and exits with 128 + the signal's number. Outside this
+    block a signal ends the process as usual.
+    """
     received: list[int] = []
 
     def note(number: int, frame: object) -> None:

@@ -124,7 +124,7 @@ def _is_one_of_several() -> bool:
 
 
 def launch_line(accelerator: Accelerator) -> str:
-    """Return the words before a script's name that start it as it runs now."""
+    """Return the words before a script's name that start it as it runs now, on one node."""
     world = accelerator.num_processes
     if accelerator.is_fsdp2:
         return f"accelerate launch --use_fsdp --fsdp_version 2 --num_processes {world}"
@@ -262,4 +262,4 @@ class Agreement:
         for rank, other in enumerate(values):
             if other != values[0]:
                 text = f"processes 0 and {rank} do not see the same {what}: need one for all"
-                raise ValueError(text)
+                raise ValueError(f"{text} (do all nodes have the folder in common?)")

@@ -1,5 +1,8 @@
 """Evaluations of a frozen backbone: open it, prepare images as it knows them, compute features.
 
+To add an evaluation: a script like eval_knn.py, whose main calls read_flags, open_backbone,
+open_splits, features_of_splits and report. Images that cannot be decoded have no row of features.
+
 Source: DINO, arXiv 2104.14294, appendix F. Axes: n images, d features, b batch.
 """
 
@@ -47,7 +50,7 @@ class EvalConfig:
     student: bool = False
     # images a forward pass
     batch_size: int = 256
-    # processes that decode images; about the number of cores for photographs
+    # processes that decode images; 0: the script itself does; for photographs as many as cores
     num_workers: int = 0
     # file for the results, as JSON
     json_out: Path | None = None
@@ -256,6 +259,7 @@ def open_splits(
 
 
 def center_cropped(dataset: ImageDataset, preparation: Preparation) -> ImageDataset:
+    """Let a dataset return center crops from now on, and return it."""
     dataset.transform = partial(center_crop, resize=preparation.resize, size=preparation.size)
     return dataset
 
@@ -327,7 +331,7 @@ def features_of_splits(
 
 
 def is_vit(backbone: nn.Module) -> bool:
-    """Tell whether a network is a ViT of timm that is read by its class token."""
+    """Tell whether a network is a ViT of timm with a class token."""
     has_blocks = bool(getattr(backbone, "blocks", None))
     can_be_read = hasattr(backbone, "forward_intermediates")
     return has_blocks and can_be_read and getattr(backbone, "has_class_token", False)
@@ -339,7 +343,8 @@ def layer_features(
     """Return the function from images to features that the original's linear evaluation reads.
 
     Of a ViT the normalised class tokens of the last blocks and, with `avgpool`, the mean of the
-    last block's patch tokens; of other networks their output. Raises ValueError for more.
+    last block's patch tokens; of other networks their output. Raises ValueError where a network
+    cannot give these.
     """
     if num_last_blocks == 1 and not avgpool:
         return backbone
@@ -405,7 +410,7 @@ def size_facts(train: Tensor, test: Tensor | None = None) -> dict[str, object]:
 
 
 def report(facts: dict, table: Table | None, results: dict, json_out: Path | None) -> None:
-    """Print the table under a line of facts, and write both to `json_out`."""
+    """Print a line of facts and the table; write facts and results to `json_out`."""
     console = Console()
     step = "" if facts["step"] is None else f" at step {facts['step']:,}"
     images = f"{facts['num_train']:,} images"

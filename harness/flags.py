@@ -59,7 +59,7 @@ def _folder_to_resume(given: str, output_dir: Path | None, flags: list[str]) -> 
     if folder is None or not (folder / "config.yaml").is_file():
         raise ValueError(f"no run to resume: need a folder with config.yaml, got {folder}")
     if output_dir not in (None, folder):
-        raise ValueError(f"got --resume {folder} and --output-dir {output_dir}")
+        raise ValueError(f"got --resume {folder} and --output-dir {output_dir}: need one folder")
     if any(flag.startswith("--overwrite") for flag in flags):
         raise ValueError("--resume goes on with a run and --overwrite deletes it: need one")
     return folder
@@ -68,7 +68,7 @@ def _folder_to_resume(given: str, output_dir: Path | None, flags: list[str]) -> 
 def recipe_flags(path: Path) -> list[str]:
     """Read a YAML recipe, {section: {setting: value}}, as the flags that say the same.
 
-    Raises ValueError for a file that is none, and for unknown keys, with close matches.
+    Raises ValueError for a file that is no recipe, and for unknown keys, with close matches.
     """
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
@@ -106,7 +106,7 @@ LARGEST = 1e38  # near the end of float32's range
 
 
 def check_values(config: Config) -> None:
-    """Raise ValueError for what cannot be meant: numbers out of range, flags that contradict."""
+    """Raise ValueError for numbers out of range, and for flags that contradict each other."""
     for section, settings in SETTINGS.items():
         values = getattr(config, section)
         for name, setting in settings.items():
@@ -115,7 +115,7 @@ def check_values(config: Config) -> None:
     if run.overwrite and run.output_dir is None:
         raise ValueError("--overwrite needs the --output-dir whose run it deletes")
     if run.dry_run and (run.resume or run.overwrite):
-        text = "--dry-run starts anew and deletes nothing: not with --resume, --overwrite"
+        text = "--dry-run starts anew and deletes nothing: no --resume or --overwrite with it"
         raise ValueError(text)
     if run.init_from and config.model.pretrained:
         raise ValueError("--init-from and --pretrained both name weights to start from: need one")
@@ -157,7 +157,7 @@ def choose_precision(config: Config) -> str:
 
 
 def default_precision() -> str:
-    """Return the precision where neither --mixed-precision nor accelerate launch says one."""
+    """Return accelerate launch's precision or, where it has none, the best that the GPU has."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no" or not torch.cuda.is_available() or is_set("ACCELERATE_USE_CPU"):
         return launched
@@ -170,7 +170,9 @@ def default_precision() -> str:
 
 
 def finish(config: Config, dataset: ImageDataset, precision: str) -> Config:
-    """Return the config with all that was None filled in, by images, architecture and machine.
+    """Return the config with sizes, workers, the data's path and precision filled in.
+
+    They follow from the images, the architecture and the machine.
 
     Raises ValueError for sizes that do not fit each other.
     """

@@ -52,7 +52,7 @@ def collapse_of(entropy: float, kl: float, output_dim: int) -> str:
 
 @dataclass(frozen=True)
 class Collapse:
-    """What the teacher has been, in every logged step since one."""
+    """What the teacher has collapsed to, and since which logged step."""
 
     kind: str
     since: int
@@ -68,9 +68,9 @@ MOST_UNREADABLE = 0.01  # share of the images; where more are unreadable, it is 
 
 
 def peak_memory() -> float:
-    """Return the most memory in GiB that the main process has taken so far, of its GPU or its own.
+    """Return the most memory in GiB that this process has taken so far, without its workers.
 
-    It is nan on Windows without a GPU.
+    It is the GPU's memory where there is one, and nan on Windows without.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
@@ -101,7 +101,7 @@ def _progress(console: Console) -> Progress:
 
 
 class Monitor:
-    """Tell of a run in log.jsonl, trackers and terminal, without waiting for the device."""
+    """Tell of a run in log.jsonl, trackers and terminal; only what logs waits for the device."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -109,10 +109,10 @@ class Monitor:
         self.console = Console(quiet=not self.accelerator.is_main_process)
         self.progress = _progress(self.console)
         self.bar = self.progress.add_task(
-            "starting", total=run.total_steps, completed=run.first_step
+            "starting", total=run.total_steps, completed=run.steps_before
         )
         self.losses: dict[int, Tensor] = {}  # by step, not yet read from the device
-        self.failure = ""  # of writing the log, which all processes learn of after the step
+        self.failure = ""  # of writing the log, which all processes learn of after a step
         saved = run.saved.collapse
         self.collapse = Collapse(**saved) if saved else None
         self.said_collapse = ""  # the kind that was printed
@@ -138,7 +138,7 @@ class Monitor:
         self.progress.update(self.bar, completed=step)
 
     def check_finite(self) -> float:
-        """Return the last loss, the mean over all processes, once all since the last call are read.
+        """Read all losses since the last call, and return the last one's mean over all processes.
 
         Raises FloatingPointError at the first that is not finite. A collective, and a sync point:
         all processes stop at the same step.
@@ -155,9 +155,9 @@ class Monitor:
     # ------------------------------------------------ log
 
     def log(self, step: int, values: dict) -> None:
-        """Write a line of log.jsonl, and its numbers to the trackers.
+        """Write a line of log.jsonl, and its figures to the trackers.
 
-        A failure is kept until the step's end, where all processes stop.
+        A failure is kept until the next step's end, where all processes stop.
         """
         if self.accelerator.is_main_process:
             line = {"step": step, "epoch": round(self.run.epoch(step), 4)} | values
@@ -166,13 +166,13 @@ class Monitor:
             except OSError as error:
                 text = f"cannot write {self.run.log_file}: {error.strerror}"
                 self.failure = f"{text}; {self.run.kept()}"
-        numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
-        self.accelerator.log(numbers, step=step)
+        figures = {name: value for name, value in values.items() if not isinstance(value, list)}
+        self.accelerator.log(figures, step=step)
 
     def log_step(self, step: int, loss: float, lr: float, figures: dict[str, float]) -> None:
         """Log a step: its loss, what `figures` says of the teacher, speed and memory."""
         seconds = time.perf_counter() - self.clock_start
-        speed = self.steps_on_clock * self.run.batch_size / seconds
+        speed = self.steps_on_clock * self.run.images_per_step / seconds
         waited = (self.run.waited - self.waited_before) / seconds
         values = {"loss": loss, "lr": lr, "images_per_second": speed, "data_wait": waited}
         values |= {"peak_memory_gib": peak_memory()} | figures

@@ -25,7 +25,7 @@ def copy_buffers_of_main(module: nn.Module) -> None:
 
 
 class OnlineKnn:
-    """Which images k-NN remembers and is tested on, and after which steps; `why_not` if never.
+    """Evaluate the teacher by k-NN after the steps where that is due; `why_not` says why never.
 
     `knn_accuracy` is eval_knn's. All processes have to build it, together.
     """
@@ -63,7 +63,7 @@ class OnlineKnn:
 
     def catch_up(self, model: nn.Module, monitor: Monitor) -> dict:
         """Evaluate the untrained teacher, or what a stop put off; return the metrics there are."""
-        step = self.run.first_step
+        step = self.run.steps_before
         if self.is_due(step) and self.metrics.get("knn_step") != step:
             return self.evaluate(step, model, monitor)
         return self.metrics

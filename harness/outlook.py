@@ -33,11 +33,11 @@ def ema_half_life(momentum: float) -> float:
 
 
 def three_digits(number: float) -> str:
-    """Return a number with three digits, or in whole thousands: `0.658`, `34.3`, `1,386`."""
+    """Return a number with three digits, from 100 on as a whole one: `0.658`, `34.3`, `1,386`."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def num_epochs(number: float) -> str:
+def in_epochs(number: float) -> str:
     return f"{number:g} epoch" if number == 1 else f"{number:g} epochs"
 
 
@@ -64,9 +64,11 @@ def introduce(run: Run, monitor: Monitor, student: nn.Module, why_no_knn: str) -
         monitor.say(f"no k-NN during training: {why_no_knn}")
     for warning in unlikely_settings(run, student):
         monitor.say(f"warning: {warning}")
-    if run.config.run.resume:
-        text = f"after step {run.first_step:,} of {run.total_steps:,}"
+    if run.is_resumed:
+        text = f"after step {run.steps_before:,} of {run.total_steps:,}"
         monitor.say(f"resumed {run.folder} {text}")
+    elif run.config.run.resume:
+        monitor.say(f"no state was saved in {run.folder}: it starts from its first step")
     for change in run.changes:
         monitor.say(f"taken over: {change}")
 
@@ -83,7 +85,7 @@ def header(run: Run, student: nn.Module) -> Table:
         "device": f"{_devices_of(run)}, mixed precision: {config.run.mixed_precision}"
         f"{_compiling_of(config, student)}",
         "batch": f"{_batch_of(run)}, {run.steps_per_epoch:,} steps an epoch, "
-        f"{num_epochs(config.optim.epochs)}",
+        f"{in_epochs(config.optim.epochs)}",
         "optimizer": _optimizer_of(run),
         "teacher": _teacher_of(run),
     }
@@ -123,20 +125,21 @@ def _compiling_of(config: Config, student: nn.Module) -> str:
 
 def _batch_of(run: Run) -> str:
     optim, world = run.config.optim, run.accelerator.num_processes
-    text = f"{run.batch_size} images"
-    if optim.batch_size == run.batch_size:
+    text = f"{run.images_per_step} images"
+    if optim.batch_size == run.images_per_step:
         return text
     return f"{text} ({batch_factors(optim.batch_size, world, optim.accumulation_steps)})"
 
 
 def _optimizer_of(run: Run) -> str:
     optim = run.config.optim
-    peak = f"lr {optim.lr * run.batch_size / 256:.3g} ({optim.lr:g} x {run.batch_size} / 256)"
-    return f"{optim.optimizer}, {peak}, warm-up of {num_epochs(optim.warmup_epochs)}"
+    images = run.images_per_step
+    peak = f"lr {optim.lr * images / 256:.3g} ({optim.lr:g} x {images} / 256)"
+    return f"{optim.optimizer}, {peak}, warm-up of {in_epochs(optim.warmup_epochs)}"
 
 
 def _teacher_of(run: Run) -> str:
-    teacher, epochs = run.config.teacher, num_epochs(run.config.optim.epochs)
+    teacher, epochs = run.config.teacher, in_epochs(run.config.optim.epochs)
     half_life = ema_half_life(teacher.teacher_momentum)
     half_life_epochs = three_digits(half_life / run.steps_per_epoch)
     temperature = f"{teacher.teacher_temp:g}"
@@ -170,18 +173,18 @@ def unlikely_settings(run: Run, student: nn.Module) -> list[str]:
         lines.append(f"{given} is more prototypes than the {num_images:,} images")
     if config.run.knn_every and min(config.run.knn_images, num_images) < 20:
         flag = "--knn-images" if config.run.knn_images < 20 else "--data"
-        lines.append(f"k-NN asks 20 images, {flag} gives it fewer")
+        lines.append(f"k-NN asks 20 neighbours, {flag} leaves it fewer images")
     warm_ups = {
         "--warmup-epochs": config.optim.warmup_epochs,
         "--warmup-teacher-temp-epochs": config.teacher.warmup_teacher_temp_epochs,
     }
     for flag, warm_up in warm_ups.items():
         if warm_up > epochs:
-            lines.append(f"{flag} {warm_up:g} is longer than the run of {num_epochs(epochs)}")
+            lines.append(f"{flag} {warm_up:g} is longer than the run of {in_epochs(epochs)}")
     frozen = config.optim.freeze_last_layer_epochs
     if frozen >= epochs:
         given = f"--freeze-last-layer-epochs {frozen}"
-        text = f"covers the run of {num_epochs(epochs)}: the last layer stays as it is"
+        text = f"covers the run of {in_epochs(epochs)}: the last layer stays as it is"
         lines.append(f"{given} {text}")
     if run.accelerator.num_processes > 1 and _has_plain_batch_norm(student):
         is_on_gpus = run.accelerator.device.type == "cuda"
@@ -206,7 +209,7 @@ BATCHES_AHEAD = 2  # that a worker makes: until they are used up, no step seems 
 
 
 class DryRun(Run):
-    """A run of a few steps that writes nothing, and ends once it has timed them."""
+    """A run of a few steps that writes crops.png alone, and ends once it has timed them."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
@@ -252,7 +255,9 @@ class DryRun(Run):
         (is_over,) = self.agreement.largest(step == self.last_step or is_long)
         return due._replace(evaluates=False, saves=False, ends=due.ends or bool(is_over))
 
-    def report(self, console: Console, step: int, crops: list[Tensor], cut: MultiCrop) -> None:
+    def report(
+        self, console: Console, step: int, crops: list[Tensor], multi_crop: MultiCrop
+    ) -> None:
         """Print what the timed steps tell of the run, and write crops.png under an unused name."""
         if not self.accelerator.is_main_process:
             return
@@ -260,8 +265,8 @@ class DryRun(Run):
         seconds = time.monotonic() - self.began
         num_steps = step - self.began_after
         seconds_a_step = seconds / num_steps
-        speed = self.batch_size / seconds_a_step
-        file = self._draw_crops(crops, cut)
+        speed = self.images_per_step / seconds_a_step
+        file = self._draw_crops(crops, multi_crop)
         whole_run = duration(self.total_steps * seconds_a_step)
         memory_of = "device" if torch.cuda.is_available() else "process"
         console.print(f"dry run: nothing but {file.name} was written", markup=False)
@@ -274,12 +279,12 @@ class DryRun(Run):
         }
         print_rows(console, rows)
 
-    def _draw_crops(self, crops: list[Tensor], cut: MultiCrop) -> Path:
+    def _draw_crops(self, crops: list[Tensor], multi_crop: MultiCrop) -> Path:
         """Write all crops of up to eight images as one picture, and return its path."""
         num_images = min(8, len(crops[0]))
         cells = []
         for row in range(num_images):
-            cells += crop_cells(crops, cut.mean, cut.std, row)
+            cells += crop_cells(crops, multi_crop.mean, multi_crop.std, row)
         title = f"crops of {num_images} images, as the network sees them"
         folder = Path() if self.config.run.output_dir is None else self.folder
         folder.mkdir(parents=True, exist_ok=True)

@@ -139,15 +139,16 @@ class SavedRun:
     def read(cls, state_file: Path) -> "SavedRun":
         """Read a state file's metadata. ValueError where another version of this code wrote it."""
         _, texts = load_tensors(state_file, only_metadata=True)
-        metadata = json.loads(texts["metadata"])
-        metrics = dict(metadata["metrics"])
-        is_known = {"world", "fingerprint"} <= metadata.keys() and all(
+        metadata = json.loads(texts.get("metadata", "{}"))
+        needed = {"step", "metrics", "config", "world", "fingerprint"}
+        is_known = needed <= metadata.keys() and all(
             section in SETTINGS and values.keys() <= SETTINGS[section].keys()
             for section, values in metadata["config"].items()
         )
         if not is_known:
             folder = state_file.parent
             raise ValueError(f"cannot resume {folder}: another version of this code saved it")
+        metrics = dict(metadata["metrics"])
         older_place = metrics.pop("collapse", None)  # earlier versions kept it among the metrics
         return cls(
             step=metadata["step"],
@@ -178,7 +179,7 @@ class Due(NamedTuple):
     ends: bool
 
 
-# the run's own files in its folder, besides its four; the last are safetensors' temporary names
+# names of a run's numbered copies, and of what a kill left: our temporary files and safetensors'
 NUMBERED_FILE = r"(state|ckpt)-(\d{8}|epoch-\d{4,})\.safetensors"
 LEFT_BY_A_KILL = r"\.tmp-.+|\.tmp[A-Za-z0-9]{6}"
 
@@ -210,11 +211,11 @@ class Run:
         self.config = config
         self.changes = self._changes_since_saved() if self.is_resumed else []
         accelerator.gradient_accumulation_steps = config.optim.accumulation_steps
-        self.batch_size = config.optim.images_per_step(world)  # of all processes
+        self.images_per_step = config.optim.images_per_step(world)  # of all processes
         self.steps_per_epoch = self._sampler(range(0)).steps_per_epoch
         self.total_steps = config.optim.epochs * self.steps_per_epoch
-        self.first_step = self.saved.step  # steps that were done before
-        self.stop_signal = 0  # the one that ended the run, once all processes know of it
+        self.steps_before = self.saved.step  # which were done before this start
+        self.stop_signal = 0  # number of the signal that ends the run, in all processes
         self.unreadable = set(self.saved.unreadable)
         self.new_unreadable: set[int] = set()  # not yet said
         self.waited = 0.0  # seconds, for batches
@@ -224,7 +225,7 @@ class Run:
     def prepare(cls, config: Config) -> "Run":
         """Open processes, images and the run's folder, and finish the config by them.
 
-        Raises ValueError for what cannot be meant; nothing is written then.
+        Raises ValueError for settings that make no sense; nothing is written then.
         """
         check_values(config)
         accelerator = make_accelerator(choose_precision(config), config.run.log_with)
@@ -272,8 +273,8 @@ class Run:
         changes: list[str] = []
         refused: list[str] = []
         has_same_images = self.fingerprint == self.saved.fingerprint
-        images_per_step = self.config.optim.images_per_step(self.accelerator.num_processes)
-        has_same_batch = images_per_step == self.saved.images_per_step
+        world = self.accelerator.num_processes
+        has_same_batch = self.config.optim.images_per_step(world) == self.saved.images_per_step
         given = as_plain_data(self.config)
         for section, values in self.saved.config.items():
             for name, old in values.items():
@@ -331,14 +332,14 @@ class Run:
 
     def _lines_to_keep(self) -> Iterator[str]:
         """Yield the log's lines up to the saved step."""
-        if not self.first_step or not self.log_file.exists():
+        if not self.steps_before or not self.log_file.exists():
             return
         for line in self.log_file.read_text().splitlines():
             try:
                 step = json.loads(line)["step"]
             except ValueError:  # a line that a kill cut off
                 return
-            if step <= self.first_step:
+            if step <= self.steps_before:
                 yield line
 
     def append_to_log(self, line: str) -> None:
@@ -360,7 +361,7 @@ class Run:
 
     def steps(self) -> Iterable[int]:
         """Return the numbers of the steps to take, from 1 where nothing was done before."""
-        return range(self.first_step + 1, self.total_steps + 1)
+        return range(self.steps_before + 1, self.total_steps + 1)
 
     def epoch(self, step: int) -> float:
         """Return how many passes over the data are done after a step."""
@@ -370,7 +371,7 @@ class Run:
         """Start the workers that decode this process's batches, from the first step on."""
         loader = DataLoader(
             self.dataset,
-            batch_sampler=self._sampler(range(self.first_step, self.total_steps)),
+            batch_sampler=self._sampler(range(self.steps_before, self.total_steps)),
             num_workers=self.config.data.num_workers,
             collate_fn=collate,
             pin_memory=self.accelerator.device.type == "cuda",
@@ -401,10 +402,10 @@ class Run:
     def what_is_due(
         self, step: int, stop_signals: list[int], failure: str, knn_is_due: bool
     ) -> Due:
-        """Return what follows a step, in all processes alike, so that none waits for another.
+        """Decide in common what follows a step, so that all processes do the same. A collective.
 
-        A collective. `stop_signals` are those that this process received; `failure` is what went
-        wrong in it, if anything: then RunError is raised in all of them.
+        `stop_signals` are those that this process received; `failure` is what went wrong in it, if
+        anything: then RunError is raised in all of them.
         """
         settings = self.config.run
         minutes = (time.monotonic() - self.saved_at) / 60
@@ -482,7 +483,7 @@ class Run:
         self._write_state(tensors, {"metadata": json.dumps(metadata | more)}, step)
 
     def _write_state(self, tensors: dict[str, Tensor], texts: dict[str, str], step: int) -> None:
-        """Write state.safetensors last, after the copies to keep: a kill before it undoes all."""
+        """Write state.safetensors last: a run killed before goes on from the state before."""
         if self._keeps_teacher_for_good(step):
             name = f"{self.checkpoint.stem}-epoch-{round(self.epoch(step)):04}"
             copy_whole(self.checkpoint, self.checkpoint.with_stem(name))
@@ -495,6 +496,7 @@ class Run:
         copy_whole(self.checkpoint, numbered_checkpoint)
         for stem in (self.state_file.stem, self.checkpoint.stem):
             numbered = self._files(rf"{stem}-\d{{8}}\.safetensors")
+            # by time, since a run that went back to an older state has later steps that are older
             numbered.sort(key=lambda file: file.stat().st_mtime)
             for file in numbered[: -self.config.run.keep_last]:
                 file.unlink()

@@ -156,7 +156,7 @@ def _tensors_of(file: WeightsFile, role: Role) -> Tensors:
 
 
 def _networks_in(file: WeightsFile) -> dict[str, Tensors]:
-    """Return the state dicts of student and teacher in a file that has both, or one by name."""
+    """Return the networks in a file by their role; {} for a bare state dict."""
     if file.path.suffix != ".safetensors":
         return {role: file.content[role] for role in ("student", "teacher") if role in file.content}
     networks: dict[str, Tensors] = {}
@@ -249,7 +249,7 @@ def load_parts(model: DinoModel, weights: Weights, source: str | Path) -> list[s
 
 
 def _resample_positions(tensors: Tensors, net: nn.Module) -> list[str]:
-    """Fit position embeddings to the network's image size, in place, and return a line of it."""
+    """Fit position embeddings to the network's image size, in place; return a line that says so."""
     positions = tensors.get("backbone.pos_embed")
     if positions is None or not isinstance(net, VisionTransformer) or net.pos_embed is None:
         return []

@@ -125,7 +125,7 @@ def test_linked_folders_are_followed_and_hidden_files_left_out(tmp_path: Path) -
 
 def test_one_image_leaves_none_to_remember(tmp_path: Path) -> None:
     write_images(tmp_path / "a", 1)
-    with pytest.raises(ValueError, match="no images are left to memory with"):
+    with pytest.raises(ValueError, match="no memory images are left in"):
         build_dataset(str(tmp_path), "memory")
 
 

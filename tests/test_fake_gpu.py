@@ -63,7 +63,7 @@ def test_crops_networks_and_loss_stay_on_the_gpu_and_wait_for_nothing(system: Di
     means.add(loss(student, teacher, 0.04), teacher, features)
     assert means.loss.device == GPU and means.loss.ndim == 0
     assert means.figures[0].device == GPU
-    loss.update_center(torch.stack(means.teacher_logits))
+    loss.update_center(torch.stack(means.mean_logits))
     assert loss.center.device == GPU
 
 
