@@ -146,8 +146,9 @@ def draw_boxes(draws: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tens
     aspects = (math.log(low) + math.log(high / low) * draws[:, 10:20]).exp()
     heights, widths = (areas / aspects).sqrt().round(), (areas * aspects).sqrt().round()
     fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
-    earlier_is_larger = torch.arange(10, 0, -1, device=draws.device)
-    first = (fits * earlier_is_larger).argmax(dim=1, keepdim=True)
+    # the first try that fits has the largest of the numbers 10 to 1 that are left
+    numbers = fits * torch.arange(10, 0, -1, device=draws.device)
+    first = numbers.argmax(dim=1, keepdim=True)
     found = fits.any(dim=1, keepdim=True)
     largest_height = height.minimum((width / low).round())
     largest_width = width.minimum((height * high).round())
@@ -269,14 +270,15 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     hue = torch.lerp((green - blue).mul_(scale), hue, (value - red).sign_())
     hue = hue.add_(6 * turn[:, None, None])
     hue = hue.sub_((hue / 6).floor_(), alpha=6)
-    # Back to RGB: on a colour circle of 6, a channel is lowest within 1 of the place opposite to it
-    # and highest beyond 2. Opposite to red is 3, to green 5, to blue 1; the last two also near the
-    # circle's start and end, where 5 and 1 are reached the other way round.
+    # Back to RGB: a channel is value - chroma * clamp(2 - distance, 0, 1). The distance is that of
+    # the hue from the channel's opposite on a colour circle of 6: 3 for red, 5 for green, 1 for
+    # blue. Round the circle, 5 is also -1 and 1 is also 7: the nearer one counts.
     turned = torch.empty_like(images)
-    for channel, (opposite, other_way) in enumerate(((3, None), (5, 1 - hue), (1, hue - 5))):
+    round_the_circle = (None, 1 - hue, hue - 5)  # 2 - distance from -1, and from 7
+    for channel, opposite in enumerate((3, 5, 1)):
         depth = (hue - opposite).abs_().neg_().add_(2)
-        if other_way is not None:
-            depth = torch.maximum(depth, other_way)
+        if round_the_circle[channel] is not None:
+            depth = torch.maximum(depth, round_the_circle[channel])
         turned[:, channel] = torch.addcmul(value, chroma, depth.clamp_(0, 1), value=-1)
     return turned
 

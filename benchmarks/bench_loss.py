@@ -19,7 +19,9 @@ from harness.command import run_command
 from losses import DinoLoss
 from models import PrototypeLayer
 
-VIEWS, TEACHERS, TEMP = 10, 2, 0.04
+VIEWS = 10  # of the student
+TEACHERS = 2  # views of the teacher
+TEMP = 0.04  # of the teacher
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def compare(title: str, cases: Callable[[int, int], dict], options: Options, mac
                     row.append(f"{speed:.1f}x, {mine / max(1, memory[name]):.2f}")
             rows.append(row)
     columns = ["k", "batch", "pairwise ms", "MiB", "ours: speed, memory", "ours ms", "MiB"]
-    columns += ["original ms", "MiB", "ours: speed, memory"] if options.original else []
+    if options.original:
+        columns += ["original ms", "MiB", "ours: speed, memory"]
     measure.show(title, columns, rows, machine)
 
 

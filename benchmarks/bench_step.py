@@ -29,7 +29,10 @@ from losses import DinoLoss
 from models import DinoModel, ModelConfig, update_teacher_EMA
 from optimizers import clip_gradients
 
-K, TEMP, CLIP, MOMENTUM = 65536, 0.04, 3.0, 0.996
+K = 65536  # prototypes
+TEMP = 0.04  # of the teacher
+CLIP = 3.0  # largest norm of a gradient
+MOMENTUM = 0.996  # of the teacher's moving average
 Marks = list[tuple[str, float]]
 
 

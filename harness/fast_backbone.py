@@ -90,9 +90,10 @@ class DropPath(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if not self.training:
             return branch
-        shape = [len(branch)] + [1] * (branch.ndim - 1)
-        draws = torch.rand(shape, device=branch.device)
-        return branch * ((draws < self.keep) / self.keep).to(branch.dtype)
+        a_draw_a_sample = [len(branch)] + [1] * (branch.ndim - 1)
+        draws = torch.rand(a_draw_a_sample, device=branch.device)
+        factors = (draws < self.keep) / self.keep  # 0 where left out, else what makes up for it
+        return branch * factors.to(branch.dtype)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:g}"

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 from config import Config
-from data import batch_factors
+from data import ImageDataset, batch_factors
 from harness.command import print_rows, unused_path
 from harness.distributed import has_compiler, is_compiled
 from harness.monitor import Monitor, peak_memory, write_picture
@@ -211,13 +212,12 @@ BATCHES_AHEAD = 2  # that a worker makes: until they are used up, no step seems 
 class DryRun(Run):
     """A run of a few steps that writes crops.png alone, and ends once it has timed them."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+    def __init__(self, config: Config, accelerator: Accelerator, dataset: ImageDataset) -> None:
+        super().__init__(config, accelerator, dataset)
         # what workers made ahead during the warm-up is used up before the clock starts
         self.steady_step = WARM_UP_STEPS + BATCHES_AHEAD * self.config.data.num_workers
         self.last_step = min(self.total_steps, self.steady_step + TIMED_STEPS)
-        self.began = time.monotonic()
-        self.began_after = 0  # steps
+        self._start_clock(after_step=0)
 
     def open(self) -> None:
         """Create nothing."""
@@ -242,15 +242,17 @@ class DryRun(Run):
         self._wait_for_device()
         self.began = time.monotonic()
         self.began_after = after_step
-        self.waited = 0.0
+        self.waited_before = self.waited
 
     def _wait_for_device(self) -> None:
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def what_is_due(self, step: int, *args: object) -> Due:
+    def what_is_due(
+        self, step: int, stop_signals: list[int], failure: str, knn_is_due: bool
+    ) -> Due:
         """Return what follows a step: no file, and the end once enough is timed. A collective."""
-        due = super().what_is_due(step, *args)
+        due = super().what_is_due(step, stop_signals, failure, knn_is_due)
         is_long = step > WARM_UP_STEPS and time.monotonic() - self.began > TIMED_SECONDS
         (is_over,) = self.agreement.largest(step == self.last_step or is_long)
         return due._replace(evaluates=False, saves=False, ends=due.ends or bool(is_over))
@@ -263,6 +265,7 @@ class DryRun(Run):
             return
         self._wait_for_device()
         seconds = time.monotonic() - self.began
+        waited = self.waited - self.waited_before
         num_steps = step - self.began_after
         seconds_a_step = seconds / num_steps
         speed = self.images_per_step / seconds_a_step
@@ -272,7 +275,7 @@ class DryRun(Run):
         console.print(f"dry run: nothing but {file.name} was written", markup=False)
         rows = {
             "speed": f"{speed:.3g} images/s, {seconds_a_step:.3g} s a step, over {num_steps}",
-            "waiting": f"{self.waited / seconds:.0%} of the time, for data",
+            "waiting": f"{waited / seconds:.0%} of the time, for data",
             "memory": f"{peak_memory():.2f} GiB at most, of the {memory_of}",
             "whole run": f"{whole_run} for {self.total_steps:,} steps, less k-NN and saving",
             "crops": str(file),
