@@ -20,7 +20,6 @@ import io
 import math
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -378,6 +377,7 @@ def _scan(source: Path, index_folder: Path | None) -> _Found:
     In a folder a class is an image's first sub-folder; there are none where an image lies above
     them. In tars a class is what scan_tars says.
     """
+    source = Path(os.path.abspath(source))  # an index is found again from any working directory
     tars = [source] if source.is_file() else sorted(source.glob("*.tar"))
     if tars:
         members = _indexed(source, index_folder, partial(scan_tars, tars, IMAGE_SUFFIXES))
@@ -402,24 +402,50 @@ def _indexed(
 
     What a scan found is kept in `index_folder` where it took more than a second, or read tars.
     """
-    file = None
-    if index_folder is not None:
-        name = hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:16]
-        file = index_folder / f"{name}.npz"
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
-            with np.load(file) as arrays:
-                found = dict(arrays)
-            if np.array_equal(found.pop("stamps"), _stamps(found)):
-                return found
+    if index_folder is None:
+        return scan()
+    name = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
+    file = index_folder / f"{name}.npz"
+    found = _read_index(file, source)
+    if found is not None:
+        return found
     start = time.monotonic()
     found = scan()
-    if file is not None and ("tars" in found or time.monotonic() - start > 1):
-        with contextlib.suppress(OSError):  # it saves time, no more
-            index_folder.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-            np.savez(temporary, stamps=_stamps(found), **found)
-            os.replace(temporary, file)
+    if "tars" in found or time.monotonic() - start > 1:
+        with contextlib.suppress(OSError):  # an index that cannot be written saves no time
+            _write_index(file, source, found)
     return found
+
+
+INDEX_VERSION = 2  # 1 had paths as they were spelled
+
+
+def _write_index(file: Path, source: Path, found: dict[str, np.ndarray]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+    np.savez(
+        temporary,
+        version=INDEX_VERSION,
+        source=np.array(os.fsencode(source)),
+        stamps=_stamps(found),
+        **found,
+    )
+    os.replace(temporary, file)
+
+
+def _read_index(file: Path, source: Path) -> dict[str, np.ndarray] | None:
+    """Return what was found in a source, or None where that is not known or has changed since."""
+    try:
+        with np.load(file) as arrays:
+            found = dict(arrays)
+        is_of_source = (
+            found.pop("version") == INDEX_VERSION
+            and found.pop("source").item() == os.fsencode(source)
+            and np.array_equal(found.pop("stamps"), _stamps(found))
+        )
+    except Exception:  # a damaged file can make NumPy raise anything: the scan is done anew then
+        return None
+    return found if is_of_source else None
 
 
 def index_folder_beside(run_folder: Path) -> Path:

@@ -1,4 +1,6 @@
+import itertools
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +123,67 @@ def test_linked_folders_are_followed_and_hidden_files_left_out(tmp_path: Path) -
     dataset = build_dataset(str(tmp_path / "set"))
     assert len(dataset) == 3
     assert dataset[1].image.shape == (3, 20, 30)
+
+
+def scans_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each scan seem to take two seconds, so that what it found is kept."""
+    seconds = itertools.count(step=2)
+    monkeypatch.setattr("data.time.monotonic", lambda: next(seconds))
+
+
+def test_a_path_is_a_path_however_it_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index that one spelling left serves the others, from other folders too."""
+    root = tmp_path / "pets"
+    for name in ("cat", "dog"):
+        write_images(root / name, 20)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(root)
+    expected = build_dataset(str(root))
+    scans_take_long(monkeypatch)
+    for folder, spelling in (
+        (tmp_path, "pets"),
+        (tmp_path, "./pets/"),
+        (tmp_path / "elsewhere", "../pets"),
+        (root, "."),
+        (tmp_path, str(root)),
+        (tmp_path, "link"),
+    ):
+        monkeypatch.chdir(folder)
+        for split in ("train", "memory", "test"):
+            dataset = build_dataset(spelling, split, index_folder=tmp_path / ".index")
+            assert dataset.classes == ["cat", "dog"]
+            assert dataset.labels.tolist() == build_dataset(str(root), split).labels.tolist()
+        dataset = build_dataset(spelling, index_folder=tmp_path / ".index")
+        assert dataset.fingerprint() == expected.fingerprint()
+        assert all(torch.equal(dataset[i].image, expected[i].image) for i in (0, 39))
+    assert len(list((tmp_path / ".index").iterdir())) == 2  # of the folder and of the link
+
+
+def test_damaged_index_is_scanned_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "pets" / name, 3)
+    scans_take_long(monkeypatch)
+    expected = build_dataset(str(tmp_path / "pets"), index_folder=tmp_path / ".index")
+    (index,) = (tmp_path / ".index").iterdir()
+    whole = index.read_bytes()
+    generator = random.Random(0)
+    for kind in ("flip", "cut", "zero", "text") * 40:
+        content = bytearray(whole)
+        place = generator.randrange(len(content))
+        if kind == "flip":
+            content[place] ^= 1 << generator.randrange(8)
+        elif kind == "cut":
+            content = content[:place]
+        elif kind == "zero":
+            content[place : place + 50] = bytes(50)
+        else:
+            content = bytearray(b"no index")
+        index.write_bytes(content)
+        dataset = build_dataset(str(tmp_path / "pets"), index_folder=tmp_path / ".index")
+        assert dataset.images.tolist() == expected.images.tolist()
+        assert dataset.labels.tolist() == expected.labels.tolist()
 
 
 def test_one_image_leaves_none_to_remember(tmp_path: Path) -> None:
