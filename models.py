@@ -8,6 +8,7 @@ Stands alone: needs torch, torchvision, timm, einops and safetensors.
 Source: DINO, arXiv 2104.14294. Axes: b batch, v views, d features, k output_dim, c h w image.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -397,10 +398,14 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], texts: dict[str, 
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        temporary.touch()
+        permissions = temporary.stat().st_mode  # the umask's; safetensors' own are 0600
         save_file(whole, temporary, metadata=texts)
+        os.chmod(temporary, permissions)
         _sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        with contextlib.suppress(OSError):  # not every file system syncs a folder
+            _sync(path.parent)
     except (SafetensorError, OSError) as error:  # a full disk, say
         raise OSError(f"cannot write {path}: {error}") from error
     finally:

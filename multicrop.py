@@ -385,8 +385,10 @@ class MultiCrop(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, sizes: Tensor | None, keys: Tensor) -> list[Tensor]:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != images.shape[-2]:
-            given = f"{images.dtype} of shape {tuple(images.shape)}"
+        shape = tuple(images.shape)
+        is_rgb_square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]
+        if images.dtype != torch.uint8 or not is_rgb_square:
+            given = f"{images.dtype} of shape {shape}"
             raise ValueError(f"need uint8 images (b, 3, s, s), got {given}")
         if sizes is None:
             sizes = torch.full((len(images), 2), images.shape[-1], device=images.device)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather
 from einops import rearrange
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -149,6 +150,7 @@ def open_network(source: str | Path, role: Role = "teacher") -> OpenedNetwork:
     file = read_file(path)
     if file.is_checkpoint:
         model, metadata = rebuild_model(path, file.content, file.texts)
+        _require_finite(model, source)
         return OpenedNetwork(model, metadata, Preparation.of_checkpoint(metadata))
     weights = weights_of(file, role)
     return _open_backbone(config_of(weights.backbone, path), weights, source)
@@ -166,7 +168,15 @@ def _open_backbone(config: ModelConfig, weights: Weights | None, source: object)
     model.config = config
     if weights is not None:
         load_parts(model, weights._replace(head={}), source)
+        _require_finite(model, source)
     return OpenedNetwork(model.eval(), {}, Preparation.of_published(backbone, config))
+
+
+def _require_finite(model: nn.Module, source: object) -> None:
+    """Raise ValueError naming the first tensor of a model that has a nan or an infinity."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source} is damaged: {name} holds a nan or an infinity")
 
 
 def require_preparation(network: OpenedNetwork, source: object) -> Preparation:
@@ -410,7 +420,9 @@ def size_facts(train: Tensor, test: Tensor | None = None) -> dict[str, object]:
 
 
 def report(facts: dict, table: Table | None, results: dict, json_out: Path | None) -> None:
-    """Print a line of facts and the table; write facts and results to `json_out`."""
+    """Write facts and results to `json_out`; print a line of facts and the table."""
+    if json_out is not None:
+        write_whole(json_out, json.dumps(facts | results, indent=2) + "\n")
     console = Console()
     step = "" if facts["step"] is None else f" at step {facts['step']:,}"
     images = f"{facts['num_train']:,} images"
@@ -418,7 +430,7 @@ def report(facts: dict, table: Table | None, results: dict, json_out: Path | Non
         images = f"{facts['num_train']:,} train, {facts['num_test']:,} test images"
     console.print(
         f"[bold]{facts['arch']}[/] {facts['network']}{step}: {facts['features']} features; "
-        f"{facts['data']}: {images}",
+        f"{escape(str(facts['data']))}: {images}",
         soft_wrap=True,
     )
     if "rankme" in facts:
@@ -427,5 +439,3 @@ def report(facts: dict, table: Table | None, results: dict, json_out: Path | Non
         console.print(f"RankMe {facts['rankme']:.1f}; variance by components: {shares}")
     if table is not None:
         console.print(table)
-    if json_out is not None:
-        write_whole(json_out, json.dumps(facts | results, indent=2) + "\n")

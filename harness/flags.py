@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from config import SETTINGS, Config
 from data import ImageDataset
 from harness.command import read_flags
 from harness.distributed import cores_per_process, is_set
-from models import ModelConfig, get_backbone
+from models import ModelConfig, get_backbone, load_tensors
 from multicrop import CropConfig, resolve_crop_sizes
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -47,7 +48,10 @@ def parse_config(args: Sequence[str], description: str | None = None) -> Config:
     elif recipe is None and not any(flag.split("=")[0] == "--data" for flag in flags):
         recipe = QUICKSTART
     if recipe is not None:
-        flags = [*recipe_flags(recipe), *flags, "--config", str(recipe)]
+        of_run = recipe_flags(recipe)
+        if known.resume is not None and known.config is None:
+            of_run += _batch_flags(output_dir / "state.safetensors")
+        flags = [*of_run, *flags, "--config", str(recipe)]
     if output_dir is not None:
         flags = [*flags, "--output-dir", str(output_dir)]
     return read_flags(Config, flags, description)
@@ -63,6 +67,22 @@ def _folder_to_resume(given: str, output_dir: Path | None, flags: list[str]) -> 
     if any(flag.startswith("--overwrite") for flag in flags):
         raise ValueError("--resume goes on with a run and --overwrite deletes it: need one")
     return folder
+
+
+def _batch_flags(state_file: Path) -> list[str]:
+    """Return the batch that a saved state goes with, as flags.
+
+    config.yaml may have another: that of a start on other processes which was killed unsaved.
+    """
+    if not state_file.is_file():
+        return []
+    _, texts = load_tensors(state_file, only_metadata=True)
+    optim = json.loads(texts.get("metadata", "{}")).get("config", {}).get("optim", {})
+    flags: list[str] = []
+    for name in ("batch_size", "accumulation_steps"):
+        if name in optim:
+            flags += _flags_of(name.replace("_", "-"), optim[name])
+    return flags
 
 
 def recipe_flags(path: Path) -> list[str]:

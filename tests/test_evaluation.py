@@ -1,12 +1,13 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from harness.evaluation import evenly, feature_quality, layer_features
-from models import get_backbone
+from models import get_backbone, load_checkpoint, save_checkpoint
 
 
 @pytest.mark.parametrize("avgpool", [False, True])
@@ -86,3 +87,31 @@ def test_rank_alone_needs_no_classes(tmp_path: Path, tiny_run: Path, image_folde
     assert result.returncode == 0, result.stderr
     report = json.loads(out.read_text())
     assert report["num_train"] == 9 and 1 <= report["rankme"] <= 9
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["eval_knn", "eval_linear"])
+def test_weights_that_are_not_finite_are_named(
+    name: str, value: float, tmp_path: Path, tiny_run: Path, script
+) -> None:
+    model, metadata = load_checkpoint(tiny_run / "ckpt.safetensors")
+    model.backbone.bn1.weight.data[0] = value
+    path = tmp_path / "ckpt.safetensors"
+    save_checkpoint(path, model, metadata)
+    result = script(name, path, "--json-out", tmp_path / "out.json")
+    assert result.returncode == 2
+    expected = f"error: {path} is damaged: backbone.bn1.weight holds a nan or an infinity\n"
+    assert result.stderr == expected
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_brackets_in_a_folders_name_are_text(
+    tmp_path: Path, tiny_run: Path, image_folder: Path, script
+) -> None:
+    folder, out = tmp_path / "a[/b] [red]", tmp_path / "out.json"
+    shutil.copytree(image_folder, folder)
+    flags = ("--data", folder, "--json-out", out)
+    result = script("eval_knn", tiny_run / "ckpt.safetensors", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "a[/b] [red]: " in result.stdout
+    assert json.loads(out.read_text())["data"] == str(folder)

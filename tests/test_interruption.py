@@ -149,6 +149,26 @@ def test_run_goes_on_with_another_number_of_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 4)])
+def test_run_that_is_killed_unsaved_on_other_processes_goes_on_where_it_began(
+    first: int, second: int, tmp_path: Path, launch: Launch, vit_flags: list[str]
+) -> None:
+    """What config.yaml then says of the batch belongs to no state."""
+    folder, batch_size = tmp_path / "run", 8 // first
+    flags = [*vit_flags, "--batch-size", batch_size, "--log-every", 1, "--epochs", 1]
+    flags += ["--save-every", 3, "--output-dir", folder]
+    launch(flags, world=first, kill_at=["dino_train.clip_gradients", 5])
+    killed = launch(["--resume", folder], world=second, kill_at=["dino_train.clip_gradients", 1])
+    assert -signal.SIGKILL in killed.codes, killed.text
+    refused = launch(["--resume", folder, "--batch-size", 3], world=first)
+    assert refused.codes == [2] * first
+    assert f"--batch-size 3: it has {batch_size}" in refused.text
+    last = launch(["--resume", folder], world=first)
+    assert last.codes == [0] * first, last.text
+    assert [line["step"] for line in read_log(folder)] == list(range(1, 11))
+
+
+@pytest.mark.slow
 def test_all_processes_stop_after_the_same_step(tmp_path: Path, vit_flags: list[str]) -> None:
     """One of two is told, by torchrun's own launch line."""
     number = signal.SIGUSR1

@@ -1,13 +1,17 @@
 import copy
 import dataclasses
+import errno
 import json
+import os
 import pickle
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from models import (
@@ -365,6 +369,33 @@ def test_failed_save_keeps_the_file_before_it(tmp_path: Path) -> None:
         save_tensors(path, {"a": torch.zeros(2)}, {"step": 3})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.safetensors"]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_saved_files_have_the_permissions_of_the_umask(
+    umask: int, mode: int, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == mode
+
+
+def test_file_system_that_does_not_sync_folders_ends_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
+    assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [1, 1]
 
 
 def test_metadata_is_plain_json_in_the_header(tmp_path: Path) -> None:

@@ -289,7 +289,15 @@ def test_wrong_config_is_named(config: CropConfig, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "images", [torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9, dtype=torch.uint8)]
+    "images",
+    [
+        torch.zeros(1, 3, 8, 8),
+        torch.zeros(1, 3, 8, 9, dtype=torch.uint8),
+        torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
+        torch.zeros(1, 2, 8, 8, dtype=torch.uint8),
+        torch.zeros(1, 4, 8, 8, dtype=torch.uint8),
+        torch.zeros(3, 8, 8, dtype=torch.uint8),
+    ],
 )
 def test_wrong_images_are_named(images: Tensor) -> None:
     with pytest.raises(ValueError, match="need uint8 images"):
