@@ -206,7 +206,8 @@ def get_backbone(
     """
     is_resnet = name in RESNETS or name == "resnet10_half"
     if not is_resnet and name not in TIMM_NAMES and not timm.is_model(name):
-        known = [*RESNETS, "resnet10_half", *TIMM_NAMES, *timm.list_models()]
+        # a dict, since torchvision and timm have names in common
+        known = dict.fromkeys([*RESNETS, "resnet10_half", *TIMM_NAMES, *timm.list_models()])
         close = ", ".join(difflib.get_close_matches(name, known, n=4, cutoff=0.5)) or "none"
         raise ValueError(f"unknown arch {name!r}; close matches: {close}")
     if is_resnet and (drop_path_rate or patch_size):
