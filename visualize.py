@@ -206,23 +206,21 @@ def attention_sheet(image: Tensor, attention: Tensor, mass: float, label: str) -
 
 
 def draw_attention(
-    observer: Observer, images: ImageDataset, chosen: dict[int, Tensor], mass: float
+    observer: Observer, images: ImageDataset, fitted: dict[int, Tensor], mass: float
 ) -> Pictures:
-    """Draw the attention of each chosen image, in a picture of its own."""
+    """Draw the attention of each fitted image, by its row, in a picture of its own."""
     pictures: Pictures = {}
-    for number, (row, image) in enumerate(chosen.items(), start=1):
+    for number, (row, image) in enumerate(fitted.items(), start=1):
         label = label_of(images, row)
-        fitted = observer.fit(image)
-        attention = observer.map_of("attention", fitted)
+        attention = observer.map_of("attention", image)
         safe_label = re.sub(r"[^0-9A-Za-z._-]+", "-", label)[:80]
         name = f"attention-{number:02}-{safe_label}.png"
-        pictures[name] = attention_sheet(fitted, attention, mass, label)
+        pictures[name] = attention_sheet(image, attention, mass, label)
     return pictures
 
 
-def pca_sheet(observer: Observer, images: ImageDataset, chosen: dict[int, Tensor]) -> Image.Image:
-    """Draw each image beside its feature map, in colours that are common to all images."""
-    fitted = {row: observer.fit(image) for row, image in chosen.items()}
+def pca_sheet(observer: Observer, images: ImageDataset, fitted: dict[int, Tensor]) -> Image.Image:
+    """Draw each fitted image beside its feature map, in colours that are common to all images."""
     maps = {row: observer.map_of("pca", image) for row, image in fitted.items()}
     pca = PCA.of_maps(list(maps.values()))
     cells: list[Cell] = []
@@ -383,10 +381,11 @@ def draw_pictures(options: VisualizeConfig) -> Pictures:
     if {"attention", "pca", "crops"} & set(kinds):
         chosen = dict(read(images, spread(images, options.num_images)))
         print(f"{len(chosen)} of {len(images):,} images drawn one by one")
+        fitted = {row: observer.fit(image) for row, image in chosen.items()}
         if "attention" in kinds:
-            pictures |= draw_attention(observer, images, chosen, options.mass)
+            pictures |= draw_attention(observer, images, fitted, options.mass)
         if "pca" in kinds:
-            pictures["pca.png"] = pca_sheet(observer, images, chosen)
+            pictures["pca.png"] = pca_sheet(observer, images, fitted)
         if "crops" in kinds:
             pictures["crops.png"] = crops_sheet(observer, images, chosen, options.seed)
     if {"neighbours", "scatter"} & set(kinds):

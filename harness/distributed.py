@@ -136,7 +136,7 @@ def launch_line(accelerator: Accelerator) -> str:
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:
-    """Give a CPU process its share of the cores, where a launcher has set one thread.
+    """Let a CPU process use its share of the cores, where a launcher has set one thread.
 
     That cannot be told from a user who set one; OMP_NUM_THREADS=2 and more are kept.
     """

@@ -28,14 +28,22 @@ from torchvision.transforms.v2 import functional as TF
 from config import Config
 from data import ImageDataset, build_dataset, center_crop, collate, index_folder_beside
 from harness.command import iterate, write_whole
-from harness.weights import Role, Weights, as_file, config_of, load_parts, read_file, weights_of
+from harness.weights import (
+    Role,
+    Weights,
+    as_file,
+    config_of,
+    load_parts,
+    networks_in,
+    read_file,
+    weights_of,
+)
 from models import (
     RESNETS,
     TIMM_NAMES,
     DinoModel,
     ModelConfig,
     get_backbone,
-    load_tensors,
     rebuild_model,
 )
 from multicrop import CropConfig
@@ -230,16 +238,12 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbo
 def _load_student_beside(checkpoint: Path, model: DinoModel, step: int) -> None:
     """Load a run's student, which its state keeps beside the teacher's checkpoint."""
     state_file = checkpoint.with_name(checkpoint.name.replace("ckpt", "state", 1))
-    state, texts = load_tensors(state_file)
-    step_of_state = json.loads(texts.get("metadata", "{}")).get("step")
+    state = read_file(state_file)
+    step_of_state = json.loads(state.texts.get("metadata", "{}")).get("step")
     if step_of_state != step:
         text = f"the student in {state_file.name} is of step {step_of_state}"
         raise ValueError(f"{text}: need step {step} of {checkpoint}")
-    prefix = "student."
-    student = {
-        key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)
-    }
-    model.load_state_dict(student)
+    model.load_state_dict(networks_in(state).get("student", {}))
 
 
 # ---------------------------------------------------------------- images

@@ -141,7 +141,7 @@ def _tensors_of(file: WeightsFile, role: Role) -> Tensors:
     """Return the tensors of one network of a file. ValueError where there are none, or others."""
     if role == "student" and file.is_checkpoint:
         raise ValueError(f"{file.path} holds the teacher alone: need the run's state.safetensors")
-    networks = _networks_in(file)
+    networks = networks_in(file)
     if networks and role not in networks:
         raise ValueError(f"{file.path} holds no {role}, but {', '.join(networks)}")
     # what else a full checkpoint holds is optimizer, center, step and arguments
@@ -155,7 +155,7 @@ def _tensors_of(file: WeightsFile, role: Role) -> Tensors:
     return tensors
 
 
-def _networks_in(file: WeightsFile) -> dict[str, Tensors]:
+def networks_in(file: WeightsFile) -> dict[str, Tensors]:
     """Return the networks in a file by their role; {} for a bare state dict."""
     if file.path.suffix != ".safetensors":
         return {role: file.content[role] for role in ("student", "teacher") if role in file.content}
