@@ -9,6 +9,7 @@ saved before a setting was renamed or removed cannot be resumed.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -35,10 +36,20 @@ def setting(default: object, **metadata: object) -> object:
 @dataclass(frozen=True)
 class DataConfig:
     # `patterns` (drawn by code), a folder of images with or without class folders, a tar or a
-    # folder of tars, or a torchvision set: cifar10, cifar100, stl10, imagenette ... (downloaded to
-    # datasets/)
+    # folder of tars, a list of paths (.txt, or .csv with columns path, label, split), or a
+    # torchvision set: cifar10, cifar100, stl10, imagenette ... (downloaded to datasets/)
     data: str = "patterns"
-    # pixels, side of the square that images are decoded to; None: their own size, at most 384
+    # images to evaluate on, as --data takes them; None: the val or test split of --data, else a
+    # fixed tenth
+    val: str | None = setting(None, may_change=True)
+    # labelled images for k-NN and later evaluations, as --data takes them; None: those of --data
+    knn_data: str | None = setting(None, may_change=True)
+    # take folders called train, val and test for splits; --no-splits: for classes
+    splits: bool = True
+    # values that become black and white in images of more than 8 bits; None: the 0.1 and 99.9
+    # percentile of up to 64 images
+    levels: tuple[float, float] | None = setting(None, above=-math.inf)
+    # pixels, side of the square that images are decoded to; None: by their longer side, at most 512
     canvas_size: int | None = setting(None, above=0)
     # pixels, shorter side before the center crop of an evaluation [paper: 256 for a crop of 224];
     # None: in that proportion for photographs, no margin for small images

@@ -8,18 +8,17 @@
         crops = crops_of(batch)  # 2 of (b, 3, 224, 224), then 8 of 96 px
 
 The order of the images and every crop are functions of (seed, epoch, image): there is no generator
-and no state, so batch, worker, process and resumption change nothing. To copy this file, copy
-multicrop.py and tar_shards.py with it; it needs torch, torchvision, einops and Pillow besides.
+and no state, so batch, worker, process and resumption change nothing. folders.py says which images
+there are, pixels.py how they are decoded. To copy this file, copy those two, multicrop.py and
+tar_shards.py with it; it needs torch, torchvision, einops and Pillow besides.
 Axes: b batch, n images, c h w image.
 """
 
 import contextlib
 import difflib
 import hashlib
-import io
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,13 +28,23 @@ import numpy as np
 import torch
 import torchvision
 from einops import rearrange
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
-from torchvision.transforms.v2 import functional as TF
 
+from folders import Found, find_images, in_one_form, is_list, some_of
 from multicrop import CropConfig, MultiCrop, hash_keys, uniforms
-from tar_shards import TarImages, scan_tars
+from pixels import (
+    Levels,
+    Pixels,
+    center_crop,
+    decode,
+    image_facts,
+    image_suffixes,
+    measured_levels,
+    read_pixels,
+    to_canvas,
+)
+from tar_shards import TarImages
 
 __all__ = [
     "CropConfig",
@@ -45,8 +54,11 @@ __all__ = [
     "Sample",
     "StepSampler",
     "build_dataset",
+    "center_crop",
     "collate",
+    "decode",
     "hash_keys",
+    "to_canvas",
 ]
 
 # ---------------------------------------------------------------- the order of the images
@@ -181,7 +193,6 @@ def draw_patterns(index: Tensor, size: int = 48) -> Tensor:
 
 # ---------------------------------------------------------------- images
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 # name: torchvision class, then the keywords of what trains, what k-NN remembers and what tests it
 TORCHVISION_SETS = {
     "cifar10": ("CIFAR10", {"train": True}, {"train": True}, {"train": False}),
@@ -193,6 +204,7 @@ TORCHVISION_SETS = {
     "imagenette": ("Imagenette", {"split": "train"}, {"split": "train"}, {"split": "val"}),
 }
 SPLITS = ("train", "memory", "test")
+SURVEYED = 64  # images that are looked at for what a whole data set is like
 
 
 class Sample(NamedTuple):
@@ -204,42 +216,78 @@ class Sample(NamedTuple):
     source: int  # of the image that was read: not `index`, where that one cannot be decoded
 
 
+class Survey(NamedTuple):
+    """What some images, evenly spaced, tell of a data set."""
+
+    num_images: int
+    short: int  # pixels, median of the shorter side
+    long: int  # pixels, median of the longer side
+    num_with_frames: int  # with several pages or frames
+    levels: Levels | None  # what becomes black and white; None where all have 8 bits
+
+    def notes(self) -> list[str]:
+        """Return what is read otherwise than it is stored, in words."""
+        if not self.num_with_frames:
+            return []
+        share = f"{self.num_with_frames} of {self.num_images} images looked at"
+        return [f"{share} have several pages or frames: the first is taken"]
+
+
 class ImageDataset(Dataset):
     """Read images[i], a path, Pillow image or uint8 tensor (3, h, w), and transform it.
 
     An item is asked for by its index or by (epoch, index). `labels` is None without classes. An
     image that cannot be decoded is replaced by the next one of the epoch's order that can; `seed`
-    fixes that order.
+    fixes that order. `levels` are those of images with more than 8 bits, as in `decode`.
     """
 
     def __init__(
-        self, images: Sequence, labels: np.ndarray | None, classes: Sequence[str] | None = None
+        self,
+        images: Sequence,
+        labels: np.ndarray | None,
+        classes: Sequence[str] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.images = images
         self.labels = labels
         self.classes = classes  # the labels' names, where they have any
+        self.notes = list(notes)  # what was entered, left out and left alone, in words
+        self.levels: Levels | None = None
         self.seed = 0
         self.transform: Callable[[Tensor], Tensor] = torch.nn.Identity()
+        self.resized_to = 0  # pixels, what `transform` resizes to; 0: it needs the whole image
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch that needed it last
+
+    def as_canvases(self, size: int) -> "ImageDataset":
+        """Return this data set, whose images are squares of `size` pixels from now on."""
+        self.transform = partial(to_canvas, size=size)
+        self.resized_to = size
+        return self
+
+    def as_center_crops(self, resize: int, size: int) -> "ImageDataset":
+        """Return this data set, whose images are center crops of `size` pixels from now on."""
+        self.transform = partial(center_crop, resize=resize, size=size)
+        self.resized_to = resize
+        return self
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        source, image = self._read(epoch, index)
+        source, pixels = self._read(epoch, index)
         label = -1 if self.labels is None else int(self.labels[source])
-        size = torch.tensor(image.shape[1:])
-        return Sample(self.transform(image), size, label, epoch, index, source)
+        size = torch.tensor(pixels.size)
+        return Sample(self.transform(pixels.image), size, label, epoch, index, source)
 
-    def _decode(self, index: int) -> Tensor:
+    def _decode(self, index: int) -> Pixels:
         try:
-            return decode(self.images[index])
+            return read_pixels(self.images[index], self.levels, self.resized_to)
         except OSError as error:  # torchvision's sets open their files themselves
             raise ValueError(f"cannot decode image {index}: {error}") from error
 
-    def _read(self, epoch: int, index: int) -> tuple[int, Tensor]:
-        """Return (index, image): the one asked for, or the next readable of the epoch's order."""
+    def _read(self, epoch: int, index: int) -> tuple[int, Pixels]:
+        """Return (index, pixels): those asked for, or the next readable of the epoch's order."""
         try:
             return index, self._decode(index)
         except ValueError as error:
@@ -264,12 +312,30 @@ class ImageDataset(Dataset):
             return str(error).encode("utf-8", "backslashreplace").decode()
         return f"cannot decode image {index}: it could not be read, and now it can"
 
-    def typical_size(self) -> tuple[int, int]:
-        """Return the median shorter and longer side in pixels, of 64 to 127 images at most."""
-        step = max(1, len(self) // 64)
-        sides = [sorted(self._read(0, i)[1].shape[1:]) for i in range(0, len(self), step)]
+    def survey(self) -> Survey:
+        """Look at up to SURVEYED images, evenly spaced, for what all of them are like.
+
+        Raises ValueError where none of all images is readable.
+        """
+        read = dict(self._read(0, index) for index in self._some())
+        sides = [sorted(pixels.size) for pixels in read.values()]
         short, long = np.median(sides, axis=0).astype(int).tolist()
-        return short, long
+        num_with_frames = sum(image_facts(self.images[source]).has_frames for source in read)
+        return Survey(len(read), short, long, num_with_frames, self.measure_levels())
+
+    def _some(self) -> list[int]:
+        """Return the indices of up to SURVEYED images, evenly spaced."""
+        return np.linspace(0, len(self) - 1, min(SURVEYED, len(self))).round().astype(int).tolist()
+
+    def measure_levels(self) -> Levels | None:
+        """Return the 0.1 and 99.9 percentile of some images that have more than 8 bits, or None."""
+        values: list[np.ndarray] = []
+        for index in self._some():
+            with contextlib.suppress(Exception):  # one that cannot be read tells nothing
+                facts = image_facts(self.images[index])
+                if facts.values is not None and np.isfinite(facts.values).all():
+                    values.append(facts.values)
+        return measured_levels(values) if values else None
 
     def fingerprint(self) -> str:
         """Return a hash of the images' names and labels; that of a moved folder stays the same."""
@@ -277,57 +343,14 @@ class ImageDataset(Dataset):
         if isinstance(self.images, TarImages):
             content.update(b"\n".join(self.images.members["names"].tolist()))
         elif isinstance(self.images, np.ndarray):
-            # the paths are sorted: what the first and the last begin with is the folder of all
-            root = os.path.commonpath([os.path.dirname(self.images[i]) for i in (0, -1)])
-            content.update(b"\n".join(path[len(root) :] for path in self.images.tolist()))
+            names = [in_one_form(os.fsdecode(path)) for path in self.images.tolist()]
+            # what the first and the last of them begin with is the folder of all
+            ends = min(names), max(names)
+            root = os.path.commonpath([os.path.dirname(name) for name in ends])
+            content.update(b"\n".join(os.fsencode(name[len(root) :]) for name in names))
         if self.labels is not None:
             content.update(self.labels.astype(np.int64).tobytes())
         return content.hexdigest()[:16]
-
-
-def decode(image: object) -> Tensor:
-    """Return (3, h, w) uint8 RGB of a path (bytes), a tar's member or a Pillow image.
-
-    An animation's first frame is taken, an image is turned as EXIF says, transparency is dropped,
-    and of 16 bits the upper 8 are kept. A pair (Pillow image, label) is taken for its image, and a
-    tensor is returned as it is. Raises ValueError with the name where a file cannot be decoded, or
-    has more than twice Pillow's MAX_IMAGE_PIXELS (179 million).
-    """
-    if isinstance(image, Tensor):
-        return image
-    if isinstance(image, tuple):
-        image = image[0]
-    if isinstance(image, Image.Image):
-        return TF.pil_to_tensor(image.convert("RGB"))
-    # a path is bytes, also as an item of a NumPy array, which all workers share without copies
-    is_path = isinstance(image, bytes)
-    name = os.fsdecode(image) if is_path else str(image)
-    try:
-        content = Path(name).read_bytes() if is_path else image.read()
-        with Image.open(io.BytesIO(content)) as opened:  # reads the header alone
-            return _decode_opened(opened, content)
-    except Exception as error:  # a broken file can make a decoder raise anything
-        reason = str(error).replace(repr(name), "").strip(" :")
-        raise ValueError(f"cannot decode {name}: {reason}") from error
-
-
-def _decode_opened(image: Image.Image, content: bytes) -> Tensor:
-    if image.format == "JPEG" and image.mode in ("RGB", "L"):
-        # torchvision's decoder is faster; where it fails, or is not there, Pillow's decides
-        with contextlib.suppress(RuntimeError, AttributeError):
-            encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            is_turned = "exif" in image.info
-            return torchvision.io.decode_jpeg(encoded, "RGB", apply_exif_orientation=is_turned)
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which convert("RGB") would cut off at 255
-        upper_bits = np.asarray(image) >> 8
-        image = Image.fromarray(upper_bits.astype(np.uint8))
-    return TF.pil_to_tensor(image.convert("RGB"))
-
-
-def to_canvas(image: Tensor, size: int) -> Tensor:
-    """Return (3, h, w) uint8 resized to a square (3, size, size), whatever its aspect ratio."""
-    return TF.resize(image, [size, size], TF.InterpolationMode.BICUBIC)
 
 
 def collate(samples: list[Sample]) -> Sample:
@@ -340,166 +363,60 @@ def collate(samples: list[Sample]) -> Sample:
     return batch._replace(image=batch.image.permute(0, 3, 1, 2))
 
 
-def center_crop(image: Tensor, resize: int, size: int) -> Tensor:
-    """Return the central square of (3, h, w) uint8 whose shorter side is resized to `resize`."""
-    longest = 8 * min(image.shape[1:])  # of a strip of 20,000 x 10, only the middle is enlarged
-    if max(image.shape[1:]) > longest:
-        image = TF.center_crop(image, [min(side, longest) for side in image.shape[1:]])
-    image = TF.resize(image, [resize], TF.InterpolationMode.BICUBIC)
-    return TF.center_crop(image, [size, size])
-
-
-class _Found(NamedTuple):
-    """What a folder, a tar or a folder of tars holds."""
-
-    images: Sequence  # paths as bytes, or TarImages
-    classes: np.ndarray | None  # (n,) names, where all images have one
-
-
-def _walk(folder: Path) -> dict[str, np.ndarray]:
-    """Return a folder's images, `paths`, sorted, and all `folders` that were looked into."""
-    folders: list[str] = []
-    paths: list[str] = []
-    for parent, _, files in os.walk(folder, followlinks=True):
-        folders.append(parent)
-        for file in files:
-            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
-                paths.append(os.path.join(parent, file))
-    return {
-        "paths": np.array([os.fsencode(path) for path in sorted(paths)]),
-        "folders": np.array([os.fsencode(path) for path in folders]),
-    }
-
-
-def _scan(source: Path, index_folder: Path | None) -> _Found:
-    """Find the images in a folder, a tar or a folder of tars, and the class of each.
-
-    In a folder a class is an image's first sub-folder; there are none where an image lies above
-    them. In tars a class is what scan_tars says.
-    """
-    source = Path(os.path.abspath(source))  # an index is found again from any working directory
-    tars = [source] if source.is_file() else sorted(source.glob("*.tar"))
-    if tars:
-        members = _indexed(source, index_folder, partial(scan_tars, tars, IMAGE_SUFFIXES))
-        classes = np.char.decode(members.pop("classes"), "utf-8", "surrogateescape")
-        found = _Found(TarImages(members), classes if all(classes) else None)
-    else:
-        paths = _indexed(source, index_folder, partial(_walk, source))["paths"]
-        start = len(os.fsencode(source)) + 1
-        parts = [os.fsdecode(path[start:]).split(os.sep) for path in paths.tolist()]
-        is_flat = any(len(part) == 1 for part in parts)
-        found = _Found(paths, None if is_flat else np.array([part[0] for part in parts]))
-    if not len(found.images):
-        kinds = ", ".join(IMAGE_SUFFIXES[:4])
-        raise ValueError(f"no images in {source}: need files like {kinds}, or tars of them")
-    return found
-
-
-def _indexed(
-    source: Path, index_folder: Path | None, scan: Callable[[], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """Return what `scan` finds, or what it found before where no file or folder has changed since.
-
-    What a scan found is kept in `index_folder` where it took more than a second, or read tars.
-    """
-    if index_folder is None:
-        return scan()
-    name = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
-    file = index_folder / f"{name}.npz"
-    found = _read_index(file, source)
-    if found is not None:
-        return found
-    start = time.monotonic()
-    found = scan()
-    if "tars" in found or time.monotonic() - start > 1:
-        with contextlib.suppress(OSError):  # an index that cannot be written saves no time
-            _write_index(file, source, found)
-    return found
-
-
-INDEX_VERSION = 2  # 1 had paths as they were spelled
-
-
-def _write_index(file: Path, source: Path, found: dict[str, np.ndarray]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-    np.savez(
-        temporary,
-        version=INDEX_VERSION,
-        source=np.array(os.fsencode(source)),
-        stamps=_stamps(found),
-        **found,
-    )
-    os.replace(temporary, file)
-
-
-def _read_index(file: Path, source: Path) -> dict[str, np.ndarray] | None:
-    """Return what was found in a source, or None where that is not known or has changed since."""
-    try:
-        with np.load(file) as arrays:
-            found = dict(arrays)
-        is_of_source = (
-            found.pop("version") == INDEX_VERSION
-            and found.pop("source").item() == os.fsencode(source)
-            and np.array_equal(found.pop("stamps"), _stamps(found))
-        )
-    except Exception:  # a damaged file can make NumPy raise anything: the scan is done anew then
-        return None
-    return found if is_of_source else None
-
-
-def index_folder_beside(run_folder: Path) -> Path:
-    """Return the folder beside a run's own that keeps what long scans of data found."""
-    return run_folder.absolute().parent / ".index"
-
-
-def _stamps(found: dict[str, np.ndarray]) -> np.ndarray:
-    """Return size and time of change of what was looked into: adding to a folder changes them."""
-    paths = found["tars"] if "tars" in found else found["folders"]
-    stats = [os.stat(path) for path in paths.tolist()]
-    return np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats])
-
-
-def _first_existing(root: Path, names: Sequence[str]) -> Path | None:
-    """Return the first of the folders or tars so called in `root`."""
-    for name in names:
-        for place in (root / name, root / f"{name}.tar"):
-            if place.exists():
-                return place
-    return None
-
-
-def _folder(root: Path, split: str, index_folder: Path | None) -> ImageDataset:
-    """Open a split of a folder or tar.
-
-    Without a test of its own, `test` is a fixed tenth of the images and `memory` the others, while
-    `train` has all of them.
-    """
-    train = _first_existing(root, ["train"]) or root
-    test = _first_existing(root, ["val", "test"])
-    has_test = train != root and test is not None
-    found = _scan(train, index_folder)
-    class_names = None if found.classes is None else np.unique(found.classes)
-    if split == "test" and has_test:
-        found = _scan(test, index_folder)
-        if class_names is not None and found.classes is not None:
-            unknown = np.setdiff1d(found.classes, class_names)
-            if len(unknown):
-                raise ValueError(f"{test} has classes that {train} lacks: {', '.join(unknown[:5])}")
-    elif split != "train" and not has_test:
-        rows = np.flatnonzero(held_out(len(found.images)) == (split == "test"))
-        classes = None if found.classes is None else found.classes[rows]
-        found = _Found(found.images[rows], classes)
-    if class_names is None or found.classes is None:
-        return ImageDataset(found.images, None)
-    labels = np.searchsorted(class_names, found.classes)
-    return ImageDataset(found.images, labels, class_names.tolist())
+# ---------------------------------------------------------------- data sets
 
 
 def held_out(num_images: int) -> np.ndarray:
     """Return a boolean mask of a fixed tenth of the images, at least one."""
     order = permutation(num_images, 0).numpy()
     return np.isin(np.arange(num_images), order[: max(1, num_images // 10)])
+
+
+def _found_set(
+    data: str, split: str, val: str | None, take_splits: bool, index_folder: Path | None
+) -> ImageDataset:
+    """Open a split of a folder, a tar, a folder of tars or a list.
+
+    Without a split to evaluate on, `test` is a fixed tenth of the images and `memory` the others,
+    while `train` has all of them.
+    """
+    find = partial(
+        find_images,
+        image_suffixes=image_suffixes(),
+        take_splits=take_splits,
+        index_folder=index_folder,
+    )
+    train, test, notes = find(data)
+    names = None if train.classes is None else np.unique(train.classes)
+    if val is not None:
+        _require_source(val, "--val")
+        of_val = find(val, known_classes=() if names is None else names.tolist())
+        test = of_val.test or of_val.train
+        notes = [*notes, f"evaluates on {val}", *(f"{val}: {note}" for note in of_val.notes)]
+    found = train
+    if split == "test" and test is not None:
+        found = test
+        _require_known_classes(names, found.classes, val or data)
+    elif split != "train" and test is None:
+        rows = np.flatnonzero(held_out(len(found.images)) == (split == "test"))
+        classes = None if found.classes is None else found.classes[rows]
+        found = Found(found.images[rows], classes)
+    if names is None or found.classes is None:
+        return ImageDataset(found.images, None, notes=notes)
+    labels = np.searchsorted(names, found.classes)
+    return ImageDataset(found.images, labels, names.tolist(), notes)
+
+
+def _require_known_classes(
+    names: np.ndarray | None, classes: np.ndarray | None, source: str
+) -> None:
+    """Raise ValueError where images to evaluate on have classes that those to train on lack."""
+    if names is None or classes is None:
+        return
+    unknown = np.setdiff1d(classes, names)
+    if len(unknown):
+        text = f"the test images of {source} have classes that its training images lack"
+        raise ValueError(f"{text}: {some_of(unknown.tolist(), 5)}")
 
 
 def _torchvision_set(name: str, split: str) -> ImageDataset:
@@ -520,19 +437,36 @@ def _torchvision_set(name: str, split: str) -> ImageDataset:
     return ImageDataset(images, np.array(labels), classes)
 
 
+def _require_source(data: str, flag: str) -> None:
+    """Raise ValueError where data are no folder, no tar and no list, nor a name that is known."""
+    path = Path(data)
+    if path.is_dir() or is_list(path) or (path.suffix == ".tar" and path.is_file()):
+        return
+    known = ["patterns", *TORCHVISION_SETS]
+    close = difflib.get_close_matches(data, known, n=2)
+    hint = f" (close: {', '.join(close)})" if close else ""
+    kinds = "a folder, a .tar, a .txt or .csv that lists paths"
+    names = f" or one of {', '.join(known)}" if flag == "--data" else ""
+    raise ValueError(f"no such data {data!r}{hint}: need for {flag} {kinds}{names}")
+
+
 def build_dataset(
     data: str,
     split: str = "train",
     canvas_size: int | None = None,
     index_folder: Path | None = None,
+    *,
+    val: str | None = None,
+    take_splits: bool = True,
 ) -> ImageDataset:
-    """Open `patterns`, a torchvision set by name, or a folder, a tar or a folder of tars.
+    """Open `patterns`, a torchvision set by name, or a folder, tar, folder of tars or list.
 
     `split` is `train`, or one of the two that k-NN needs: `memory`, the labelled images that it
-    remembers, and `test`, those that it is tested on. A folder with train/ and val/ or test/, or
-    tars so called, has its own test; of any other a fixed tenth is the test. `canvas_size` resizes
-    each image to a square canvas; `index_folder` keeps what a long scan found. Raises ValueError
-    for unknown data, for a folder without images and, except for `train`, without classes.
+    remembers, and `test`, those that it is tested on: of `val` where that is given, else of the
+    data's own val or test split, else a fixed tenth. `take_splits` False takes folders called train
+    and val for classes. `canvas_size` resizes each image to a square canvas; `index_folder` keeps
+    what a long scan found. What was left out stands in the data set's `notes`. Raises ValueError
+    for unknown data, for data without images and, except for `train`, without classes.
 
     To add a source: a row in TORCHVISION_SETS or a branch here that returns an ImageDataset, whose
     images `decode` reads; and what tells its images from others, in ImageDataset.fingerprint.
@@ -543,22 +477,16 @@ def build_dataset(
         dataset = ImageDataset(draw_patterns(index), (index % 10).numpy(), PATTERNS)
     elif data in TORCHVISION_SETS:
         dataset = _torchvision_set(data, split)
-    elif Path(data).is_dir() or (data.endswith(".tar") and Path(data).is_file()):
-        dataset = _folder(Path(data), split, index_folder)
     else:
-        known = ["patterns", *TORCHVISION_SETS]
-        close = difflib.get_close_matches(data, known, n=2)
-        hint = f" (close: {', '.join(close)})" if close else ""
-        raise ValueError(
-            f"no such data {data!r}{hint}: need a folder, a .tar or one of {', '.join(known)}"
-        )
+        _require_source(data, "--data")
+        dataset = _found_set(data, split, val, take_splits, index_folder)
     if split != "train" and dataset.labels is None:
-        raise ValueError(f"no class folders in the {split} images of {data}: k-NN needs labels")
+        why = next((note for note in dataset.notes if note.startswith("no classes")), "")
+        reason = f"{data} has {why}" if why else f"no class folders in the {split} images of {data}"
+        raise ValueError(f"{reason}: k-NN and probes need labels")
     if not len(dataset):
         raise ValueError(f"no {split} images are left in {data}: need at least 2 images")
-    if canvas_size is not None:
-        dataset.transform = partial(to_canvas, size=canvas_size)
-    return dataset
+    return dataset if canvas_size is None else dataset.as_canvases(canvas_size)
 
 
 # ---------------------------------------------------------------- onto the device

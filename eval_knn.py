@@ -21,19 +21,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
-from data import build_dataset, index_folder_beside
 from harness.command import read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
     EvalConfig,
     FrozenBackbone,
-    center_cropped,
     check_folder,
     evenly,
     features_of_splits,
     open_backbone,
+    open_split,
     open_splits,
     report,
+    say_notes,
     size_facts,
 )
 from models import save_tensors
@@ -106,10 +106,11 @@ def knn_accuracy(
 
 def print_rank(network: FrozenBackbone, options: EvalConfig, accelerator: Accelerator) -> None:
     """Print how good the training images' features are, without labels. A collective."""
-    index_folder = index_folder_beside(Path(options.checkpoint).parent)
     with accelerator.local_main_process_first():  # which may have to download
-        images = build_dataset(network.preparation.data, index_folder=index_folder)
-    images = center_cropped(images, network.preparation)
+        images = open_split(network.preparation, "train")
+    if images.levels is None:
+        images.levels = images.measure_levels()
+    say_notes(images, accelerator)
     some_images = Subset(images, evenly(len(images)).tolist())
     features, _ = features_of_splits(
         network.backbone,
@@ -138,7 +139,7 @@ def main() -> None:
         return
     train_features, train_labels, test_features, test_labels = features_of_splits(
         network.backbone,
-        open_splits(network, evaluation, accelerator),
+        open_splits(network, accelerator),
         network.preparation,
         accelerator,
         evaluation.batch_size,

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
-from data import ImageDataset, Sample, StepSampler, collate, permutation, to_canvas
+from data import ImageDataset, Sample, StepSampler, collate, permutation
 from harness.command import iterate, read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
@@ -143,7 +143,7 @@ def train_on_crops(
     processes, which share the images of a step.
     """
     device = accelerator.device
-    dataset.transform = partial(to_canvas, size=min(384, round(size * 12 / 7)))
+    dataset = dataset.as_canvases(min(384, round(size * 12 / 7)))
     rank, world = accelerator.process_index, accelerator.num_processes
     each = max(1, min(config.probe_batch_size, len(dataset)) // world)
 
@@ -273,7 +273,7 @@ def evaluate(
     network = open_backbone(evaluation, accelerator)
     blocks, avgpool = layers_to_read(network.backbone, options)
     forward = layer_features(network.backbone, blocks, avgpool)
-    train_images, test_images = open_splits(network, evaluation, accelerator)
+    train_images, test_images = open_splits(network, accelerator)
     center_crop_features = partial(
         features_of_splits,
         forward,

@@ -10,7 +10,7 @@ class, as ImageNet's ILSVRC2012_img_train.tar does. Stands alone: needs NumPy. A
 import functools
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
@@ -51,7 +51,8 @@ class TarImages:
     """
 
     def __init__(self, members: dict[str, np.ndarray]) -> None:
-        self.members = members  # what scan_tars returns
+        columns = ("names", "tar", "offsets", "sizes", "tars")
+        self.members = {name: members[name] for name in columns}  # of what scan_tars returns
 
     def __len__(self) -> int:
         return len(self.members["names"])
@@ -70,43 +71,64 @@ class TarImages:
         )
 
 
+LONGEST_CLASS = 1000  # bytes of a KEY.cls
+DEEPEST = 4  # tars in each other
+
+
 class _Image(NamedTuple):
     name: str
     offset: int  # bytes from the tar's beginning
     size: int  # bytes
     kind: str  # class
+    given: str  # what KEY.cls says, "" without it
 
 
-def scan_tars(paths: Iterable[Path], suffixes: tuple[str, ...]) -> dict[str, np.ndarray]:
+def scan_tars(paths: Iterable[Path], suffixes: Collection[str]) -> dict[str, np.ndarray]:
     """Read the headers of tars: `names`, `tar`, `offsets`, `sizes` and `classes` (n,), and `tars`.
 
     Images are the members that end in `suffixes`. A class is what KEY.cls says, or the tar in a
-    tar, or the first folder; "" where there is none. Raises ValueError, naming the last member that
-    could be read, for a tar that is compressed, damaged or cut off.
+    tar, or the first folder; "" where there is none. `given_classes` (n,) are those of KEY.cls
+    alone, `other_suffixes` (m,) those of all files that are no images. Raises ValueError, naming
+    the last member that could be read, for a tar that is compressed, damaged or cut off.
     """
     paths = [str(path) for path in paths]
     numbers_of_tars: list[int] = []
     images: list[_Image] = []
+    other_suffixes: list[str] = []
     for number, path in enumerate(paths):
         with open(path, "rb") as file:
             end = os.fstat(file.fileno()).st_size
-            found = list(_images(file, path, end, suffixes))
+            found = list(_images(file, path, end, suffixes, other_suffixes))
         images += found
         numbers_of_tars += [number] * len(found)
     return {
-        "names": np.array([os.fsencode(image.name) for image in images], bytes),
-        "classes": np.array([os.fsencode(image.kind) for image in images], bytes),
-        "tars": np.array([os.fsencode(path) for path in paths], bytes),
+        "names": _as_bytes(image.name for image in images),
+        "classes": _as_bytes(image.kind for image in images),
+        "given_classes": _as_bytes(image.given for image in images),
+        "other_suffixes": _as_bytes(other_suffixes),
+        "tars": _as_bytes(paths),
         "tar": np.array(numbers_of_tars, np.int64),
         "offsets": np.array([image.offset for image in images], np.int64),
         "sizes": np.array([image.size for image in images], np.int64),
     }
 
 
+def _as_bytes(names: Iterable[str]) -> np.ndarray:
+    return np.array([os.fsencode(name) for name in names], bytes)
+
+
 def _images(
-    file: BufferedReader, path: str, end: int, suffixes: tuple[str, ...]
+    file: BufferedReader,
+    path: str,
+    end: int,
+    suffixes: Collection[str],
+    other_suffixes: list[str],
+    depth: int = 1,
 ) -> Iterator[_Image]:
     """Yield the images in a tar that ends at byte `end`, and those in the tars in it."""
+    if depth > DEEPEST:
+        tar = path if len(path) < 200 else f"{path[:200]}..."
+        raise ValueError(f"{tar} holds tars in each other: need at most {DEEPEST}")
     images: list[tuple[PurePosixPath, tarfile.TarInfo]] = []
     classes: dict[PurePosixPath, str] = {}  # what KEY.cls says of KEY
     for member in _members(file, path, end):
@@ -116,17 +138,25 @@ def _images(
         if name.suffix == ".tar":
             file.seek(member.offset_data)
             inner_end = member.offset_data + member.size
-            for image in _images(file, f"{path}:{name}", inner_end, suffixes):
+            inner_path = f"{path}:{name}"
+            inner = _images(file, inner_path, inner_end, suffixes, other_suffixes, depth + 1)
+            for image in inner:
                 yield image._replace(name=f"{name}/{image.name}", kind=name.stem)
         elif name.suffix == ".cls":
+            if member.size > LONGEST_CLASS:
+                given = f"{name} has {member.size:,} bytes"
+                raise ValueError(f"{path}: need a class of at most {LONGEST_CLASS:,}, {given}")
             file.seek(member.offset_data)
-            classes[name.with_suffix("")] = file.read(member.size).decode().strip()
+            classes[name.with_suffix("")] = os.fsdecode(file.read(member.size)).strip()
         elif name.suffix.lower() in suffixes:
             images.append((name, member))
+        else:
+            other_suffixes.append(name.suffix.lower())
     for name, member in images:
         folder = name.parts[0] if len(name.parts) > 1 else ""
-        kind = classes.get(name.with_suffix(""), folder)
-        yield _Image(str(name), member.offset_data, member.size, kind)
+        given = classes.get(name.with_suffix(""), "")
+        kind = given or folder
+        yield _Image(str(name), member.offset_data, member.size, kind, given)
 
 
 def _members(file: BufferedReader, path: str, end: int) -> list[tarfile.TarInfo]:

@@ -33,6 +33,7 @@ from data import (
     decode,
     to_canvas,
 )
+from folders import is_list, printable
 from harness.command import read_flags, run_command
 from harness.evaluation import evenly, normalized, open_network, require_preparation
 from harness.feature_maps import (
@@ -47,11 +48,13 @@ from harness.feature_maps import (
 )
 from harness.pictures import (
     CARD,
+    MARK,
     SMALL_TILE,
     Cell,
     crop_cells,
     enlarged,
     heat,
+    png_mark,
     scatter,
     sheet,
     tile,
@@ -146,11 +149,14 @@ class Observer:
 def open_images(source: str) -> ImageDataset:
     """Open a photo, a folder or a data set by name. ValueError where there are no images."""
     path = Path(source)
-    if path.is_file() and path.suffix != ".tar":
+    if path.is_file() and path.suffix != ".tar" and not is_list(path):
         return ImageDataset([os.fsencode(path)], None)
     if not path.exists() and source not in ("patterns", *TORCHVISION_SETS):
         raise ValueError(f"no such photo, folder or data set: {source}")
-    return build_dataset(source)
+    images = build_dataset(source)
+    for note in images.notes:
+        print(f"data: {printable(note)}")
+    return images
 
 
 def label_of(images: ImageDataset, row: int) -> str:
@@ -175,7 +181,7 @@ def read(images: ImageDataset, rows: Sequence[int]) -> Iterator[tuple[int, Tenso
     num_read = 0
     for row in rows:
         try:
-            image = decode(images.images[row])
+            image = decode(images.images[row], images.levels)
         except ValueError as error:
             if len(images) == 1:
                 raise
@@ -278,12 +284,12 @@ def neighbours_sheet(
     num_others = len(rows) if query is not None else len(rows) - 1
     num_neighbours = min(NUM_NEIGHBOURS, num_others)
     for source, query_label, own in queries:
-        query_crop = observer.crop(decode(source))
+        query_crop = observer.crop(decode(source, images.levels))
         similarity = features @ observer.features([query_crop])[0]
         order = [i for i in similarity.argsort(descending=True).tolist() if i != own]
         cells.append((tile(query_crop, SMALL_TILE), query_label))
         for i in order[:num_neighbours]:
-            crop = observer.crop(decode(images.images[rows[i]]))
+            crop = observer.crop(decode(images.images[rows[i]], images.levels))
             label = f"{similarity[i]:.2f} {label_of(images, rows[i])}"
             cells.append((tile(crop, SMALL_TILE), label))
     title = f"query and neighbours, with cosine similarity, of {len(rows):,} images"
@@ -374,6 +380,7 @@ def draw_pictures(options: VisualizeConfig) -> Pictures:
     """Compute all pictures; of a video the first frame, and the others when they are asked for."""
     images = open_images(options.images)
     observer = Observer(options.checkpoint, options.size)
+    images.levels = observer.preparation.levels or images.measure_levels()
     kinds = kinds_to_draw(options, observer, images)
     if options.video:
         return draw_video(observer, images, kinds[0], options.video)
@@ -413,13 +420,20 @@ def write_pictures(folder: Path, pictures: Pictures) -> None:
         for name, picture in pictures.items():
             path = Path(staging, name)
             if isinstance(picture, Image.Image):
-                picture.save(path)
+                picture.save(path, pnginfo=png_mark())
             elif path.suffix == ".gif":
-                next(picture).save(path, save_all=True, append_images=picture, duration=40, loop=0)
+                next(picture).save(
+                    path,
+                    save_all=True,
+                    append_images=picture,
+                    duration=40,
+                    loop=0,
+                    comment=MARK,
+                )
             else:
                 path.mkdir()
                 for number, frame in enumerate(picture, start=1):
-                    frame.save(path / f"{number:06}.png")
+                    frame.save(path / f"{number:06}.png", pnginfo=png_mark())
         for name in pictures:
             os.replace(Path(staging, name), folder / name)
             print(folder / name)

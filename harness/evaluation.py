@@ -9,7 +9,6 @@ Source: DINO, arXiv 2104.14294, appendix F. Axes: n images, d features, b batch.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
 from config import Config
-from data import ImageDataset, build_dataset, center_crop, collate, index_folder_beside
+from data import ImageDataset, build_dataset, collate
+from folders import cache_folder
 from harness.command import iterate, write_whole
 from harness.weights import (
     Role,
@@ -47,14 +47,21 @@ from models import (
     rebuild_model,
 )
 from multicrop import CropConfig
+from pixels import Levels
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     # ckpt.safetensors of a run, an original's .pth, or the name of published weights: dino_vits16
     checkpoint: tyro.conf.Positional[str]
-    # a folder or a data set's name; None: what the run trained on
+    # images as training takes them: a folder, a tar, a list or a data set's name; None: what the
+    # run trained on, or its --knn-data
     data: str | None = None
+    # images to test on, as --data takes them; None: those of the run or, with --data, its own val
+    # or test split, else a fixed tenth
+    val: str | None = None
+    # take folders called train, val and test for splits; --no-splits: for classes
+    splits: bool = True
     # evaluate the student, from state.safetensors beside the checkpoint
     student: bool = False
     # images a forward pass
@@ -77,16 +84,22 @@ class Preparation:
     resize: int  # pixels, shorter side before it
     mean: tuple[float, float, float]  # of RGB within 0..1
     std: tuple[float, float, float]
+    val: str | None = None  # what tests; None: the data's own split, or a fixed tenth
+    take_splits: bool = True  # folders called train, val and test are splits, not classes
+    levels: Levels | None = None  # of images with more than 8 bits; None: measured
 
     @classmethod
     def of_run(cls, config: Config) -> "Preparation":
         """Return how a run's own evaluations prepare images, by its finished config."""
         return cls(
-            data=config.data.data,
+            data=config.data.knn_data or config.data.data,
             size=config.crops.global_crop_size,
             resize=config.data.eval_resize,
             mean=config.crops.mean,
             std=config.crops.std,
+            val=config.data.val,
+            take_splits=config.data.splits,
+            levels=config.data.levels,
         )
 
     @classmethod
@@ -96,12 +109,16 @@ class Preparation:
         if not {"data", "crops"} <= config.keys():
             return None
         data, crops = config["data"], config["crops"]
+        levels = data.get("levels")  # not in the checkpoints of earlier versions, like the others
         return cls(
-            data=data["data"],
+            data=data.get("knn_data") or data["data"],
             size=crops["global_crop_size"],
             resize=data["eval_resize"],
             mean=tuple(crops["mean"]),
             std=tuple(crops["std"]),
+            val=data.get("val"),
+            take_splits=data.get("splits", True),
+            levels=None if levels is None else tuple(levels),
         )
 
     @classmethod
@@ -221,7 +238,11 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbo
         _load_student_beside(Path(source), network.model, step)
     preparation = require_preparation(network, source)
     if options.data is not None:
-        preparation = replace(preparation, data=options.data)
+        preparation = replace(preparation, data=options.data, val=None, take_splits=True)
+    if options.val is not None:
+        preparation = replace(preparation, val=options.val)
+    if not options.splits:
+        preparation = replace(preparation, take_splits=False)
     if not preparation.data:
         raise ValueError(f"{source} does not come with data: need --data")
     facts = {
@@ -249,33 +270,51 @@ def _load_student_beside(checkpoint: Path, model: DinoModel, step: int) -> None:
 # ---------------------------------------------------------------- images
 
 
-def evaluation_splits(
-    preparation: Preparation, index_folder: Path | None = None
-) -> tuple[ImageDataset, ImageDataset]:
-    """Open the labelled images that k-NN remembers, and those that it is tested on.
+def open_split(preparation: Preparation, split: str) -> ImageDataset:
+    """Open `train`, `memory` or `test` of the images that a network is evaluated on.
 
-    They are center crops, as the paper's evaluation has them. ValueError without classes.
+    They are center crops, as the paper's evaluation has them. ValueError without classes, but for
+    `train`.
     """
-    memory, test = (
-        build_dataset(preparation.data, split, index_folder=index_folder)
-        for split in ("memory", "test")
+    dataset = build_dataset(
+        preparation.data,
+        split,
+        index_folder=cache_folder(),
+        val=preparation.val,
+        take_splits=preparation.take_splits,
     )
-    return center_cropped(memory, preparation), center_cropped(test, preparation)
+    dataset.levels = preparation.levels
+    return dataset.as_center_crops(preparation.resize, preparation.size)
+
+
+def evaluation_splits(preparation: Preparation) -> tuple[ImageDataset, ImageDataset]:
+    """Open the labelled images that k-NN remembers, and those that it is tested on."""
+    memory, test = (open_split(preparation, split) for split in ("memory", "test"))
+    if memory.levels is None:
+        memory.levels = test.levels = memory.measure_levels()
+    return memory, test
 
 
 def open_splits(
-    network: FrozenBackbone, options: EvalConfig, accelerator: Accelerator
+    network: FrozenBackbone, accelerator: Accelerator
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Open the images that a network is evaluated on: those remembered, and those that test."""
-    index_folder = index_folder_beside(Path(options.checkpoint).parent)
+    """Open the images that a network is evaluated on: those remembered, and those that test.
+
+    What was left out of them is said.
+    """
     with accelerator.local_main_process_first():  # which may have to download
-        return evaluation_splits(network.preparation, index_folder)
+        memory, test = evaluation_splits(network.preparation)
+    say_notes(memory, accelerator)
+    return memory, test
 
 
-def center_cropped(dataset: ImageDataset, preparation: Preparation) -> ImageDataset:
-    """Let a dataset return center crops from now on, and return it."""
-    dataset.transform = partial(center_crop, resize=preparation.resize, size=preparation.size)
-    return dataset
+def say_notes(dataset: ImageDataset, accelerator: Accelerator) -> None:
+    """Print what was entered, left out and left alone in a data set, and how it is mapped."""
+    for note in dataset.notes:
+        accelerator.print(f"data: {note}")
+    if dataset.levels is not None:
+        low, high = dataset.levels
+        accelerator.print(f"data: of more than 8 bits, {low:g} is black and {high:g} white")
 
 
 def normalized(images: Tensor, preparation: Preparation) -> Tensor:

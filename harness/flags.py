@@ -19,7 +19,7 @@ import yaml
 from torch import nn
 
 from config import SETTINGS, Config
-from data import ImageDataset
+from data import ImageDataset, Survey
 from harness.command import read_flags
 from harness.distributed import cores_per_process, is_set
 from models import ModelConfig, get_backbone, load_tensors
@@ -131,6 +131,9 @@ def check_values(config: Config) -> None:
         values = getattr(config, section)
         for name, setting in settings.items():
             _check_range(f"--{name.replace('_', '-')}", getattr(values, name), setting.metadata)
+    levels = config.data.levels
+    if levels is not None and not levels[0] < levels[1]:
+        raise ValueError(f"need --levels LOW HIGH with LOW < HIGH, got {levels[0]} {levels[1]}")
     run = config.run
     if run.overwrite and run.output_dir is None:
         raise ValueError("--overwrite needs the --output-dir whose run it deletes")
@@ -189,20 +192,18 @@ def default_precision() -> str:
 # ---------------------------------------------------------------- what follows
 
 
-def finish(config: Config, dataset: ImageDataset, precision: str) -> Config:
-    """Return the config with sizes, workers, the data's path and precision filled in.
+def finish(config: Config, dataset: ImageDataset, survey: Survey, precision: str) -> Config:
+    """Return the config with sizes, levels, workers, the data's path and precision filled in.
 
-    They follow from the images, the architecture and the machine.
-
-    Raises ValueError for sizes that do not fit each other.
+    They follow from the images, of which `survey` tells what they are like, the architecture and
+    the machine. Raises ValueError for sizes that do not fit each other.
     """
-    short, long = dataset.typical_size()
-    model, crops = _fit_sizes(config.model, config.crops, short)
+    model, crops = _fit_sizes(config.model, config.crops, survey.short)
     size = crops.global_crop_size
     data = config.data
     eval_resize = data.eval_resize
     if eval_resize is None:  # the paper's 256 for 224, in proportion; no margin for small images
-        eval_resize = round(size * 8 / 7) if short >= 192 else size
+        eval_resize = round(size * 8 / 7) if survey.short >= 192 else size
     if eval_resize < size:
         raise ValueError(f"need --eval-resize >= the crop of {size} px, got {eval_resize}")
     num_workers = data.num_workers
@@ -211,13 +212,31 @@ def finish(config: Config, dataset: ImageDataset, precision: str) -> Config:
         num_workers = 0 if is_in_memory else min(16, max(1, cores_per_process() - 1))
     data = replace(
         data,
-        data=os.path.abspath(data.data) if os.path.exists(data.data) else data.data,
-        canvas_size=data.canvas_size or min(long, 384),
+        data=_absolute(data.data),
+        val=_absolute(data.val),
+        knn_data=_absolute(data.knn_data),
+        levels=data.levels or survey.levels,
+        canvas_size=data.canvas_size or _canvas_for(survey.long),
         eval_resize=eval_resize,
         num_workers=num_workers,
     )
     run = replace(config.run, mixed_precision=precision)
     return replace(config, model=model, data=data, crops=crops, run=run)
+
+
+def _absolute(data: str | None) -> str | None:
+    """Return where data lie from any folder; the name of a data set stays as it is."""
+    return os.path.abspath(data) if data is not None and os.path.exists(data) else data
+
+
+CANVAS_SIZES = (256, 384, 512)  # pixels; README tells what each keeps, and its speed
+
+
+def _canvas_for(longer_side: int) -> int:
+    """Return the smallest canvas that holds a side; small images keep their own size."""
+    if longer_side <= CANVAS_SIZES[0]:
+        return longer_side
+    return next((size for size in CANVAS_SIZES if size >= longer_side), CANVAS_SIZES[-1])
 
 
 def _fit_sizes(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from harness.command import RunError, write_whole
 from harness.distributed import launch_line
-from harness.pictures import curves
+from harness.pictures import curves, png_mark
 from harness.run import Run
 
 # ---------------------------------------------------------------- collapse
@@ -83,7 +83,7 @@ def peak_memory() -> float:
 def write_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG whole or not at all. Raises OSError naming it."""
     content = io.BytesIO()
-    picture.save(content, "PNG")
+    picture.save(content, "PNG", pnginfo=png_mark())
     write_whole(path, content.getvalue())
 
 

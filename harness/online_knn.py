@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from data import index_folder_beside, permutation
+from data import permutation
 from harness.evaluation import Preparation, evaluation_splits, features_of_splits
 from harness.monitor import Monitor
 from harness.run import Run
@@ -51,8 +51,7 @@ class OnlineKnn:
         run.agreement.require_same(sizes, "images to evaluate with")
 
     def _open_splits(self) -> tuple[Dataset, Dataset]:
-        index_folder = index_folder_beside(self.run.folder)
-        memory, test = evaluation_splits(self.preparation, index_folder)
+        memory, test = evaluation_splits(self.preparation)
         some = permutation(len(memory), 0)[: self.run.config.run.knn_images]
         return Subset(memory, some.tolist()), test
 

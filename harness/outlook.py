@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from config import Config
 from data import ImageDataset, batch_factors
+from folders import printable, some_of
 from harness.command import print_rows, unused_path
 from harness.distributed import has_compiler, is_compiled
 from harness.monitor import Monitor, peak_memory, write_picture
@@ -61,6 +62,8 @@ def duration(seconds: float) -> str:
 def introduce(run: Run, monitor: Monitor, student: nn.Module, why_no_knn: str) -> None:
     """Say what is about to be trained, what is likely not meant, and where it goes on."""
     monitor.console.print(header(run, student))
+    for note in run.dataset.notes:
+        monitor.say(f"data: {printable(note)}")
     if why_no_knn:
         monitor.say(f"no k-NN during training: {why_no_knn}")
     for warning in unlikely_settings(run, student):
@@ -82,7 +85,9 @@ def header(run: Run, student: nn.Module) -> Table:
         "arch": f"{config.model.arch}: {_sizes_of(student)}",
         "head": f"K {output_dim:,} prototypes, {three_digits(num_images / output_dim)} images to "
         "each",
-        "data": f"{config.data.data}: {num_images:,} images, crops {_crops_of(config)}",
+        "data": config.data.data,
+        "images": f"{num_images:,} images, {_classes_of(run.dataset)}",
+        "crops": f"{_crops_of(config)} px, of canvases of {config.data.canvas_size} px",
         "device": f"{_devices_of(run)}, mixed precision: {config.run.mixed_precision}"
         f"{_compiling_of(config, student)}",
         "batch": f"{_batch_of(run)}, {run.steps_per_epoch:,} steps an epoch, "
@@ -90,10 +95,22 @@ def header(run: Run, student: nn.Module) -> Table:
         "optimizer": _optimizer_of(run),
         "teacher": _teacher_of(run),
     }
+    if config.data.levels is not None:
+        low, high = config.data.levels
+        rows["levels"] = f"of more than 8 bits: {low:g} is black, {high:g} white"
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/]", escape(text))
+        table.add_row(f"[bold]{name}[/]", escape(printable(text)))
     return table
+
+
+def _classes_of(dataset: ImageDataset) -> str:
+    """Return how many classes there are, and the first of them."""
+    if dataset.labels is None:
+        return "no classes"
+    if not dataset.classes:
+        return f"{dataset.labels.max() + 1:,} classes"
+    return f"{len(dataset.classes):,} classes: {some_of(dataset.classes, 4)}"
 
 
 def _sizes_of(student: nn.Module) -> str:
@@ -107,7 +124,7 @@ def _crops_of(config: Config) -> str:
     text = f"2 of {crops.global_crop_size}"
     if crops.num_local_crops:
         text += f" + {crops.num_local_crops} of {crops.local_crop_size}"
-    return f"{text} px"
+    return text
 
 
 def _devices_of(run: Run) -> str:

@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +30,8 @@ from data import (
     StepSampler,
     build_dataset,
     collate,
-    index_folder_beside,
-    to_canvas,
 )
+from folders import cache_folder
 from harness.command import RunError, copy_whole, iterate, unused_path, write_whole
 from harness.distributed import Agreement, make_accelerator
 from harness.flags import as_plain_data, check_values, choose_precision, finish, fit_batch
@@ -229,15 +227,19 @@ class Run:
         """
         check_values(config)
         accelerator = make_accelerator(choose_precision(config), config.run.log_with)
-        index_folder = None
-        if not config.run.dry_run:
-            index_folder = index_folder_beside(config.run.output_dir or Path("runs", "run"))
         with accelerator.local_main_process_first():  # which may have to download or to scan
-            dataset = build_dataset(config.data.data, index_folder=index_folder)
-        config = finish(config, dataset, accelerator.mixed_precision)
+            dataset = build_dataset(
+                config.data.data,
+                index_folder=None if config.run.dry_run else cache_folder(),
+                val=config.data.val,
+                take_splits=config.data.splits,
+            )
+        survey = dataset.survey()
+        dataset.notes += survey.notes()
+        config = finish(config, dataset, survey, accelerator.mixed_precision)
         dataset.seed = config.run.seed
-        dataset.transform = partial(to_canvas, size=config.data.canvas_size)
-        return cls(config, accelerator, dataset)
+        dataset.levels = config.data.levels
+        return cls(config, accelerator, dataset.as_canvases(config.data.canvas_size))
 
     # ------------------------------------------------ before the first step
 

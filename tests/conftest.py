@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -31,6 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def parity() -> dict[str, Tensor]:
     """Numbers recorded by running the original; record_parity.py says how."""
     return load_file(ROOT / "tests" / "parity.safetensors")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what scans find out of the user's cache, in the processes that tests start, too."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

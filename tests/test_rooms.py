@@ -41,9 +41,10 @@ IMPORTS = {name_of(file): imports_of(file) for file in FILES}
 
 
 def test_leaves_import_no_other_file() -> None:
-    for name in ("models", "losses", "multicrop", "optimizers", "tar_shards"):
+    for name in ("models", "losses", "multicrop", "optimizers", "pixels", "tar_shards"):
         assert IMPORTS[name] == set()
-    assert IMPORTS["data"] == {"multicrop", "tar_shards"}
+    assert IMPORTS["data"] == {"multicrop", "folders", "pixels", "tar_shards"}
+    assert IMPORTS["folders"] == {"tar_shards"}
     assert IMPORTS["config"] == {"models", "multicrop"}
 
 
@@ -120,6 +121,25 @@ USES = {
         crops_of = Cropper(MultiCrop(config), seed=0, device=torch.device("cpu"))
         assert dataset.classes == ["a", "b"]
         assert [len(crops_of(batch)) for batch in loader] == [10, 10]
+    """,
+    "folders.py": """
+        from pathlib import Path
+        from folders import find_images
+        for name in ("pets/cat/1.png", "pets/dog/2.png", "pets/dog/notes.txt"):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text("")
+        found = find_images(".", image_suffixes=[".png"])
+        assert found.train.classes.tolist() == ["cat", "dog"] and found.test is None
+        assert found.notes[-1] == "entered pets/"
+    """,
+    "pixels.py": """
+        import numpy as np
+        from PIL import Image
+        from pixels import decode, image_suffixes, to_canvas
+        Image.fromarray(np.array([[0, 1000], [2000, 4000]], np.uint16)).save("cells.png")
+        image = decode(b"cells.png", levels=(1000, 2000))
+        assert image[0].tolist() == [[0, 0], [255, 255]] and ".png" in image_suffixes()
+        assert to_canvas(image, 8).shape == (3, 8, 8)
     """,
     "tar_shards.py": """
         import tarfile

@@ -1,0 +1,721 @@
+"""Which images, which labels: what a folder, a tar, a folder of tars or a list of paths holds.
+
+    found = find_images("pets", image_suffixes=(".jpg", ".png"))
+    found.train.images   # paths as bytes, or TarImages
+    found.train.classes  # (n,) names, or None without classes
+    found.test           # the same of a split to evaluate on, or None
+    found.notes          # what was entered, left out and left alone, in words
+
+An image's class is the first folder that it lies in. A folder that is the only one is entered
+first; `train`, `val` and `test` are splits. Nothing is left out without a note, but for hidden
+files and what systems leave behind. Needs tar_shards.py beside it, and NumPy. Axis: n images.
+"""
+
+import contextlib
+import csv
+import hashlib
+import os
+import re
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tar_shards import TarImages, scan_tars
+
+# ---------------------------------------------------------------- names
+
+# small letters; what each of these folders is
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+LEFT_BY_SYSTEMS = {"__MACOSX", "@eaDir", "Thumbs.db", "$RECYCLE.BIN", "System Volume Information"}
+# small letters; of two such folders side by side, only the images' is data
+IMAGE_FOLDERS = {"image", "images", "img", "imgs", "jpegimages"}
+ANNOTATION_FOLDERS = {
+    "annotation",
+    "annotations",
+    "ground_truth",
+    "groundtruth",
+    "gt",
+    "label",
+    "labels",
+    "mask",
+    "masks",
+    "segmentation",
+    "segmentationclass",
+    "segmentationobject",
+    "segmentations",
+}
+CAMERA_FOLDER = re.compile(r"\d{3}[A-Z0-9_]{5}")  # 100APPLE, 101CANON: the cameras' standard, DCF
+# pictures that this project draws; their first bytes say so
+DRAWN = re.compile(r"((attention|crops|curves|neighbours|pca|scatter).*|\d{6})\.(png|gif)")
+DRAWN_MARK = b"drawn by DINO"
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a file or folder is hidden, or what an operating system leaves behind."""
+    return name.startswith(".") or name in LEFT_BY_SYSTEMS
+
+
+def in_one_form(name: str) -> str:
+    """Return a name in Unicode's form NFC: macOS stores an accent as a letter of its own."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def printable(name: str) -> str:
+    """Return a name with a question mark for each character that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def some_of(names: Collection[str], most: int = 3) -> str:
+    """Return the first names and how many more there are: `a, b, c and 7 more`."""
+    first = ", ".join(printable(name) for name in list(names)[:most])
+    return first if len(names) <= most else f"{first} and {len(names) - most:,} more"
+
+
+def number_of(num: int, word: str) -> str:
+    """Return `1 image` or `1,200 images`."""
+    return f"{num:,} {word}" if num == 1 else f"{num:,} {word}s"
+
+
+# ---------------------------------------------------------------- walk
+
+
+class _Walk:
+    """What a folder and all folders in it hold; each real folder is looked into once."""
+
+    def __init__(self, root: str, suffixes: Collection[str]) -> None:
+        self.root = root
+        self.suffixes = suffixes
+        self.images: list[str] = []  # all names are relative to the root, with / between folders
+        self.tars: list[str] = []
+        self.folders: list[str] = []
+        self.closed: list[str] = []  # folders that may not be read
+        self.runs: list[str] = []  # folders of runs and of Python environments
+        self.drawn: list[str] = []
+        self.known_links: list[str] = []  # to folders that were read, or that hold the root
+        self.no_files: list[str] = []  # broken links, pipes, devices that are called as images are
+        self.other_suffixes: Counter[str] = Counter()
+        self._seen: set[tuple[int, int]] = set()
+        self._walk()
+
+    def _walk(self) -> None:
+        """Look into real folders first: what is linked besides has its real name then."""
+        holders = [self.root]
+        while holders[-1] != os.path.dirname(holders[-1]):
+            holders.append(os.path.dirname(os.path.realpath(holders[-1])))
+        self._seen = {_identity(holder) for holder in holders[1:]}
+        folders, links = [""], []
+        while folders or links:
+            folder = folders.pop() if folders else links.pop(0)
+            more_folders, more_links = self._look_into(folder)
+            folders += more_folders
+            links = sorted(links + more_links)
+
+    def _look_into(self, folder: str) -> tuple[list[str], list[str]]:
+        """Note what a folder holds, and return the folders and links to folders in it."""
+        path = os.path.join(self.root, folder) if folder else self.root
+        try:
+            identity = _identity(path)
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError:
+            self.closed.append(folder or self.root)
+            return [], []
+        if identity in self._seen:
+            self.known_links.append(folder)
+            return [], []
+        self._seen.add(identity)
+        self.folders.append(folder)
+        names = {entry.name for entry in entries}
+        if {"config.yaml", "log.jsonl"} <= names or "pyvenv.cfg" in names:
+            self.runs.append(folder or self.root)
+            return [], []
+        folders: list[str] = []
+        links: list[str] = []
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(name)
+            else:
+                self._note_file(name, entry)
+        return folders, links
+
+    def _note_file(self, name: str, entry: os.DirEntry) -> None:
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix not in self.suffixes and suffix != ".tar":
+            self.other_suffixes[suffix] += 1
+        elif not entry.is_file():
+            self.no_files.append(name)
+        elif suffix == ".tar":
+            self.tars.append(name)
+        elif DRAWN.fullmatch(entry.name) and _was_drawn_here(entry.path):
+            self.drawn.append(name)
+        else:
+            self.images.append(name)
+
+    def notes(self) -> list[str]:
+        """Return what was left out, in words."""
+        lines = {
+            "may not be read": self.closed,
+            "of runs or Python environments": self.runs,
+            "pictures that were drawn here": self.drawn,
+            "links to folders that were read already": self.known_links,
+            "broken links or no files": self.no_files,
+        }
+        notes = [
+            f"left out, {reason}: {len(names):,} ({some_of(names)})"
+            for reason, names in lines.items()
+            if names
+        ]
+        return notes + _note_of_suffixes(self.other_suffixes)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _was_drawn_here(path: str) -> bool:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return DRAWN_MARK in file.read(2048)
+    return False
+
+
+def _note_of_suffixes(counts: Counter[str]) -> list[str]:
+    """Return a note of the files that are no images, by suffix; none without any."""
+    if not counts:
+        return []
+    kinds = [f"{num:,} {suffix or 'without suffix'}" for suffix, num in counts.most_common()]
+    return [f"left out, no images: {some_of(kinds, 5)}"]
+
+
+# ---------------------------------------------------------------- scan
+
+FEW = (
+    5  # images, or a hundredth of all, above folders are strays; more say that these are no classes
+)
+
+
+def _few(num_images: int) -> int:
+    return max(FEW, num_images // 100)
+
+
+def _scan(root: str, suffixes: Collection[str]) -> dict[str, np.ndarray]:
+    """Look through a folder, a tar or a folder of tars.
+
+    Return `names` (n,), `folders`, the `tars` that were read, all relative to the root, and
+    `notes`; of tars, too, what scan_tars returns.
+    """
+    if os.path.isfile(root):
+        return _scan_tars(root, [""], suffixes, folders=[], notes=[])
+    walk = _Walk(root, suffixes)
+    notes = walk.notes()
+    are_strays = len(walk.images) <= FEW and not any("/" in name for name in walk.images)
+    if walk.tars and are_strays:
+        if walk.images:
+            notes.append(f"left out, images beside tars: {some_of(sorted(walk.images))}")
+        return _scan_tars(root, sorted(walk.tars), suffixes, walk.folders, notes)
+    if walk.tars:
+        notes.append(f"left out, tars beside images: {some_of(sorted(walk.tars))}")
+    return {
+        "names": _as_bytes(sorted(walk.images, key=in_one_form)),
+        "folders": _as_bytes(walk.folders),
+        "tars": _as_bytes([]),
+        "notes": _as_bytes(notes),
+    }
+
+
+def _scan_tars(
+    root: str, tars: list[str], suffixes: Collection[str], folders: list[str], notes: list[str]
+) -> dict[str, np.ndarray]:
+    paths = [Path(root, tar) for tar in tars]
+    members = scan_tars(paths, tuple(suffixes))
+    other_suffixes = Counter(os.fsdecode(suffix) for suffix in members.pop("other_suffixes"))
+    notes = notes + _note_of_suffixes(other_suffixes)
+    return members | {
+        "folders": _as_bytes(folders),
+        "tars": _as_bytes(tars),
+        "notes": _as_bytes(notes),
+    }
+
+
+def _as_bytes(names: Iterable[str]) -> np.ndarray:
+    return np.array([os.fsencode(name) for name in names], bytes)
+
+
+# ---------------------------------------------------------------- kept scans
+
+INDEX_VERSION = 3  # 2 held absolute paths
+
+
+def cache_folder() -> Path:
+    """Return the user's folder for what long scans found: ~/.cache/dino, or by XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino"
+
+
+def _indexed(
+    root: str, suffixes: Collection[str], index_folder: Path | None
+) -> dict[str, np.ndarray]:
+    """Return what a scan finds, or what it found before where no file or folder has changed since.
+
+    What a scan found is kept in `index_folder` where it took more than a second, or read tars.
+    """
+    scan: Callable[[], dict[str, np.ndarray]] = partial(_scan, root, suffixes)
+    if index_folder is None:
+        return scan()
+    of_what = "\n".join([root, *sorted(suffixes)])
+    file = index_folder / f"{hashlib.sha256(os.fsencode(of_what)).hexdigest()[:16]}.npz"
+    found = _read_index(file, root)
+    if found is not None:
+        return found
+    start = time.monotonic()
+    found = scan()
+    if len(found["tars"]) or time.monotonic() - start > 1:
+        with contextlib.suppress(OSError):  # an index that cannot be written saves no time
+            _write_index(file, root, found)
+    return found
+
+
+def _write_index(file: Path, root: str, found: dict[str, np.ndarray]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+    np.savez(
+        temporary,
+        version=INDEX_VERSION,
+        source=np.array(os.fsencode(root)),
+        stamps=_stamps(root, found),
+        **found,
+    )
+    os.replace(temporary, file)
+
+
+def _read_index(file: Path, root: str) -> dict[str, np.ndarray] | None:
+    """Return what was found in a source, or None where that is not known or has changed since."""
+    try:
+        with np.load(file) as arrays:
+            found = dict(arrays)
+        is_of_source = (
+            found.pop("version") == INDEX_VERSION
+            and found.pop("source").item() == os.fsencode(root)
+            and np.array_equal(found.pop("stamps"), _stamps(root, found))
+        )
+    except Exception:  # a damaged file can make NumPy raise anything: the scan is done anew then
+        return None
+    return found if is_of_source else None
+
+
+def _stamps(root: str, found: dict[str, np.ndarray]) -> np.ndarray:
+    """Return size and time of change of what was looked into: adding to a folder changes them."""
+    names = [*found["folders"].tolist(), *found["tars"].tolist()]
+    stats = [os.stat(Path(root, os.fsdecode(name))) for name in names]
+    return np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats])
+
+
+# ---------------------------------------------------------------- what lies where
+
+
+class _Listing(NamedTuple):
+    """The images of a source, before splits and classes are told."""
+
+    root: str
+    names: list[str]  # relative, in one Unicode form; a tar in a tar counts as a folder
+    images: Sequence  # paths as bytes, or TarImages
+    labels: list[str] | None  # given by a list or by KEY.cls, "" where none is
+    splits: list[str] | None  # given by a list
+    notes: list[str]
+
+
+def _list_source(data: Path, suffixes: Collection[str], index_folder: Path | None) -> _Listing:
+    root = os.path.abspath(data)  # an index is found again from any working directory
+    found = _indexed(root, suffixes, index_folder)
+    notes = [os.fsdecode(note) for note in found["notes"].tolist()]
+    names = [in_one_form(os.fsdecode(name)) for name in found["names"].tolist()]
+    if not len(found["tars"]):
+        paths = [os.path.join(os.fsencode(root), name) for name in found["names"].tolist()]
+        return _Listing(root, names, np.array(paths, bytes), None, None, notes)
+    tars = [os.fsdecode(tar) for tar in found["tars"].tolist()]
+    folders = [_folder_of_tar(tar) for tar in tars]
+    names = [
+        folders[number] + name.replace(".tar/", "/")
+        for number, name in zip(found["tar"].tolist(), names, strict=True)
+    ]
+    members = {key: found[key] for key in ("names", "tar", "offsets", "sizes")}
+    members["tars"] = _as_bytes(str(Path(root, tar)) for tar in tars)
+    given = [os.fsdecode(label) for label in found["given_classes"].tolist()]
+    seen = [not any(is_hidden(part) for part in name.split("/")) for name in names]
+    rows = np.flatnonzero(seen)
+    names, given = [names[row] for row in rows], [given[row] for row in rows]
+    return _Listing(
+        root, names, TarImages(members)[rows], given if any(given) else None, None, notes
+    )
+
+
+def _folder_of_tar(tar: str) -> str:
+    """Return the folder that a tar's images seem to lie in: train.tar is the split `train`."""
+    folder, name = os.path.split(tar)
+    stem = name.removesuffix(".tar")
+    parts = [part for part in (folder, stem if stem.lower() in SPLIT_NAMES else "") if part]
+    return "".join(f"{part}/" for part in parts)
+
+
+# ---------------------------------------------------------------- lists
+
+COLUMNS = {  # of a list with a header, by what they hold
+    "path": ("path", "file", "filename", "file_name", "filepath", "image", "image_path"),
+    "label": ("label", "class", "category", "class_name"),
+    "split": ("split", "set", "subset"),
+}
+
+
+def is_list(data: Path) -> bool:
+    """Tell whether data are a list of paths: a .txt, .csv or .tsv."""
+    return data.suffix.lower() in (".txt", ".csv", ".tsv") and data.is_file()
+
+
+def _read_list(data: Path) -> _Listing:
+    """Read a path a line, or columns of path, label and split; relative to the list's folder."""
+    try:
+        text = data.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{data} is no text: need a path a line, or a CSV") from error
+    labels = splits = None
+    if data.suffix.lower() == ".txt":
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    else:
+        names, labels, splits = _read_columns(data, text)
+    paths = [os.path.join(os.path.abspath(data.parent), name) for name in names]
+    rows = [row for row, path in enumerate(paths) if os.path.isfile(path)]
+    missing = [names[row] for row in sorted(set(range(len(paths))) - set(rows))]
+    if not rows:
+        first = f", the first is {printable(names[0])}" if names else ""
+        text = f"{data} names {number_of(len(names), 'file')}, none of which exists{first}"
+        raise ValueError(f"{text}: need paths relative to the list")
+    notes: list[str] = []
+    if missing:
+        what = f"{len(missing):,} ({some_of(missing)})"
+        notes.append(f"left out, named in the list but not there: {what}")
+    if labels is not None and not all(labels[row] for row in rows):
+        num = sum(not labels[row] for row in rows)
+        notes.append(f"no classes: {num:,} of {len(rows):,} lines have no label")
+        labels = None
+    return _Listing(
+        root=str(data),
+        names=[names[row] for row in rows],
+        images=_as_bytes(paths[row] for row in rows),
+        labels=None if labels is None else [in_one_form(labels[row]) for row in rows],
+        splits=None if splits is None else [splits[row] for row in rows],
+        notes=notes,
+    )
+
+
+def _read_columns(data: Path, text: str) -> tuple[list[str], list[str] | None, list[str] | None]:
+    """Return a table's paths, labels and splits; None for a column that it does not have."""
+    first_line = text.split("\n", 1)[0]
+    delimiter = max("\t;,", key=first_line.count)
+    rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+    header = list(rows[0]) if rows else []
+    found = {
+        kind: next((name for name in header if str(name).strip().lower() in names), None)
+        for kind, names in COLUMNS.items()
+    }
+    if found["path"] is None:
+        given = some_of([str(name) for name in header], 8) or "an empty file"
+        raise ValueError(f"{data}: need a first line with a column `path`, got {given}")
+    columns = {
+        kind: None if name is None else [(row[name] or "").strip() for row in rows]
+        for kind, name in found.items()
+    }
+    splits = columns["split"]
+    for split in sorted(set(splits or [])):
+        if split.lower() not in SPLIT_NAMES:
+            raise ValueError(f"{data}: need splits train, val or test, got {split!r}")
+    if splits is not None:
+        splits = [SPLIT_NAMES[split.lower()] for split in splits]
+    return columns["path"], columns["label"], splits
+
+
+# ---------------------------------------------------------------- splits and classes
+
+
+class Found(NamedTuple):
+    """The images of a split, and the class of each where they have classes."""
+
+    images: Sequence  # paths as bytes, or TarImages
+    classes: np.ndarray | None  # (n,) names
+
+
+class FoundSplits(NamedTuple):
+    train: Found
+    test: Found | None  # None where the data have no split to evaluate on
+    notes: list[str]  # what was entered, left out and left alone
+
+
+class _Layout:
+    """Some images of a listing and the folder in which they are looked at."""
+
+    def __init__(
+        self, listing: _Listing, rows: Sequence[int] | None = None, place: str = ""
+    ) -> None:
+        self.listing = listing
+        self.place = place  # "" or a folder with / at its end, below the root
+        self.rows = list(range(len(listing.names)) if rows is None else rows)
+        self.notes: list[str] = []
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.listing.root, self.place).rstrip("/")
+
+    def tops(self) -> list[str]:
+        """Return the folder of this place that each image lies in, "" for none."""
+        start = len(self.place)
+        names = (self.listing.names[row][start:] for row in self.rows)
+        return [name.partition("/")[0] if "/" in name else "" for name in names]
+
+    def within(self, folder: str) -> "_Layout":
+        """Return the images in a folder of this place."""
+        tops = self.tops()
+        rows = [row for row, top in zip(self.rows, tops, strict=True) if top == folder]
+        return _Layout(self.listing, rows, f"{self.place}{folder}/")
+
+    def keep(self, folders: Collection[str]) -> None:
+        """Keep the images in these folders alone."""
+        self.rows = [row for row, top in zip(self.rows, self.tops(), strict=True) if top in folders]
+
+    def labels(self) -> list[str] | None:
+        """Return the classes that are given besides the folders, where all images have one."""
+        if self.listing.labels is None:
+            return None
+        labels = [self.listing.labels[row] for row in self.rows]
+        return labels if all(labels) else None
+
+    def found(self, classes: Sequence[str] | None) -> Found:
+        images = self.listing.images[np.array(self.rows, np.int64)]
+        return Found(images, None if classes is None else np.array(classes))
+
+
+def find_images(
+    data: str | Path,
+    image_suffixes: Collection[str],
+    take_splits: bool = True,
+    index_folder: Path | None = None,
+    known_classes: Collection[str] = (),
+) -> FoundSplits:
+    """Find the images of a folder, a tar, a folder of tars or a list, their splits and classes.
+
+    `take_splits` False takes folders called train, val and test for classes. `index_folder` keeps
+    what a long scan found. `known_classes` are those of the images that these are compared with: a
+    single one of them is a class, while the only folder of other images tells nothing. Raises
+    ValueError, with what to type, where there are no images and where it cannot be told what the
+    folders mean.
+    """
+    data = Path(data)
+    listing = (
+        _read_list(data) if is_list(data) else _list_source(data, image_suffixes, index_folder)
+    )
+    notes = listing.notes
+    if not listing.names:
+        held = "; ".join(printable(note) for note in notes)
+        kinds = "files like .jpg, .png, .tif, .webp, or tars of them"
+        raise ValueError(f"no images in {data}: need {kinds}{held and '; ' + held}")
+    if is_list(data):
+        return _splits_of_list(listing)
+    layout = _Layout(listing)
+    layout = _enter(layout, take_splits, known_classes)
+    names_of_splits = _splits_of(layout) if take_splits else {}
+    if not names_of_splits:
+        train = _with_classes(layout, known_classes)
+        return FoundSplits(train, None, [*notes, *layout.notes])
+    splits = {kind: layout.within(name) for kind, name in names_of_splits.items()}
+    train_layout = _enter(splits["train"], take_splits=False)
+    train = _with_classes(train_layout)
+    notes = [*notes, *layout.notes, *train_layout.notes]
+    kind = next((kind for kind in ("val", "test") if kind in splits), None)
+    if kind is None:
+        return FoundSplits(train, None, notes)
+    known = set() if train.classes is None else set(train.classes.tolist())
+    test_layout = _enter(splits[kind], take_splits=False, known_classes=known)
+    test = _with_classes(test_layout, known)
+    notes += [note for note in test_layout.notes if note not in notes]
+    notes.append(f"trains on {names_of_splits['train']}, evaluates on {names_of_splits[kind]}")
+    alone = set(layout.tops()) - {names_of_splits["train"], names_of_splits[kind]}
+    notes += _left_alone(layout, alone)
+    return FoundSplits(train, test, notes)
+
+
+def _left_alone(layout: _Layout, folders: Collection[str]) -> list[str]:
+    counts = Counter(layout.tops())
+    parts = [
+        f"{printable(folder) or 'above them'} ({number_of(counts[folder], 'image')})"
+        for folder in sorted(folders)
+    ]
+    return [f"left alone: {', '.join(parts)}"] if parts else []
+
+
+def _splits_of_list(listing: _Listing) -> FoundSplits:
+    layouts = {"train": _Layout(listing)}
+    if listing.splits is not None:
+        layouts = {
+            kind: _Layout(listing, [i for i, split in enumerate(listing.splits) if split == kind])
+            for kind in ("train", "val", "test")
+            if kind in listing.splits
+        }
+    if "train" not in layouts:
+        raise ValueError(f"{listing.root}: need lines of the split train, got {some_of(layouts)}")
+    found = {kind: layout.found(layout.labels()) for kind, layout in layouts.items()}
+    kind = next((kind for kind in ("val", "test") if kind in found), None)
+    notes = list(listing.notes)
+    if kind is not None:
+        notes.append(f"trains on train, evaluates on {kind}")
+    if kind == "val" and "test" in found:
+        notes.append(f"left alone: test ({number_of(len(found['test'].images), 'image')})")
+    return FoundSplits(_without_one_class(found["train"], notes), found.get(kind), notes)
+
+
+def _enter(layout: _Layout, take_splits: bool, known_classes: Collection[str] = ()) -> _Layout:
+    """Enter folders that hold all images, and return where splits, classes or images begin.
+
+    Annotations beside a folder of images, and a few images above class folders, are left out.
+    """
+    while True:
+        counts = Counter(layout.tops())
+        num_above = counts.pop("", 0)
+        if take_splits and any(name.lower() in SPLIT_NAMES for name in counts):
+            return layout
+        if not counts or num_above > _few(len(layout.rows)) or _is_of_camera(layout, counts):
+            return layout
+        if counts.keys() <= set(known_classes):
+            return layout
+        annotations = _annotations_among(counts)
+        folders = sorted(counts.keys() - annotations)
+        is_one = len(folders) == 1
+        is_of_images = is_one and not any(layout.within(folders[0]).tops())
+        if is_of_images and (num_above or known_classes):
+            return layout  # images with and without a folder; or a class that is not known
+        if num_above and layout.labels() is None:
+            above = [
+                layout.listing.names[row]
+                for row, top in zip(layout.rows, layout.tops(), strict=True)
+                if not top
+            ]
+            what = f"{number_of(num_above, 'image')} ({some_of(above)})"
+            layout.notes.append(f"left out, above the class folders: {what}")
+        if annotations:
+            left = ", ".join(f"{name} ({counts[name]:,} images)" for name in sorted(annotations))
+            layout.notes.append(f"left out, annotations: {left}")
+        if not is_one:
+            if layout.labels() is None:
+                layout.keep(folders)
+            return layout
+        entered = layout.within(folders[0])
+        entered.notes = layout.notes
+        if entered.notes and entered.notes[-1].startswith("entered "):
+            entered.notes.pop()  # of folders in each other, the innermost says all
+        entered.notes.append(f"entered {printable(entered.place)}")
+        if is_of_images:
+            entered.notes.append(f"no classes: all images lie in one folder, {folders[0]}")
+        layout = entered
+
+
+def _annotations_among(folders: Collection[str]) -> set[str]:
+    """Return the folders of masks and labels that lie beside a folder called `images`."""
+    annotations = {name for name in folders if name.lower() in ANNOTATION_FOLDERS}
+    others = {name.lower() for name in folders if name not in annotations}
+    return annotations if len(others) == 1 and others <= IMAGE_FOLDERS else set()
+
+
+def _is_of_camera(layout: _Layout, folders: Collection[str]) -> bool:
+    """Tell whether folders are those in which a camera or a phone puts what it takes."""
+    is_in_dcim = os.path.basename(layout.path).lower() == "dcim"
+    return is_in_dcim or all(CAMERA_FOLDER.fullmatch(name) for name in folders)
+
+
+def _splits_of(layout: _Layout) -> dict[str, str]:
+    """Return the folder of each split, {"train": "Train"}, {} where there are none.
+
+    Raises ValueError where folders may be splits and may be classes.
+    """
+    counts = Counter(layout.tops())
+    counts.pop("", None)
+    names: dict[str, str] = {}
+    for kind in ("train", "val", "test"):
+        so_called = [name for name in sorted(counts) if SPLIT_NAMES.get(name.lower()) == kind]
+        if len(so_called) > 1:
+            held = " and ".join(so_called)
+            raise ValueError(f"{layout.path} holds {held}: need one {kind}, or --no-splits")
+        if so_called:
+            names[kind] = so_called[0]
+    if not names:
+        _refuse_almost_splits(layout, sorted(counts))
+        return {}
+    others = sorted(counts.keys() - set(names.values()))
+    if "train" in names and (len(names) > 1 or not others):
+        return names
+    held = some_of(list(names.values()))
+    held += f" beside {some_of(others)}" if others else " and no train"
+    first = next(iter(names.values()))
+    raise ValueError(
+        f"{layout.path} holds {held}: need --data {layout.path}/{first} to train on that split, or "
+        f"--no-splits to take {'all of them' if len(counts) > 1 else 'it'} for classes"
+    )
+
+
+def _refuse_almost_splits(layout: _Layout, folders: list[str]) -> None:
+    """Raise ValueError where all folders are called like splits: seg_train, seg_test."""
+    kinds: dict[str, str] = {}
+    for name in folders:
+        for word in re.findall("[a-z]+", name.lower()):
+            if word in SPLIT_NAMES:
+                kinds[name] = SPLIT_NAMES[word]
+    train = next((name for name, kind in kinds.items() if kind == "train"), None)
+    other = next((name for name, kind in kinds.items() if kind != "train"), None)
+    if train and other and len(kinds) == len(folders):
+        path = layout.path
+        raise ValueError(
+            f"{path} holds {some_of(folders)}, which look like splits: need --data {path}/{train} "
+            f"--val {path}/{other}, or --no-splits to take them for classes"
+        )
+
+
+def _with_classes(layout: _Layout, known_classes: Collection[str] = ()) -> Found:
+    """Return the images of a place with the class of each, where they have classes.
+
+    A single class tells nothing of features, but where it is one of those that are known.
+    """
+    given = layout.labels()
+    tops = layout.tops()
+    folders = set(tops)
+    if given is None and folders != {""}:
+        if "" in folders:
+            num_above = tops.count("")
+            above = f"{number_of(num_above, 'image')} beside them"
+            layout.notes.append(f"no classes: {some_of(sorted(folders - {''}))} have {above}")
+            return layout.found(None)
+        if _is_of_camera(layout, folders):
+            layout.notes.append(f"no classes: {some_of(sorted(folders))} are a camera's folders")
+            return layout.found(None)
+    classes = given or tops
+    found = layout.found(None if folders == {""} and given is None else classes)
+    return found if known_classes else _without_one_class(found, layout.notes)
+
+
+def _without_one_class(found: Found, notes: list[str]) -> Found:
+    """Return images without their class where all have the same, and note that."""
+    if found.classes is None or len(set(found.classes.tolist())) > 1:
+        return found
+    notes.append(f"no classes: all images are of one, {printable(found.classes[0])}")
+    return found._replace(classes=None)

@@ -1,0 +1,278 @@
+"""Which pixels: what Pillow reads as RGB uint8, more than 8 bits by two levels, square canvases.
+
+    image = decode(b"photo.jpg")                        # (3, h, w) uint8
+    image = decode(b"cells.tif", levels=(200, 4095))    # up to 200 black, from 4,095 white
+    canvas = to_canvas(image, 384)                      # (3, 384, 384), whatever its aspect ratio
+
+Of several pages or frames the first is taken, an image is turned as EXIF says, and transparency is
+dropped: what a transparent pixel's colour was is seen. Stands alone: needs torch, torchvision,
+NumPy and Pillow; tifffile for colour TIFFs of 16 bits. Axes: c h w image.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import stat
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+Levels = tuple[float, float]  # the values that become black and white
+
+MAX_PIXELS = 64_000_000  # 0.6 GB while it is decoded; a JPEG is decoded at a part of its size
+# Formats of Pillow's that run another program, or that it knows but cannot decode
+NOT_DECODED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF", "PDF"}
+JPEGS = ("JPEG", "MPO")  # MPO: a JPEG with more of them behind it, as phones write
+COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")  # tried first
+
+
+# ---------------------------------------------------------------- what Pillow reads
+
+
+@functools.cache
+def image_formats() -> tuple[str, ...]:
+    """Return the names of the formats that are read: Pillow's and, where installed, HEIC."""
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    Image.init()
+    readable = [name for name in Image.ID if name in Image.OPEN and name not in NOT_DECODED]
+    return (*COMMON_FORMATS, *(name for name in readable if name not in COMMON_FORMATS))
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes, in small letters, of the files that are read as images."""
+    formats = image_formats()
+    suffixes = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in suffixes if name in formats)
+
+
+@contextlib.contextmanager
+def _opened(content: bytes) -> Image.Image:
+    """Open an encoded image, of which Pillow reads the header alone."""
+    # The content decides about the format, whatever the file is called: but none that runs others.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is our limit
+        with Image.open(io.BytesIO(content), formats=image_formats()) as image:
+            yield image
+
+
+# ---------------------------------------------------------------- more than 8 bits
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return how a file stores its pixels, in Pillow's words: `RGB;16B` is 16 bits a channel."""
+    if not image.tile:
+        return ""
+    args = image.tile[0][3]
+    first = args[0] if isinstance(args, tuple) and args else args
+    return first if isinstance(first, str) else ""
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Tell whether an opened image has more than 8 bits a channel."""
+    return image.mode.startswith(("I", "F")) or ";16" in _raw_mode(image)
+
+
+def _deep_values(image: Image.Image, content: bytes) -> np.ndarray:
+    """Return the numbers (h, w) or (h, w, 3) of an opened image of more than 8 bits, unscaled."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        # Pillow has no unsigned 32 bits: it reads them as signed. A TIFF without tag 339 has them.
+        if image.format == "TIFF" and image.mode == "I":
+            bits, sample_format = image.tag_v2.get(258), image.tag_v2.get(339, (1,))
+            if bits == (32,) and sample_format == (1,):
+                values = values.view(np.uint32)
+    elif image.format == "PNG":  # of colours, Pillow keeps the upper 8 bits alone
+        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        values = np.moveaxis(torchvision.io.decode_png(encoded).numpy(), 0, -1)
+    elif image.format == "TIFF":
+        values = _read_deep_tiff(content)
+    else:
+        raise ValueError(f"colours of 16 bits in a file of {image.format} are not read")
+    if values.ndim == 3:
+        values = values[..., :3] if values.shape[-1] >= 3 else values[..., 0]  # no transparency
+    return _turned(values, image.getexif().get(0x0112, 1))
+
+
+def _read_deep_tiff(content: bytes) -> np.ndarray:
+    """Return the first page (h, w, c) of a TIFF with 16 bits a colour."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ValueError("a colour TIFF of 16 bits needs the package tifffile") from error
+    values = tifffile.imread(io.BytesIO(content), key=0)
+    is_channel_first = values.ndim == 3 and values.shape[0] <= 4 < values.shape[-1]
+    return np.moveaxis(values, 0, -1) if is_channel_first else values
+
+
+def _turned(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Return pixels (h, w, ...) turned as EXIF's number of their orientation, 1 to 8, says."""
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    return values
+
+
+def _to_8_bits(values: np.ndarray, levels: Levels | None) -> np.ndarray:
+    """Return numbers of any kind as uint8: linear between two levels, which are 0 and 255."""
+    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+        raise ValueError("it holds a nan or an infinity")
+    low, high = levels or measured_levels([values])
+    shares = (values.astype(np.float64) - low) / (high - low)
+    return (255 * shares.clip(0, 1)).round().astype(np.uint8)
+
+
+def measured_levels(images: Sequence[np.ndarray]) -> Levels:
+    """Return the 0.1 and 99.9 percentile of some images' numbers, which never are the same."""
+    some = [values.ravel()[:: max(1, values.size // 1_000_000)] for values in images]
+    low, high = np.percentile(np.concatenate(some).astype(np.float64), [0.1, 99.9]).tolist()
+    return low, high if high > low else low + 1
+
+
+# ---------------------------------------------------------------- decode
+
+
+class Pixels(NamedTuple):
+    image: Tensor  # (3, h, w) uint8; of a large JPEG at a part of its size
+    size: tuple[int, int]  # the true height and width
+
+
+def decode(image: object, levels: Levels | None = None) -> Tensor:
+    """Return (3, h, w) uint8 RGB of a path (bytes), of what has read(), or of a Pillow image.
+
+    8 bits stay as they are. More, and floats, are mapped by `levels`: what becomes black and what
+    white; None: the image's own 0.1 and 99.9 percentile. A pair (Pillow image, label) is taken for
+    its image; a tensor is returned as it is. Raises ValueError with the name where a file cannot be
+    decoded, is no regular file, or has more than 64 megapixels (a JPEG: 179).
+    """
+    return read_pixels(image, levels).image
+
+
+def read_pixels(image: object, levels: Levels | None = None, at_least: int = 0) -> Pixels:
+    """Return what `decode` does, with the true size.
+
+    A JPEG is decoded at a quarter or an eighth of its size where both its sides are still twice
+    `at_least` (0: always whole): what is resized to that differs by 0.3 of 255, and takes half the
+    time of a photograph of 12 megapixels.
+    """
+    if isinstance(image, tuple):
+        image = image[0]
+    if isinstance(image, Tensor):
+        return Pixels(image, tuple(image.shape[1:]))
+    if isinstance(image, Image.Image):
+        pixels = TF.pil_to_tensor(image.convert("RGB"))
+        return Pixels(pixels, tuple(pixels.shape[1:]))
+    name, content = _name_of(image), None
+    try:
+        content = _content_of(image)
+        with _opened(content) as opened:
+            return _decode_opened(opened, content, levels, at_least)
+    except Exception as error:  # a broken file can make a decoder raise anything
+        raise ValueError(f"cannot decode {name}: {_reason_of(error, name)}") from error
+
+
+class ImageFacts(NamedTuple):
+    values: np.ndarray | None  # unscaled, of an image of more than 8 bits
+    has_frames: bool  # pages or frames, of which `decode` takes the first
+
+
+def image_facts(image: object) -> ImageFacts:
+    """Return what is to be known of a readable image beside its 8-bit pixels."""
+    if isinstance(image, tuple | Tensor | Image.Image):
+        return ImageFacts(None, False)
+    content = _content_of(image)
+    with _opened(content) as opened:
+        # a photograph's other frames, in a JPEG, are its preview or its depth
+        has_frames = opened.format not in JPEGS and getattr(opened, "n_frames", 1) > 1
+        values = _deep_values(opened, content) if _is_deep(opened) else None
+    return ImageFacts(values, has_frames)
+
+
+def _name_of(image: object) -> str:
+    # a path is bytes, also as an item of a NumPy array, which all workers share without copies
+    return os.fsdecode(image) if isinstance(image, bytes) else str(image)
+
+
+def _content_of(image: object) -> bytes:
+    if not isinstance(image, bytes):
+        return image.read()
+    path = Path(os.fsdecode(image))
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device could be read for ever
+        raise ValueError("it is no regular file")
+    return path.read_bytes()
+
+
+def _reason_of(error: Exception, name: str) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is no image that Pillow reads"
+    return str(error).replace(repr(name), "").strip(" :") or type(error).__name__
+
+
+def _decode_opened(
+    image: Image.Image, content: bytes, levels: Levels | None, at_least: int
+) -> Pixels:
+    width, height = image.size
+    orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+    size = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+    if image.format in JPEGS:
+        return Pixels(_decode_jpeg(image, content, orientation, at_least), size)
+    if width * height > MAX_PIXELS:
+        millions = f"{width * height / 1e6:.0f} megapixels"
+        raise ValueError(f"need at most {MAX_PIXELS / 1e6:.0f} megapixels, got {millions}")
+    if _is_deep(image):
+        values = _to_8_bits(_deep_values(image, content), levels)
+        pixels = TF.pil_to_tensor(Image.fromarray(values).convert("RGB"))
+    else:
+        pixels = _turned_rgb(image)
+    return Pixels(pixels, tuple(pixels.shape[1:]))
+
+
+def _decode_jpeg(image: Image.Image, content: bytes, orientation: int, at_least: int) -> Tensor:
+    quarter = tuple(side // 4 for side in image.size)
+    if at_least and min(quarter) >= 2 * at_least:
+        image.draft("RGB", (2 * at_least, 2 * at_least))  # by the cosine transform: much less work
+        return _turned_rgb(image)
+    if image.mode in ("RGB", "L"):
+        # torchvision's decoder is faster; where it fails, or is not there, Pillow's decides
+        with contextlib.suppress(RuntimeError, AttributeError):
+            encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            return torchvision.io.decode_jpeg(
+                encoded, "RGB", apply_exif_orientation=orientation != 1
+            )
+    return _turned_rgb(image)
+
+
+def _turned_rgb(image: Image.Image) -> Tensor:
+    return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+# ---------------------------------------------------------------- squares
+
+
+def to_canvas(image: Tensor, size: int) -> Tensor:
+    """Return (3, h, w) uint8 resized to a square (3, size, size), whatever its aspect ratio."""
+    return TF.resize(image, [size, size], TF.InterpolationMode.BICUBIC)
+
+
+def center_crop(image: Tensor, resize: int, size: int) -> Tensor:
+    """Return the central square of (3, h, w) uint8 whose shorter side is resized to `resize`."""
+    longest = 8 * min(image.shape[1:])  # of a strip of 20,000 x 10, only the middle is enlarged
+    if max(image.shape[1:]) > longest:
+        image = TF.center_crop(image, [min(side, longest) for side in image.shape[1:]])
+    image = TF.resize(image, [resize], TF.InterpolationMode.BICUBIC)
+    return TF.center_crop(image, [size, size])

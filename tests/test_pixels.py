@@ -1,0 +1,304 @@
+"""Which pixels an image has, whatever its depth, its frames and its size."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_folders import flags_of, write
+
+from data import build_dataset
+from dino_train import train
+from harness.flags import parse_config
+from pixels import decode, measured_levels, read_pixels, to_canvas
+
+
+def bytes_of(path: Path) -> bytes:
+    return str(path).encode()
+
+
+def write_png16(path: Path, pixels: np.ndarray) -> None:
+    """Write (h, w) or (h, w, c) uint16 as a PNG of 16 bits, as the format's definition says."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
+
+    height, width = pixels.shape[:2]
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[1 if pixels.ndim == 2 else pixels.shape[2]]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks))
+
+
+def expected(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return, by a plain loop, what each number is of 255 between two levels."""
+    flat = [round(255 * min(max((float(v) - low) / (high - low), 0), 1)) for v in values.ravel()]
+    return np.array(flat, np.uint8).reshape(values.shape)
+
+
+RAMP = np.linspace(0, 1, 48).reshape(6, 8)
+KINDS = {
+    "uint16.png": (60000 * RAMP).astype(np.uint16),
+    "twelve_bits.tif": (4095 * RAMP).astype(np.uint16),
+    "int16.tif": (2000 * RAMP - 1000).astype(np.int16),
+    "int32.tif": (200_000 * RAMP - 100_000).astype(np.int32),
+    "uint32.tif": (4e9 * RAMP).astype(np.uint32),
+    "float32.tif": (3 * RAMP - 1).astype(np.float32),
+    "big_endian.tif": (60000 * RAMP).astype(">u2"),
+}
+
+
+def write_tiff(path: Path, values: np.ndarray) -> None:
+    """Write numbers as an uncompressed TIFF of one strip, by the format's definition."""
+    big = values.dtype.byteorder == ">"
+    order = ">" if big else "<"
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    data = values.tobytes()
+    height, width = values.shape[:2]
+    channels = 1 if values.ndim == 2 else values.shape[2]
+    entries = [
+        (256, 3, 1, width),
+        (257, 3, 1, height),
+        (258, 3, 1, 8 * values.dtype.itemsize),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1 if channels == 1 else 2),
+        (273, 4, 1, 8),
+        (277, 3, 1, channels),
+        (278, 4, 1, height),
+        (279, 4, 1, len(data)),
+        (339, 3, 1, kind),
+    ]
+    directory = struct.pack(order + "H", len(entries))
+    for tag, field, count, value in entries:
+        content = struct.pack(
+            order + ("HH" if field == 3 else "I"), *([value, 0] if field == 3 else [value])
+        )
+        directory += struct.pack(order + "HHI", tag, field, count) + content
+    header = (b"MM\0*" if big else b"II*\0") + struct.pack(order + "I", 8 + len(data))
+    path.write_bytes(header + data + directory + struct.pack(order + "I", 0))
+
+
+def write_deep(path: Path, values: np.ndarray) -> None:
+    if path.suffix == ".png":
+        write_png16(path, values)
+    else:
+        write_tiff(path, values)
+
+
+# ---------------------------------------------------------------- depth
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_more_than_8_bits_are_mapped_by_levels(name: str, tmp_path: Path) -> None:
+    values = KINDS[name]
+    write_deep(tmp_path / name, values)
+    low, high = float(values.min()) + 1, 0.7 * float(values.max())
+    image = decode(bytes_of(tmp_path / name), (low, high))
+    for channel in image.numpy():
+        assert np.abs(channel.astype(int) - expected(values, low, high)).max() <= 1
+    own = decode(bytes_of(tmp_path / name))[0].numpy()
+    low, high = np.percentile(values.astype(np.float64), [0.1, 99.9])
+    assert np.abs(own.astype(int) - expected(values, low, high)).max() <= 1
+    assert len(np.unique(own)) > 40
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_colours_of_16_bits_are_mapped_too(channels: int, tmp_path: Path) -> None:
+    """Pillow alone keeps the upper 8 bits: of 12 bits in 16, 16 levels that are nearly black."""
+    values = np.random.default_rng(0).integers(0, 4096, (6, 8, channels), dtype=np.uint16)
+    write_png16(tmp_path / "a.png", values)
+    image = decode(bytes_of(tmp_path / "a.png"), (0, 4095)).numpy()
+    for channel in range(3):
+        shown = values[..., channel if channels > 2 else 0]
+        assert np.abs(image[channel].astype(int) - expected(shown, 0, 4095)).max() <= 1
+
+
+def test_colour_tiff_of_16_bits_is_read_or_says_what_it_needs(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (6, 8, 3), dtype=np.uint16)
+    path = tmp_path / "a.tif"
+    offset = 8 + values.nbytes  # three bit depths do not fit into their entry: they stand behind
+    write_tiff(path, values)
+    content = bytearray(path.read_bytes())
+    place = offset + 2 + 12 * 2
+    content[place : place + 12] = struct.pack("<HHII", 258, 3, 3, len(content))
+    path.write_bytes(bytes(content) + struct.pack("<HHH", 16, 16, 16))
+    try:
+        import tifffile  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match=r"a\.tif: a colour TIFF of 16 bits needs .* tifffile"):
+            decode(bytes_of(path))
+        return
+    image = decode(bytes_of(path), (0, 4095)).numpy()
+    assert np.abs(image.astype(int) - expected(np.moveaxis(values, -1, 0), 0, 4095)).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_deep_images_are_turned_as_exif_says(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    ramp = (255 * RAMP).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "flat.png", exif=exif)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png", exif=exif)
+    flat, deep = (decode(bytes_of(tmp_path / f"{x}.png"), (0, 255)) for x in ("flat", "deep"))
+    assert torch.equal(flat, deep)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_float_image_that_is_not_finite_cannot_be_decoded(value: float, tmp_path: Path) -> None:
+    values = RAMP.astype(np.float32).copy()
+    values[2, 3] = value
+    write_tiff(tmp_path / "a.tif", values)
+    with pytest.raises(ValueError, match=r"cannot decode .*a\.tif: it holds a nan or an infinity"):
+        decode(bytes_of(tmp_path / "a.tif"))
+
+
+def test_levels_of_a_data_set_are_those_of_up_to_64_images(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = [random.integers(200, 3000, (20, 30)).astype(np.uint16) for _ in range(40)]
+    for i, values in enumerate(images):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        write_tiff(tmp_path / "ab"[i % 2] / f"{i:02}.tif", values)
+    low, high = build_dataset(str(tmp_path)).survey().levels
+    pooled = np.percentile(np.concatenate([values.ravel() for values in images]), [0.1, 99.9])
+    assert (low, high) == pytest.approx(tuple(pooled))
+    assert build_dataset("patterns").survey().levels is None
+
+
+def test_levels_never_are_the_same() -> None:
+    assert measured_levels([np.full((3, 3), 7, np.uint16)]) == (7, 8)
+
+
+def test_levels_are_kept_by_run_and_checkpoint_and_used_by_evaluations(
+    script, tmp_path: Path
+) -> None:
+    data = tmp_path / "cells"
+    all_values: list[np.ndarray] = []
+    for i in range(24):
+        name = "ab"[i % 2]
+        (data / name).mkdir(parents=True, exist_ok=True)
+        values = (1000 + (2000 + 500 * (i % 2)) * RAMP.repeat(3, 0).repeat(3, 1)).astype(np.uint16)
+        write_tiff(data / name / f"{i:02}.tif", values)
+        all_values.append(values)
+    low, high = np.percentile(all_values, [0.1, 99.9])
+    result = script("dino_train", *flags_of(data, "--output-dir", tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert f"of more than 8 bits: {low:g} is black, {high:g} white" in result.stdout
+    assert f"  levels:\n  - {low}\n  - {high}\n" in (tmp_path / "run" / "config.yaml").read_text()
+    for name in ("eval_knn", "eval_linear"):
+        result = script(name, tmp_path / "run" / "ckpt.safetensors")
+        assert f"data: of more than 8 bits, {low:g} is black and {high:g} white" in result.stdout
+    result = script(
+        "visualize", tmp_path / "run" / "ckpt.safetensors", data, "--output-dir", tmp_path / "out"
+    )
+    assert result.returncode == 0, result.stderr
+    result = script("dino_train", "--resume", tmp_path / "run", "--epochs", "2")
+    assert result.returncode == 0, result.stderr
+
+
+def test_given_levels_are_taken_and_checked(script, tmp_path: Path) -> None:
+    write(tmp_path / "data", "a/4", "b/4")
+    flags = flags_of(tmp_path / "data", "--output-dir", tmp_path / "run", "--levels")
+    result = script("dino_train", *flags, "-1000", "2000")
+    assert result.returncode == 0, result.stderr
+    result = script("dino_train", *flags, "5", "5", "--overwrite")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: need --levels LOW HIGH with LOW < HIGH, got 5.0 5.0\n",
+    )
+
+
+def test_levels_of_a_run_are_the_same_in_a_resumed_one(tmp_path: Path) -> None:
+    for i in range(16):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        write_tiff(tmp_path / "x" / f"{i}.tif", ((100 + i) * RAMP.repeat(3, 0)).astype(np.uint16))
+    flags = [*flags_of(tmp_path / "x"), "--output-dir", str(tmp_path / "run"), "--knn-every", "0"]
+    whole = train(parse_config([*flags, "--epochs", "2"]))
+    flags[-3] = str(tmp_path / "again")
+    train(parse_config([*flags, "--epochs", "1"]))
+    resumed = train(parse_config(["--resume", str(tmp_path / "again"), "--epochs", "2"]))
+    assert whole["step"] == resumed["step"] == 8
+
+
+# ---------------------------------------------------------------- frames, formats, sizes
+
+
+def test_first_of_several_frames_is_taken_and_that_is_said(script, tmp_path: Path) -> None:
+    first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    write(tmp_path / "data", "./6")
+    for name in ("a.tif", "b.gif", "c.webp", "d.apng"):
+        first.save(tmp_path / "data" / name, save_all=True, append_images=[second])
+        red, _, blue = decode(bytes_of(tmp_path / "data" / name)).float().mean(dim=(1, 2))
+        assert red > 200 > blue
+    flags = flags_of(tmp_path / "data", "--output-dir", tmp_path / "run")
+    result = script("dino_train", *flags)
+    assert "4 of 10 images looked at have several pages or frames: the first is" in result.stdout
+
+
+def test_postscript_never_reaches_ghostscript(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("was run"))
+    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    with pytest.raises(ValueError, match=r"a\.jpg: it is no image that Pillow reads"):
+        decode(bytes_of(tmp_path / "a.jpg"))
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    for path in ("/dev/zero", "/proc", str(tmp_path)):
+        with pytest.raises(ValueError, match="it is no regular file"):
+            decode(path.encode())
+
+
+def test_more_than_64_megapixels_are_refused_by_name(tmp_path: Path) -> None:
+    Image.new("L", (8100, 8000)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png: need at most 64 megapixels, got 65 megapixels"):
+        decode(bytes_of(tmp_path / "a.png"))
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Return smooth colours of a photograph's kind."""
+    coarse = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpeg_is_decoded_at_a_part_of_its_size(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo(1600, 1200).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    whole = read_pixels(bytes_of(tmp_path / "a.jpg"))
+    part = read_pixels(bytes_of(tmp_path / "a.jpg"), at_least=128)
+    assert part.size == whole.size == ((1200, 1600) if orientation == 1 else (1600, 1200))
+    assert max(part.image.shape[1:]) == 400
+    difference = to_canvas(whole.image, 128).float() - to_canvas(part.image, 128).float()
+    assert difference.abs().mean() < 0.5
+    not_large = read_pixels(bytes_of(tmp_path / "a.jpg"), at_least=200)
+    assert torch.equal(not_large.image, whole.image)
+
+
+def test_boxes_of_a_large_jpeg_are_drawn_in_its_true_size(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    photo(1600, 1200).save(tmp_path / "x" / "a.jpg")
+    sample = build_dataset(str(tmp_path), canvas_size=64)[0]
+    assert sample.size.tolist() == [1200, 1600]
+    assert sample.image.shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("longer", "canvas"), [(32, 32), (200, 200), (257, 384), (400, 512), (500, 512), (900, 512)]
+)
+def test_canvas_is_the_smallest_that_holds_the_longer_side(
+    longer: int, canvas: int, script, tmp_path: Path
+) -> None:
+    (tmp_path / "x").mkdir()
+    for i in range(4):
+        photo(longer, longer * 3 // 4).save(tmp_path / "x" / f"{i}.jpg")
+    sizes = ["--global-crop-size", "16", "--local-crop-size", "8"]
+    result = script("dino_train", *flags_of(tmp_path, "--output-dir", tmp_path / "run", *sizes))
+    assert result.returncode == 0, result.stderr
+    assert f"of canvases of {canvas} px" in result.stdout
