@@ -144,6 +144,8 @@ class RunConfig:
     keep_every: int = setting(0, may_change=True)
     # steps between lines of log.jsonl
     log_every: int = setting(10, above=0, may_change=True)
+    # largest share of the images that may be unreadable; where there are more, the run ends
+    most_unreadable: float = setting(0.01, most=1, may_change=True)
     # end the run where the teacher stays uniform or one-hot
     stop_on_collapse: bool = setting(False, may_change=True)
     # epochs between k-NN evaluations of the teacher, also before and after the run; 0: never

@@ -4,7 +4,8 @@
     python benchmarks/bench_data.py FOLDER --original PATH    # of a facebookresearch/dino checkout
 
 The host part is what a loader's worker does: decode and resize to the canvas here, decode and cut
-all crops there. The whole is decoding and multi-crop, 2 of 224 and 8 of 96 px.
+all crops there. The whole is decoding and multi-crop, 2 of 224 and 8 of 96 px. The detail that a
+canvas keeps is the mean absolute Laplacian of its crops, by that of the same boxes of the images.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,9 @@ import baseline
 import measure
 import torch
 import tyro
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as TF
 
 from data import (
     CropConfig,
@@ -25,15 +28,24 @@ from data import (
     build_dataset,
     collate,
     hash_keys,
+    to_canvas,
 )
 from harness.command import run_command
+from multicrop import (
+    BOX,
+    NUM_DRAWS,
+    boxes_on_canvas,
+    draw_boxes,
+    resized_crops,
+    uniforms,
+)
 
 
 @dataclass(frozen=True)
 class Options:
     folder: tyro.conf.Positional[Path]  # with images of real size
     original: Path | None = None  # a checkout of facebookresearch/dino, compared too
-    canvas: tuple[int, ...] = (256, 384, 512)  # pixels
+    canvas: tuple[int, ...] = (256, 384, 512, 640)  # pixels
     images: int = 128  # a measurement
     rounds: int = 5
     batch_size: int = 32
@@ -58,6 +70,47 @@ def loaded(dataset: Dataset, options: Options) -> Callable[[], None]:
     return read
 
 
+def sharpness(crops: Tensor) -> float:
+    """Return the mean absolute Laplacian of crops (n, 3, h, w) in 0..1."""
+    inner = crops[:, :, 1:-1, 1:-1]
+    beside = crops[:, :, 1:-1, :-2] + crops[:, :, 1:-1, 2:]
+    above = crops[:, :, :-2, 1:-1] + crops[:, :, 2:, 1:-1]
+    return (beside + above - 4 * inner).abs().mean().item()
+
+
+def kept_detail(options: Options, config: CropConfig) -> list[list[str]]:
+    """Return rows of canvas and the share of sharpness that its crops keep, global then local.
+
+    All is what the same boxes hold when they are cut out of the images themselves.
+    """
+    dataset = build_dataset(str(options.folder))
+    kinds = (
+        (config.global_crop_size, config.global_crop_scale, 2),
+        (config.local_crop_size, config.local_crop_scale, config.num_local_crops),
+    )
+    sums = torch.zeros(len(options.canvas) + 1, 2)
+    for index in range(min(options.images, len(dataset))):
+        image = dataset[index].image
+        for kind, (crop_size, scale, views) in enumerate(kinds):
+            sizes = torch.tensor([image.shape[1:]]).expand(views, 2)
+            draws = uniforms(hash_keys(0, index, kind, torch.arange(views)), NUM_DRAWS)
+            boxes = draw_boxes(draws[:, BOX], sizes, scale)
+            whole = [
+                TF.resized_crop(image, *box, [crop_size] * 2, TF.InterpolationMode.BICUBIC)
+                for box in boxes.tolist()
+            ]
+            sums[-1, kind] += sharpness(torch.stack(whole) / 255)
+            for row, canvas_size in enumerate(options.canvas):
+                canvas = to_canvas(image, canvas_size)[None]
+                on_canvas = boxes_on_canvas(boxes, sizes, canvas_size)
+                sums[row, kind] += sharpness(resized_crops(canvas, on_canvas[:, None], crop_size))
+    shares = sums[:-1] / sums[-1]
+    return [
+        [f"canvas {size}", *(f"{share:.0%}" for share in row)]
+        for size, row in zip(options.canvas, shares.tolist(), strict=True)
+    ]
+
+
 def main() -> None:
     options = measure.read(Options, __doc__)
     config = CropConfig(global_crop_size=224, local_crop_size=96)
@@ -72,6 +125,10 @@ def main() -> None:
 
     def ours(size: int) -> Dataset:
         return build_dataset(str(options.folder), canvas_size=size)
+
+    # ---- what the canvas costs in detail
+    title = "sharpness that crops of a canvas keep of the image's"
+    measure.show(title, ["", "global", "local"], kept_detail(options, config), machine)
 
     # ---- host part
     variants = {name: loaded(dataset, options) for name, dataset in theirs.items()}

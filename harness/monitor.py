@@ -64,8 +64,6 @@ class Collapse:
 
 # ---------------------------------------------------------------- the monitor
 
-MOST_UNREADABLE = 0.01  # share of the images; where more are unreadable, it is no accident
-
 
 def peak_memory() -> float:
     """Return the most memory in GiB that this process has taken so far, without its workers.
@@ -241,10 +239,10 @@ class Monitor:
             for reason in reasons:
                 self.say(f"{reason}; replaced by the next")
         num, total = len(run.unreadable), len(run.dataset)
-        if num > MOST_UNREADABLE * total:
-            lines = [
-                f"{num} of {total:,} images cannot be decoded, more than {MOST_UNREADABLE:.0%}:"
-            ]
+        most = run.config.run.most_unreadable
+        if num > most * total:
+            given = f"{num} of {total:,} images cannot be decoded"
+            lines = [f"{given}: need at most a share of {most:g}, or a larger --most-unreadable"]
             lines += [run.dataset.why_unreadable(index) for index in sorted(run.unreadable)[:10]]
             if num > 10:
                 lines.append(f"and {num - 10} more, in {run.log_file}")

@@ -120,7 +120,10 @@ def test_test_is_left_alone_where_there_is_a_val(tmp_path: Path) -> None:
             ("val/a/2", "valid/a/2", "train/a/2"),
             "holds val and valid: need one val, or --no-splits",
         ),
-        (("seg_train/a/2", "seg_test/a/2"), r"like splits: need --data \S+_train --val \S+_test"),
+        (
+            ("seg_train/a/2", "seg_test/a/2", "seg_pred/2"),
+            r"like splits: need --data \S+_train --val \S+_test",
+        ),
     ],
 )
 def test_what_may_be_splits_or_classes_is_refused(

@@ -278,11 +278,13 @@ def test_more_than_1_percent_unreadable_stops_the_run_with_a_list(
     flags = [*tiny_flags, "--data", unclean, *SMALL, "--output-dir", tmp_path / "run"]
     result = script("dino_train", *flags)
     assert result.returncode == 1
-    assert "of 709 images cannot be decoded, more than 1%:" in result.stderr
+    assert "of 709 images cannot be decoded: need at most a share of 0.01" in result.stderr
     num = int(result.stderr.split("error: ")[1].split(" of ")[0])
     assert num >= 8
     assert result.stderr.count("cannot decode ") == min(10, num)
     assert "Traceback" not in result.stderr
+    result = script("dino_train", *flags, "--most-unreadable", "0.03", "--overwrite")
+    assert result.returncode == 0, result.stderr
 
 
 def test_evaluation_leaves_out_what_cannot_be_decoded(
