@@ -35,6 +35,7 @@ from harness.monitor import Monitor
 from harness.online_knn import OnlineKnn
 from harness.outlook import DryRun, introduce
 from harness.run import Run, TrainingState
+from harness.run_lock import FolderLock
 from harness.weights import load_weights
 from losses import DinoLoss
 from models import DinoModel, update_teacher_EMA
@@ -232,6 +233,8 @@ def run_loop(
     last_layer = list(student.projection_head.last_layer.parameters())
     crops_of = Cropper(parts.multi_crop, seed, accelerator.device)
     metrics = knn.catch_up(model, monitor)
+    if run.lacks_teacher():
+        run.save(parts.state, run.steps_before, metrics, monitor.collapse_to_save())
     step, loss_value, crops = run.steps_before, math.nan, []
     run.start_loading()
     monitor.restart_clock()
@@ -299,9 +302,15 @@ def train(config: Config) -> dict:
     disk, a dead worker or too many unreadable images, with the last good checkpoint kept. A run
     that is stopped by a signal exits with 128 + the signal's number.
     """
+    with FolderLock() as lock:
+        return _train(config, lock)
+
+
+def _train(config: Config, lock: FolderLock) -> dict:
+    """Train in a folder that is the run's own while the lock is held; returns as `train`."""
     # ---- what is wrong fails here, before a file is written
     kind_of_run = DryRun if config.run.dry_run else Run
-    run = kind_of_run.prepare(config)
+    run = kind_of_run.prepare(config, lock)
     knn = OnlineKnn(run, knn_accuracy)
     parts = build_parts(run)
     monitor = Monitor(run)

@@ -19,6 +19,7 @@ from harness.distributed import has_compiler, is_compiled
 from harness.monitor import Monitor, peak_memory, write_picture
 from harness.pictures import crop_cells, sheet
 from harness.run import Due, Run, TrainingState
+from harness.run_lock import FolderLock
 from multicrop import MultiCrop
 
 # ---------------------------------------------------------------- words and numbers
@@ -212,8 +213,14 @@ BATCHES_AHEAD = 2  # that a worker makes: until they are used up, no step seems 
 class DryRun(Run):
     """A run of a few steps that writes crops.png alone, and ends once it has timed them."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, dataset: ImageDataset) -> None:
-        super().__init__(config, accelerator, dataset)
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        dataset: ImageDataset,
+        lock: FolderLock | None = None,
+    ) -> None:
+        super().__init__(config, accelerator, dataset, lock)
         # what workers made ahead during the warm-up is used up before the clock starts
         self.steady_step = WARM_UP_STEPS + BATCHES_AHEAD * self.config.data.num_workers
         self.last_step = min(self.total_steps, self.steady_step + TIMED_STEPS)

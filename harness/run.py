@@ -10,8 +10,9 @@ Run.prepare -> build the networks -> run.load -> run.open -> the loop asks what_
 
 import json
 import re
+import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from data import (
 from harness.command import RunError, copy_whole, iterate, unused_path, write_whole
 from harness.distributed import Agreement, make_accelerator
 from harness.flags import as_plain_data, check_values, choose_precision, finish, fit_batch
+from harness.run_lock import FolderLock
 from losses import DinoLoss
 from models import load_tensors, save_checkpoint, save_tensors
 
@@ -184,24 +186,59 @@ NUMBERED_FILE = r"(state|ckpt)-(\d{8}|epoch-\d{4,})\.safetensors"
 LEFT_BY_A_KILL = r"\.tmp-.+|\.tmp[A-Za-z0-9]{6}"
 
 
+def _time_of(file: Path) -> float:
+    return file.stat().st_mtime
+
+
+def sound_lines(content: bytes) -> tuple[list[tuple[int, str]], list[bytes]]:
+    """Return a log's lines with their steps, and the damaged ones: cut off, or not a log's."""
+    sound: list[tuple[int, str]] = []
+    damaged: list[bytes] = []
+    for line in content.split(b"\n"):
+        if not line:
+            continue
+        try:
+            text = line.decode()
+            values = json.loads(text)
+        except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError, too
+            values = None
+        step = values.get("step") if isinstance(values, dict) else None
+        if type(step) is int and step >= 0:
+            sound.append((step, text))
+        else:
+            damaged.append(line)
+    return sound, damaged
+
+
 class Run:
     """A run: its config, processes, images and folder. Nothing is written before `open`.
 
     Raises ValueError where the folder is taken or the run in it cannot go on so.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, dataset: ImageDataset) -> None:
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        dataset: ImageDataset,
+        lock: FolderLock | None = None,
+    ) -> None:
         self.accelerator = accelerator
         self.dataset = dataset
         self.agreement = Agreement()
+        self.lock = lock or FolderLock()
         self.folder = self._choose_folder(config)
         self.config_file = self.folder / "config.yaml"
         self.log_file = self.folder / "log.jsonl"
         self.checkpoint = self.folder / "ckpt.safetensors"
         self.state_file = self.folder / "state.safetensors"
+        if (config.run.resume or config.run.overwrite) and self.folder.is_dir():
+            self._own_folder()  # before the state is read, which a live run would still change
         self.to_delete = self._files_of_another_run(config)
         self.fingerprint = dataset.fingerprint()
         self.is_resumed = config.run.resume and self.state_file.exists()
+        if config.run.resume and not self.is_resumed:
+            self._require_nothing_saved()
         self.saved = SavedRun.read(self.state_file) if self.is_resumed else SavedRun()
         self.agreement.require_same(self.saved.step, f"state in {self.folder}")
         self.agreement.require_same(self.fingerprint, f"images in {config.data.data}")
@@ -222,10 +259,11 @@ class Run:
         self.saved_at = time.monotonic()
 
     @classmethod
-    def prepare(cls, config: Config) -> "Run":
+    def prepare(cls, config: Config, lock: FolderLock | None = None) -> "Run":
         """Open processes, images and the run's folder, and finish the config by them.
 
-        Raises ValueError for settings that make no sense; nothing is written then.
+        The folder is the run's own until the `lock` is let go. Raises ValueError for settings that
+        make no sense, and for the folder of a live run; nothing is written then.
         """
         check_values(config)
         accelerator = make_accelerator(choose_precision(config), config.run.log_with)
@@ -237,9 +275,26 @@ class Run:
         config = finish(config, dataset, accelerator.mixed_precision)
         dataset.seed = config.run.seed
         dataset.transform = partial(to_canvas, size=config.data.canvas_size)
-        return cls(config, accelerator, dataset)
+        return cls(config, accelerator, dataset, lock)
 
     # ------------------------------------------------ before the first step
+
+    def _own_folder(self) -> None:
+        """Lock the folder. A collective. Raises ValueError in all processes where that fails."""
+        error, why_not = "", ""
+        if self.accelerator.is_main_process:
+            try:
+                why_not = self.lock.take(self.folder)
+            except ValueError as held:
+                error = str(held)
+            except OSError as failure:
+                error = f"cannot write to {self.folder}: {failure.strerror}"
+        error = self.agreement.gather(error)[0]
+        if error:
+            raise ValueError(error)
+        if why_not:
+            text = f"warning: {self.folder} is not locked, {why_not}: start no second run in it"
+            self.accelerator.print(text)
 
     def _choose_folder(self, config: Config) -> Path:
         name = f"{Path(config.data.data).name}-{config.model.arch}"
@@ -259,6 +314,35 @@ class Run:
             wanted = "--resume, --overwrite or another --output-dir"
             raise ValueError(f"{self.folder} already holds a run ({taken[0].name}): need {wanted}")
         return []
+
+    def _require_nothing_saved(self) -> None:
+        """Raise ValueError where a run without state has made steps: it would begin anew."""
+        older = sorted(self._files(r"state-\d{8}\.safetensors"), key=_time_of)
+        has_saved = self.checkpoint.exists() or self._files(NUMBERED_FILE)
+        if not has_saved and self._last_logged_step() <= self._save_every():
+            return  # it was killed before its first save
+        text = f"{self.state_file} is missing, and {self.folder} has a run that made steps"
+        if older:
+            rename = shlex.join(["mv", str(older[-1]), str(self.state_file)])
+            raise ValueError(f"{text}; to go back to its newest state: {rename}")
+        text = f"{text}: no state is left to resume"
+        if self.checkpoint.exists():
+            teacher = shlex.quote(str(self.checkpoint))
+            raise ValueError(f"{text}; need --init-from {teacher} and another --output-dir")
+        raise ValueError(f"{text}; need --overwrite to begin anew")
+
+    def _last_logged_step(self) -> int:
+        if not self.log_file.exists():
+            return 0
+        lines, _ = sound_lines(self.log_file.read_bytes())
+        return max((step for step, _ in lines), default=0)
+
+    def _save_every(self) -> int:
+        """Return the steps between the saves of the run in the folder, by its config.yaml."""
+        try:
+            return int(yaml.safe_load(self.config_file.read_text())["run"]["save_every"])
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            return 0
 
     def _files(self, pattern: str) -> list[Path]:
         if not self.folder.is_dir():
@@ -312,35 +396,48 @@ class Run:
         error = ""
         if self.accelerator.is_main_process:
             try:
-                self._create_folder()
+                is_expected = self.config.run.output_dir is not None
+                self.folder.mkdir(parents=True, exist_ok=is_expected)
             except OSError as failure:
+                error = f"cannot write to {self.folder}: {failure}"
+        error = self.agreement.gather(error)[0]
+        if error:
+            raise ValueError(error)
+        self._own_folder()
+        if self.accelerator.is_main_process:
+            try:
+                # anew: another run may have come and gone since the first look
+                self.to_delete = self._files_of_another_run(self.config)
+                self._write_first_files()
+            except OSError as failure:
+                error = f"cannot write to {self.folder}: {failure}"
+            except ValueError as failure:
                 error = str(failure)
         error = self.agreement.gather(error)[0]
         if error:
-            raise ValueError(f"cannot write to {self.folder}: {error}")
+            raise ValueError(error)
         if self.config.run.log_with:
             self.accelerator.project_configuration.logging_dir = str(self.folder)
             self.accelerator.init_trackers("dino")
 
-    def _create_folder(self) -> None:
-        is_expected = self.config.run.output_dir is not None
-        self.folder.mkdir(parents=True, exist_ok=is_expected)
+    def _write_first_files(self) -> None:
         for file in self.to_delete + self._files(LEFT_BY_A_KILL):
             file.unlink()
         write_whole(self.config_file, yaml.safe_dump(as_plain_data(self.config), sort_keys=False))
-        write_whole(self.log_file, "".join(f"{line}\n" for line in self._lines_to_keep()))
+        write_whole(self.log_file, self._log_until_now())
 
-    def _lines_to_keep(self) -> Iterator[str]:
-        """Yield the log's lines up to the saved step."""
+    def _log_until_now(self) -> str:
+        """Return the log's lines up to the saved step; damaged ones are kept aside, and said."""
         if not self.steps_before or not self.log_file.exists():
-            return
-        for line in self.log_file.read_text().splitlines():
-            try:
-                step = json.loads(line)["step"]
-            except ValueError:  # a line that a kill cut off
-                return
-            if step <= self.steps_before:
-                yield line
+            return ""
+        sound, damaged = sound_lines(self.log_file.read_bytes())
+        if damaged:
+            aside = self.log_file.with_name(f"{self.log_file.name}.damaged")
+            with open(aside, "ab") as file:
+                file.write(b"".join(line + b"\n" for line in damaged))
+            text = f"damaged lines of {self.log_file.name}: {len(damaged)}, now in {aside}"
+            self.accelerator.print(f"warning: {text}")
+        return "".join(f"{line}\n" for step, line in sound if step <= self.steps_before)
 
     def append_to_log(self, line: str) -> None:
         with open(self.log_file, "a") as file:
@@ -473,14 +570,19 @@ class Run:
             for name, tensor in tensors.items()
             if name.startswith(prefix)
         }
-        save_checkpoint(self.checkpoint, teacher, metadata, teacher_tensors)
         more = {
             "world": self.accelerator.num_processes,
             "fingerprint": self.fingerprint,
             "unreadable": sorted(self.unreadable),
             "collapse": collapse,
         }
-        self._write_state(tensors, {"metadata": json.dumps(metadata | more)}, step)
+        texts = {"metadata": json.dumps(metadata | more)}
+        if not self.state_file.exists():
+            # A run's first state is written before its first teacher, too: wherever a kill falls,
+            # a teacher without a state is then one whose state was lost.
+            save_tensors(self.state_file, tensors, texts)
+        save_checkpoint(self.checkpoint, teacher, metadata, teacher_tensors)
+        self._write_state(tensors, texts, step)
 
     def _write_state(self, tensors: dict[str, Tensor], texts: dict[str, str], step: int) -> None:
         """Write state.safetensors last: a run killed before goes on from the state before."""
@@ -497,10 +599,15 @@ class Run:
         for stem in (self.state_file.stem, self.checkpoint.stem):
             numbered = self._files(rf"{stem}-\d{{8}}\.safetensors")
             # by time, since a run that went back to an older state has later steps that are older
-            numbered.sort(key=lambda file: file.stat().st_mtime)
+            numbered.sort(key=_time_of)
             for file in numbered[: -self.config.run.keep_last]:
                 file.unlink()
         copy_whole(numbered_state, self.state_file)
+
+    def lacks_teacher(self) -> bool:
+        """Tell whether the run has its state alone: a kill came between, or the file is gone."""
+        is_lacking = self.is_resumed and not self.checkpoint.exists()
+        return bool(self.agreement.largest(is_lacking)[0])
 
     def kept(self) -> str:
         """Return what the run still has when it fails, in words."""
