@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
-from config import Config
+from config import SETTINGS, Config
 from data import ImageDataset, build_dataset, center_crop, collate, index_folder_beside
 from harness.command import iterate, write_whole
+from harness.flags import wrong_setting
 from harness.weights import (
     Role,
     Weights,
@@ -45,6 +46,7 @@ from models import (
     ModelConfig,
     get_backbone,
     rebuild_model,
+    what_is_left,
 )
 from multicrop import CropConfig
 
@@ -158,10 +160,30 @@ def open_network(source: str | Path, role: Role = "teacher") -> OpenedNetwork:
     file = read_file(path)
     if file.is_checkpoint:
         model, metadata = rebuild_model(path, file.content, file.texts)
+        _check_metadata(metadata, path)
         _require_finite(model, source)
         return OpenedNetwork(model, metadata, Preparation.of_checkpoint(metadata))
     weights = weights_of(file, role)
     return _open_backbone(config_of(weights.backbone, path), weights, source)
+
+
+def _check_metadata(metadata: dict, path: Path) -> None:
+    """Raise ValueError naming what in a run's metadata is not what a run writes."""
+    wrong = wrong_setting(metadata.get("config", {}))
+    step, config = metadata.get("step"), metadata.get("config", {})
+    if step is not None and (type(step) is not int or step < 0):
+        wrong = f"need a step >= 0, got {step!r:.50}"
+    if not wrong and {"data", "crops"} <= config.keys():
+        needed = [("data", "data"), ("data", "eval_resize")]
+        needed += [("crops", name) for name in ("global_crop_size", "mean", "std")]
+        lacking = [name for section, name in needed if config[section].get(name) is None]
+        if lacking:
+            wrong = f"it lacks {', '.join(lacking)}"
+        unknown = config["crops"].keys() - SETTINGS["crops"].keys()
+        if unknown:
+            wrong = f"it has unknown settings: {', '.join(sorted(unknown))}"
+    if wrong:
+        raise ValueError(f"the metadata of {path} is damaged: {wrong}{what_is_left(path)}")
 
 
 def _open_backbone(config: ModelConfig, weights: Weights | None, source: object) -> OpenedNetwork:

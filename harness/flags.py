@@ -10,9 +10,11 @@ import difflib
 import importlib.util
 import json
 import os
+import typing
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -77,7 +79,10 @@ def _batch_flags(state_file: Path) -> list[str]:
     if not state_file.is_file():
         return []
     _, texts = load_tensors(state_file, only_metadata=True)
-    optim = json.loads(texts.get("metadata", "{}")).get("config", {}).get("optim", {})
+    try:
+        optim = json.loads(texts["metadata"])["config"]["optim"]
+    except (KeyError, TypeError, ValueError):  # SavedRun.read says it
+        return []
     flags: list[str] = []
     for name in ("batch_size", "accumulation_steps"):
         if name in optim:
@@ -148,7 +153,7 @@ def _check_range(flag: str, value: object, bounds: dict) -> None:
     """Raise ValueError for a number, or one of a tuple's, that is out of its setting's range."""
     lowest = f"> {bounds['above']}" if "above" in bounds else ">= 0"
     most = bounds.get("most", LARGEST)
-    for number in value if isinstance(value, tuple) else (value,):
+    for number in value if isinstance(value, tuple | list) else (value,):
         if not isinstance(number, int | float):
             continue
         is_low_enough = number <= most  # false for nan, too
@@ -157,6 +162,46 @@ def _check_range(flag: str, value: object, bounds: dict) -> None:
             raise ValueError(f"need {flag} {lowest}, got {number}")
         if not is_low_enough:
             raise ValueError(f"need {flag} {lowest} and <= {most}, got {number}")
+
+
+def wrong_setting(config: object) -> str:
+    """Return what in a saved config is not of its setting's type or range, or nothing.
+
+    Settings that this version does not know, and those that are not there, are left to the caller.
+    """
+    if not isinstance(config, dict) or not all(isinstance(x, dict) for x in config.values()):
+        return f"its config is {config!r:.50}: need sections with settings"
+    for section, settings in SETTINGS.items():
+        for name, value in config.get(section, {}).items():
+            if name not in settings:
+                continue
+            kind = _kinds_of(section)[name]
+            try:
+                if not _is_of(value, kind):
+                    raise ValueError(f"need {name} as {kind}, got {value!r:.50}")
+                _check_range(name, value, settings[name].metadata)
+            except ValueError as error:
+                return str(error)
+    return ""
+
+
+def _kinds_of(section: str) -> dict[str, object]:
+    return typing.get_type_hints(type(getattr(Config(), section)))
+
+
+def _is_of(value: object, kind: object) -> bool:
+    """Tell whether a value that YAML or JSON read is of a setting's type."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return value in parts
+    if typing.get_origin(kind) is tuple:
+        is_long_enough = isinstance(value, list | tuple) and len(value) == len(parts)
+        return is_long_enough and all(map(_is_of, value, parts))
+    if parts:  # a union
+        return any(_is_of(value, part) for part in parts)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is (str if kind is Path else kind)
 
 
 def _is_installed(package: str) -> bool:

@@ -37,10 +37,17 @@ from data import (
 )
 from harness.command import RunError, copy_whole, iterate, unused_path, write_whole
 from harness.distributed import Agreement, make_accelerator
-from harness.flags import as_plain_data, check_values, choose_precision, finish, fit_batch
+from harness.flags import (
+    as_plain_data,
+    check_values,
+    choose_precision,
+    finish,
+    fit_batch,
+    wrong_setting,
+)
 from harness.run_lock import FolderLock
 from losses import DinoLoss
-from models import load_tensors, save_checkpoint, save_tensors
+from models import load_tensors, save_checkpoint, save_tensors, what_is_left
 
 # ---------------------------------------------------------------- what a step changes
 
@@ -124,6 +131,35 @@ class TrainingState:
 
 # ---------------------------------------------------------------- what was saved
 
+# what the metadata of a state must hold, and of which type
+SAVED_TYPES = {"step": int, "metrics": dict, "config": dict, "world": int, "fingerprint": str}
+
+
+def _is_of_a_run(metadata: object) -> bool:
+    """Tell whether a state's metadata is what this version writes, by names, types and sizes."""
+    if not isinstance(metadata, dict):
+        return False
+    if any(type(metadata.get(name)) is not kind for name, kind in SAVED_TYPES.items()):
+        return False
+    config, collapse = metadata["config"], metadata.get("collapse")
+    has_known_settings = all(
+        section in SETTINGS
+        and isinstance(values, dict)
+        and values.keys() <= SETTINGS[section].keys()
+        for section, values in config.items()
+    )
+    if not has_known_settings or not isinstance(metadata.get("unreadable", []), list):
+        return False
+    if collapse is not None and not (
+        isinstance(collapse, dict) and {"kind", "since"} == set(collapse)
+    ):
+        return False
+    if wrong_setting(config):
+        return False
+    optim = config.get("optim", {})
+    factors = [optim.get("batch_size"), optim.get("accumulation_steps"), metadata["world"]]
+    return metadata["step"] >= 0 and all(type(x) is int and x > 0 for x in factors)
+
 
 @dataclass(frozen=True)
 class SavedRun:
@@ -141,15 +177,13 @@ class SavedRun:
     def read(cls, state_file: Path) -> "SavedRun":
         """Read a state file's metadata. ValueError where another version of this code wrote it."""
         _, texts = load_tensors(state_file, only_metadata=True)
-        metadata = json.loads(texts.get("metadata", "{}"))
-        needed = {"step", "metrics", "config", "world", "fingerprint"}
-        is_known = needed <= metadata.keys() and all(
-            section in SETTINGS and values.keys() <= SETTINGS[section].keys()
-            for section, values in metadata["config"].items()
-        )
-        if not is_known:
-            folder = state_file.parent
-            raise ValueError(f"cannot resume {folder}: another version of this code saved it")
+        try:
+            metadata = json.loads(texts.get("metadata", "{}"))
+        except ValueError:
+            metadata = None
+        if not _is_of_a_run(metadata):
+            text = f"cannot resume {state_file.parent}: {state_file} is damaged"
+            raise ValueError(f"{text}, or another version of this code saved it")
         metrics = dict(metadata["metrics"])
         older_place = metrics.pop("collapse", None)  # earlier versions kept it among the metrics
         return cls(
@@ -386,7 +420,12 @@ class Run:
         """Restore what the run saved, where it goes on."""
         if self.is_resumed:
             tensors, _ = load_tensors(self.state_file)
-            state.load(tensors)
+            try:
+                state.load(tensors)
+            except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                text = f"{self.state_file} is damaged, or another network's: {reason}"
+                raise ValueError(f"{text}{what_is_left(self.state_file)}") from error
 
     def open(self) -> None:
         """Create the folder and its trackers; the log's lines after the saved step are cut.

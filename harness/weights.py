@@ -169,9 +169,12 @@ def networks_in(file: WeightsFile) -> dict[str, Tensors]:
 
 def _has_weight_norm(file: WeightsFile) -> bool:
     """Tell whether the last layer in a run's file is weight-normalised, by the run's settings."""
-    settings = json.loads(file.texts.get("metadata", "{}")).get("config", {}).get("model", {})
-    settings |= json.loads(file.texts.get("model_config", "{}")) or {}
-    return settings.get("use_weight_norm", True)
+    try:
+        settings = json.loads(file.texts.get("metadata", "{}")).get("config", {}).get("model", {})
+        settings |= json.loads(file.texts.get("model_config", "{}")) or {}
+        return bool(settings.get("use_weight_norm", True))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"the metadata of {file.path} is damaged: {error}") from error
 
 
 # ---------------------------------------------------------------- match
