@@ -317,7 +317,8 @@ def _train(config: Config, lock: FolderLock) -> dict:
     introduce(run, monitor, parts.system.student, knn.why_not)
     run.accelerator.wait_for_everyone()  # all have seen that the folder is free, or what is in it
 
-    with monitor.progress, stop_requests() as stop_signals:  # from here on a signal stops cleanly
+    stops_cleanly = stop_requests(config.run.stop_minutes, run.kept)  # at a signal, from here on
+    with monitor.progress, stops_cleanly as stop_signals:
         run.open()
         outcome = run_loop(run, parts, knn, monitor, stop_signals)
 

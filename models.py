@@ -11,6 +11,7 @@ Source: DINO, arXiv 2104.14294. Axes: b batch, v views, d features, k output_dim
 import contextlib
 import dataclasses
 import difflib
+import errno
 import json
 import math
 import os
@@ -64,8 +65,8 @@ class ModelConfig:
     projection_hidden_dim: int = field(default=1024, metadata=ABOVE_ZERO)
     # width of the head's bottleneck [paper: 256]
     projection_bottleneck_dim: int = field(default=256, metadata=ABOVE_ZERO)
-    # prototypes K [paper: 65536]; fewer than the images
-    projection_output_dim: int = field(default=4096, metadata=ABOVE_ZERO)
+    # prototypes K [paper: 65536]; fewer than the images; of one alone the loss is always 0
+    projection_output_dim: int = field(default=4096, metadata={"above": 1})
     # weight-normalise the head's last layer [paper: yes]
     use_weight_norm: bool = True
     # fix the last layer's gain at 1 [paper: yes for ViT-B]; learning it can help a small ViT
@@ -431,13 +432,32 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], texts: dict[str, 
         save_file(whole, temporary, metadata=texts)
         os.chmod(temporary, permissions)
         _sync(temporary)
-        os.replace(temporary, path)
+        replace_file(temporary, path)
         with contextlib.suppress(OSError):  # not every file system syncs a folder
             _sync(path.parent)
     except (SafetensorError, OSError) as error:  # a full disk, say
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Rename a file to `path`, which may exist: at once where the file system can do that."""
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.EPERM, errno.EACCES) or not path.is_file():
+            raise
+        # Some file systems rename to free names alone. The old file is kept under another name
+        # meanwhile, so that a kill loses neither.
+        aside = path.with_name(f"{path.name}.old")
+        os.rename(path, aside)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(aside, path)
+            raise
+        aside.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import os
 import typing
 from collections.abc import Sequence
@@ -90,14 +91,35 @@ def _batch_flags(state_file: Path) -> list[str]:
     return flags
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, which can multiply without end, tags, and keys that stand twice."""
+
+    def compose_node(self, parent: object, index: object) -> yaml.Node:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.YAMLError(f"need values, got an alias in line {event.start_mark.line + 1}")
+        if getattr(event, "tag", None):
+            place = f"the tag {event.tag} in line {event.start_mark.line + 1}"
+            raise yaml.YAMLError(f"need plain values, got {place}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                line = node.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {name!r:.50} stands twice, from line {line} on")
+        return super().construct_mapping(node, deep)
+
+
 def recipe_flags(path: Path) -> list[str]:
     """Read a YAML recipe, {section: {setting: value}}, as the flags that say the same.
 
     Raises ValueError for a file that is no recipe, and for unknown keys, with close matches.
     """
     try:
-        recipe = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        recipe = yaml.load(path.read_text(), Loader=_PlainLoader) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if isinstance(recipe, dict):
         _require_known(recipe, SETTINGS, path)
@@ -128,6 +150,7 @@ def _flags_of(flag: str, value: object) -> list[str]:
 # ---------------------------------------------------------------- checks
 
 LARGEST = 1e38  # near the end of float32's range
+MOST_HEAD_BYTES = 1 << 40  # more than a node of eight GPUs has for its heads
 
 
 def check_values(config: Config) -> None:
@@ -137,6 +160,15 @@ def check_values(config: Config) -> None:
         for name, setting in settings.items():
             _check_range(f"--{name.replace('_', '-')}", getattr(values, name), setting.metadata)
     run = config.run
+    for flag, text in (
+        ("--output-dir", None if run.output_dir is None else os.fspath(run.output_dir)),
+        ("--init-from", run.init_from),
+        ("--data", config.data.data),
+    ):
+        # Path("") is ".": the current folder is never meant for a run's files
+        if text is not None and (not text.strip() or (flag == "--output-dir" and text == ".")):
+            raise ValueError(f"need a name for {flag}, got {text!r}")
+    _check_head_memory(config)
     if run.overwrite and run.output_dir is None:
         raise ValueError("--overwrite needs the --output-dir whose run it deletes")
     if run.dry_run and (run.resume or run.overwrite):
@@ -149,6 +181,18 @@ def check_values(config: Config) -> None:
         raise ValueError(text)
 
 
+def _check_head_memory(config: Config) -> None:
+    """Raise ValueError where the heads alone need more memory than any machine has."""
+    model = config.model
+    hidden, bottleneck = model.projection_hidden_dim, model.projection_bottleneck_dim
+    weights = hidden * hidden + hidden * bottleneck + bottleneck * model.projection_output_dim
+    num_bytes = 4 * 5 * weights  # student, teacher, gradient and AdamW's two
+    if num_bytes > MOST_HEAD_BYTES:
+        flags = "--projection-output-dim, --projection-hidden-dim or --projection-bottleneck-dim"
+        text = f"{num_bytes:,} bytes of student, teacher and optimizer"
+        raise ValueError(f"the projection head needs {text}: need a smaller {flags}")
+
+
 def _check_range(flag: str, value: object, bounds: dict) -> None:
     """Raise ValueError for a number, or one of a tuple's, that is out of its setting's range."""
     lowest = f"> {bounds['above']}" if "above" in bounds else ">= 0"
@@ -158,6 +202,8 @@ def _check_range(flag: str, value: object, bounds: dict) -> None:
             continue
         is_low_enough = number <= most  # false for nan, too
         is_high_enough = number > bounds["above"] if "above" in bounds else number >= 0
+        if number >= bounds.get("below", math.inf):
+            raise ValueError(f"need {flag} {lowest} and < {bounds['below']}, got {number}")
         if not is_high_enough:
             raise ValueError(f"need {flag} {lowest}, got {number}")
         if not is_low_enough:

@@ -351,7 +351,8 @@ class Run:
 
     def _require_nothing_saved(self) -> None:
         """Raise ValueError where a run without state has made steps: it would begin anew."""
-        older = sorted(self._files(r"state-\d{8}\.safetensors"), key=_time_of)
+        older = self._files(r"state-\d{8}\.safetensors|state\.safetensors\.old")
+        older.sort(key=_time_of)
         has_saved = self.checkpoint.exists() or self._files(NUMBERED_FILE)
         if not has_saved and self._last_logged_step() <= self._save_every():
             return  # it was killed before its first save

@@ -33,7 +33,6 @@ from dino_train import (
     train,
 )
 from eval_knn import knn_accuracy
-from harness.command import stop_requests
 from harness.flags import check_values, default_precision, finish, parse_config
 from harness.run import Run, TrainingState
 from losses import DinoLoss
@@ -729,15 +728,6 @@ def test_system_trains_the_student_alone() -> None:
     assert system.teacher.backbone.bn1.training
     assert system.teacher.backbone.bn1.num_batches_tracked == 1
     assert F.normalize(features, dim=-1).isfinite().all()
-
-
-def test_second_interrupt_stops_at_once() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with stop_requests() as stop, pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-        assert stop == [signal.SIGINT]
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_run_starts_from_given_weights(tmp_path: Path, tiny_run: Path, tiny_flags, script) -> None:

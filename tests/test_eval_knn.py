@@ -38,11 +38,26 @@ def test_equals_brute_force(num_classes: int) -> None:
                 votes[labels[i].item()] += math.exp(similarity[i] / 0.3)
             ranked = [label for label, _ in votes.most_common(5)]
             hits[0] += ranked[0] == target
-            # classes without a vote fill up the five where there are no more than five
-            hits[1] += target in ranked or (num_classes <= 5)
+            hits[1] += target in ranked
         assert top1 == pytest.approx(100 * hits[0] / 33)
-        if k > 20 or num_classes <= 5:
-            assert top5 == pytest.approx(100 * hits[1] / 33)
+        assert top5 == pytest.approx(100 * hits[1] / 33)
+
+
+def test_top5_counts_classes_that_have_a_vote_alone() -> None:
+    """One image a class, k 1: the one vote decides both; and classes nobody votes for count 0."""
+    features, labels = torch.eye(10), torch.arange(10)
+    queries = features[[0, *range(9)]]  # the first is right, the others are one class off
+    assert knn_accuracy(features, labels, queries, labels, ks=(1,)) == {1: (10.0, 10.0)}
+    others = torch.arange(60) + 10
+    accuracies = knn_accuracy(features, labels, torch.randn(60, 10), others, ks=(1, 10))
+    assert accuracies == {1: (0.0, 0.0), 10: (0.0, 0.0)}
+
+
+def test_top5_of_fewer_than_six_classes_is_not_printed(tiny_run: Path, script) -> None:
+    result = script("eval_knn", tiny_run / "ckpt.safetensors")
+    assert result.returncode == 0, result.stderr
+    assert "top-1 %" in result.stdout
+    assert "top-5 %" not in result.stdout
 
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
