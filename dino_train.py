@@ -352,7 +352,7 @@ def main() -> None:
     rows = {}
     if "knn_top1" in result:
         before, after = result["knn_top1_untrained"], result["knn_top1"]
-        rows["k-NN top-1"] = f"{before:.1f} % untrained, {after:.1f} % trained"
+        rows["k-NN top-1"] = f"{before:.1f} % untrained, {after:.1f} % trained, the teacher's"
     if result["unreadable_images"]:
         rows["unreadable"] = f"{result['unreadable_images']} images, replaced; log.jsonl names them"
     checkpoint = shlex.quote(result["checkpoint"])

@@ -109,7 +109,7 @@ def knn_accuracy(
 
 def print_rank(network: FrozenBackbone, options: EvalConfig, accelerator: Accelerator) -> None:
     """Print how good the training images' features are, without labels. A collective."""
-    index_folder = index_folder_beside(Path(options.checkpoint).parent)
+    index_folder = index_folder_beside(Path(network.facts["checkpoint"]).parent)
     with accelerator.local_main_process_first():  # which may have to download
         images = build_dataset(network.preparation.data, index_folder=index_folder)
     images = center_cropped(images, network.preparation)

@@ -56,6 +56,7 @@ from harness.pictures import (
     sheet,
     tile,
 )
+from harness.weights import as_file
 from multicrop import MultiCrop, hash_keys
 
 MOST_FEATURES = 2000  # images that are compared and scattered
@@ -440,7 +441,8 @@ def main() -> None:
     options = read_flags(VisualizeConfig, None, __doc__)
     check_options(options)
     name = Path(options.images).resolve().stem
-    folder = options.output_dir or Path(options.checkpoint).parent / "pictures" / name
+    source = as_file(options.checkpoint) or Path(options.checkpoint)
+    folder = options.output_dir or source.parent / "pictures" / name
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"need a folder for --output-dir, got {folder}")
     write_pictures(folder, draw_pictures(options))

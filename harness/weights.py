@@ -56,6 +56,11 @@ class WeightsFile(NamedTuple):
         """Tell whether models.save_checkpoint wrote it."""
         return "model_config" in self.texts
 
+    @property
+    def is_state(self) -> bool:
+        """Tell whether a run wrote it, to go on from: with student and teacher."""
+        return "metadata" in self.texts and not self.is_checkpoint
+
 
 class Weights(NamedTuple):
     """A network's tensors by our names; no head is {}."""
@@ -64,12 +69,19 @@ class Weights(NamedTuple):
     head: Tensors
 
 
-def as_file(source: str | Path) -> Path | None:
+def as_file(source: str | Path, role: Role = "teacher") -> Path | None:
     """Return the file that `source` names, or None for a network's name.
 
-    Raises FileNotFoundError where it looks like a file and there is none.
+    Of a run's folder it is the teacher's checkpoint; the state where that is missing, or the
+    student is wanted. Raises FileNotFoundError where it looks like a file and there is none.
     """
     path = Path(source)
+    in_folder = [path / "ckpt.safetensors", path / "state.safetensors"]
+    if role == "student":
+        in_folder.reverse()
+    for file in in_folder:
+        if file.is_file():
+            return file
     if path.is_file():
         return path
     if path.suffix in SUFFIXES or len(path.parts) > 1:
@@ -111,7 +123,7 @@ def _unpickle(path: Path) -> dict:
 
 def read_weights(path: str | Path, role: Role = "teacher") -> Weights:
     """Read a network's backbone and projection head from a file. Errors as weights_of's."""
-    return weights_of(read_file(path), role)
+    return weights_of(read_file(as_file(path, role) or path), role)
 
 
 def weights_of(file: WeightsFile, role: Role) -> Weights:
@@ -220,7 +232,7 @@ def load_weights(model: DinoModel, source: str | Path, role: Role = "teacher") -
     embeddings of another image size are resampled. Raises ValueError with the keys that do not fit,
     OSError for a name whose published weights cannot be loaded.
     """
-    path = as_file(source)
+    path = as_file(source, role)
     if path is not None:
         return load_parts(model, read_weights(path, role), source)
     published = get_backbone(str(source), pretrained=True).state_dict()

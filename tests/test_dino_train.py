@@ -495,7 +495,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture, monkeypatch) ->
         (["--local-crop-size", "-96"], "need --local-crop-size > 0, got -96"),
         (["--num-local-crops", "-1"], "need --num-local-crops >= 0, got -1"),
         (["--lr", "nan"], "need --lr > 0, got nan"),
-        (["--teacher-momentum", "1.5"], "need --teacher-momentum >= 0 and <= 1, got 1.5"),
+        (["--teacher-momentum", "1.5"], "need --teacher-momentum >= 0 and < 1, got 1.5"),
         (["--brightness", "3"], "need --brightness >= 0 and <= 1, got 3"),
         (["--seed", str(1 << 64)], "need --seed >= 0 and <= "),
         (["--arch", "mixer_s16_224"], "mixer_s16_224 does not take crops of 16 px"),

@@ -146,13 +146,27 @@ def test_json_and_features_hold_what_the_table_shows(
 
 def test_student_is_another_network(tmp_path: Path, tiny_run: Path, script) -> None:
     features = []
-    for network, flag in (("teacher", []), ("student", ["--student"])):
+    for network, flag in (("teacher", []), ("student", ["--network", "student"])):
         out = tmp_path / f"{network}.safetensors"
         result = script("eval_knn", tiny_run / "ckpt.safetensors", "--features-out", out, *flag)
         assert result.returncode == 0, result.stderr
         assert network in result.stdout
         features.append(load_file(out)["test_features"])
     assert not torch.equal(*features)
+
+
+def test_folder_checkpoint_and_state_are_one_run(tmp_path: Path, tiny_run: Path, script) -> None:
+    sources = [tiny_run, tiny_run / "ckpt.safetensors", tiny_run / "state.safetensors"]
+    for network in ("teacher", "student"):
+        features = []
+        for source in sources:
+            out = tmp_path / "features.safetensors"
+            flags = ("--network", network, "--features-out", out, "--ks", 5)
+            result = script("eval_knn", source, *flags)
+            assert result.returncode == 0, result.stderr
+            assert f"{network} at step 20" in result.stdout
+            features.append(load_file(out)["test_features"])
+        assert all(torch.equal(features[0], others) for others in features)
 
 
 @pytest.mark.parametrize("name", ["eval_knn", "eval_linear"])
