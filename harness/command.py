@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch.utils.data import DataLoader
 
-from harness.terminal import lasting_terminal
+from harness.terminal import lasting_terminal, printable
 from models import replace_file
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ def _run(main: Callable[[], object]) -> None:
 
 def _exit_with(code: int, text: str, is_said: bool) -> None:
     if is_said:
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {printable(text)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -305,4 +305,4 @@ def unused_path(folder: Path, name: str, suffix: str = "") -> Path:
 def print_rows(console: Console, rows: dict[str, str]) -> None:
     """Print names and texts below each other; no table, which would cut long paths."""
     for name, text in rows.items():
-        console.print(f"[bold]{name:10}[/]  {escape(text)}", soft_wrap=True)
+        console.print(f"[bold]{name:10}[/]  {escape(printable(text))}", soft_wrap=True)

@@ -29,6 +29,7 @@ from config import SETTINGS, Config
 from data import ImageDataset, build_dataset, center_crop, collate, index_folder_beside
 from harness.command import iterate, write_whole
 from harness.flags import wrong_setting
+from harness.terminal import printable
 from harness.weights import (
     Role,
     Weights,
@@ -482,7 +483,7 @@ def report(facts: dict, table: Table | None, results: dict, json_out: Path | Non
         images = f"{facts['num_train']:,} train, {facts['num_test']:,} test images"
     console.print(
         f"[bold]{facts['arch']}[/] {facts['network']}{step}: {facts['features']} features; "
-        f"{escape(str(facts['data']))}: {images}",
+        f"{escape(printable(str(facts['data'])))}: {images}",
         soft_wrap=True,
     )
     if "rankme" in facts:

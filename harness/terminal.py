@@ -3,7 +3,7 @@
     with lasting_terminal():
         ...    # print as usual: `| head -1`, a closed session or a full disk is outlived
 
-Alone: needs nothing but Python.
+Stands alone: needs nothing but Python.
 """
 
 import contextlib
@@ -12,6 +12,13 @@ import os
 import sys
 from collections.abc import Iterator
 from typing import TextIO
+
+
+def printable(text: str) -> str:
+    """Return text with what a terminal would obey, such as ESC, as a backslash and its code."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text
+    )
 
 
 class LastingStream:

@@ -164,6 +164,12 @@ def _tensors_of(file: WeightsFile, role: Role) -> Tensors:
     if others or not tensors:
         held = ", ".join(others[:10]) or "nothing"
         raise ValueError(f"{file.path} is no state dict: need tensors alone, it holds {held}")
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() and not key.endswith(UNREAD):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{file.path}: need floating-point weights, got {key} of {kind}")
+        if tensor.ndim == 0 and key.endswith(("last_layer.weight", "last_layer.weight_v")):
+            raise ValueError(f"{file.path}: need a matrix {key}, got a number")
     return tensors
 
 
@@ -195,7 +201,7 @@ def _has_weight_norm(file: WeightsFile) -> bool:
 def sizes_of(backbone: Tensors) -> dict[str, int]:
     """Return a ViT's patch_size and image_size in pixels, told by its tensors; {} for others."""
     embed, positions = backbone.get("patch_embed.proj.weight"), backbone.get("pos_embed")
-    if embed is None or positions is None:
+    if embed is None or positions is None or embed.ndim != 4 or positions.ndim != 3:
         return {}
     patch_size = embed.shape[-1]
     return {"patch_size": patch_size, "image_size": patch_size * math.isqrt(positions.shape[1] - 1)}
@@ -267,6 +273,8 @@ def _resample_positions(tensors: Tensors, net: nn.Module) -> list[str]:
     """Fit position embeddings to the network's image size, in place; return a line that says so."""
     positions = tensors.get("backbone.pos_embed")
     if positions is None or not isinstance(net, VisionTransformer) or net.pos_embed is None:
+        return []
+    if positions.ndim != 3:  # which loading refuses, by its shape
         return []
     num_prefix = 0 if net.no_embed_class else net.num_prefix_tokens
     num_patches, grid = positions.shape[1] - num_prefix, net.patch_embed.grid_size

@@ -193,3 +193,12 @@ def test_file_system_that_renames_to_free_names_alone(
     replace_file(tmp_path / "new", tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "new"
+
+
+def test_names_reach_the_terminal_as_text(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise ValueError("no such folder: a[/b]{c}\x1b[2J\udcff")
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert capsys.readouterr().err == "error: no such folder: a[/b]{c}\\x1b[2J\\udcff\n"
