@@ -501,7 +501,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture, monkeypatch) ->
         (["--arch", "mixer_s16_224"], "mixer_s16_224 does not take crops of 16 px"),
         (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a GPU"),
         (["--output-dir", "u.yaml"], "need a folder for --output-dir, got the file u.yaml"),
-        (["--projection-output-dim", "0"], "need --projection-output-dim > 0, got 0"),
+        (["--projection-output-dim", "0"], "need --projection-output-dim > 1, got 0"),
         (["--global-crop-scale", "0.9", "0.2"], "need crop scales 0 < low <= high <= 1"),
         (["--eval-resize", "9"], "need --eval-resize >= the crop of 16 px, got 9"),
         (["--log-with", "wandb"], "--log-with wandb needs that package"),
