@@ -24,10 +24,11 @@ def setting(default: object, **metadata: object) -> object:
     """Return a field that says more of itself than its default.
 
     above, most   its numbers are larger than `above` and at most `most`; without, at least 0
+    below         its numbers are smaller than this
     may_change    a resumed run may have another value
     of_one_start  it belongs to one start of a run, and is not kept in the run's config.yaml
     """
-    unknown = metadata.keys() - {"above", "most", "may_change", "of_one_start"}
+    unknown = metadata.keys() - {"above", "below", "most", "may_change", "of_one_start"}
     if unknown:
         raise TypeError(f"a setting has no {', '.join(unknown)}")
     return field(default=default, metadata=metadata)
@@ -50,19 +51,19 @@ class DataConfig:
     # percentile of up to 64 images
     levels: tuple[float, float] | None = setting(None, above=-math.inf)
     # pixels, side of the square that images are decoded to; None: by their longer side, at most 512
-    canvas_size: int | None = setting(None, above=0)
+    canvas_size: int | None = setting(None, above=7, most=4096)
     # pixels, shorter side before the center crop of an evaluation [paper: 256 for a crop of 224];
     # None: in that proportion for photographs, no margin for small images
     eval_resize: int | None = setting(None, above=0, may_change=True)
     # processes that decode images for each process; None: one less than its cores, 1 to 16; 0 for
-    # data in memory
-    num_workers: int | None = setting(None, may_change=True)
+    # data in memory; at most 512, more than cores of a node
+    num_workers: int | None = setting(None, most=512, may_change=True)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     # passes over the data [paper: 100 to 800]
-    epochs: int = setting(100, above=0, may_change=True)
+    epochs: int = setting(100, above=0, most=1_000_000, may_change=True)
     # images per process and micro-batch; the header shows the whole batch [paper: 1024 in all]
     batch_size: int = setting(64, above=0)
     # micro-batches a step: a larger batch in the same memory
@@ -91,20 +92,21 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    # student temperature, by which logits are divided before the softmax [paper: 0.1]
-    student_temp: float = setting(0.1, above=0)
+    # student temperature, by which logits are divided before the softmax; at 10 all prototypes are
+    # alike to it [paper: 0.1]
+    student_temp: float = setting(0.1, above=0, most=10)
     # teacher temperature at first; lower it if the loss stays at ln K [paper: 0.04]
-    warmup_teacher_temp: float = setting(0.04, above=0)
+    warmup_teacher_temp: float = setting(0.04, above=0, most=10)
     # teacher temperature after the warm-up; above 0.07 is unstable [paper: 0.04 to 0.07]
-    teacher_temp: float = setting(0.04, above=0)
+    teacher_temp: float = setting(0.04, above=0, most=10)
     # epochs in which the teacher temperature goes linearly from --warmup-teacher-temp to
     # --teacher-temp [paper: 30, for a teacher_temp of 0.07]
     warmup_teacher_temp_epochs: int = 0
     # momentum of the teacher's moving average at first, 1 at the end; about 0.9995 for a whole
-    # batch of 256, less for short runs [paper: 0.996]
-    teacher_momentum: float = setting(0.996, most=1)
-    # momentum of the center's moving average [paper: 0.9]
-    center_momentum: float = setting(0.9, most=1)
+    # batch of 256, less for short runs; with 1 the teacher never learns [paper: 0.996]
+    teacher_momentum: float = setting(0.996, below=1)
+    # momentum of the center's moving average; with 1 it stays 0 [paper: 0.9]
+    center_momentum: float = setting(0.9, below=1)
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,9 @@ class RunConfig:
     save_every: int = setting(1000, above=0, may_change=True)
     # save the state at least every so many minutes; 0: by steps alone
     save_minutes: float = setting(30.0, may_change=True)
+    # minutes that a step may take to end after SIGTERM or the like; after them the run ends with
+    # what was saved before, since its storage has stalled; 0: as long as it takes
+    stop_minutes: float = setting(5.0, may_change=True)
     # above 1, keep so many states and teachers, as state-STEP and ckpt-STEP, the newest among them
     keep_last: int = setting(1, above=0, may_change=True)
     # keep a teacher for good every so many epochs, as ckpt-epoch-N; 0: none

@@ -35,6 +35,7 @@ from harness.monitor import Monitor
 from harness.online_knn import OnlineKnn
 from harness.outlook import DryRun, introduce
 from harness.run import Run, TrainingState
+from harness.run_lock import FolderLock
 from harness.weights import load_weights
 from losses import DinoLoss
 from models import DinoModel, update_teacher_EMA
@@ -232,6 +233,8 @@ def run_loop(
     last_layer = list(student.projection_head.last_layer.parameters())
     crops_of = Cropper(parts.multi_crop, seed, accelerator.device)
     metrics = knn.catch_up(model, monitor)
+    if run.lacks_teacher():
+        run.save(parts.state, run.steps_before, metrics, monitor.collapse_to_save())
     step, loss_value, crops = run.steps_before, math.nan, []
     run.start_loading()
     monitor.restart_clock()
@@ -299,16 +302,23 @@ def train(config: Config) -> dict:
     disk, a dead worker or too many unreadable images, with the last good checkpoint kept. A run
     that is stopped by a signal exits with 128 + the signal's number.
     """
+    with FolderLock() as lock:
+        return _train(config, lock)
+
+
+def _train(config: Config, lock: FolderLock) -> dict:
+    """Train in a folder that is the run's own while the lock is held; returns as `train`."""
     # ---- what is wrong fails here, before a file is written
     kind_of_run = DryRun if config.run.dry_run else Run
-    run = kind_of_run.prepare(config)
+    run = kind_of_run.prepare(config, lock)
     knn = OnlineKnn(run, knn_accuracy)
     parts = build_parts(run)
     monitor = Monitor(run)
     introduce(run, monitor, parts.system.student, knn.why_not)
     run.accelerator.wait_for_everyone()  # all have seen that the folder is free, or what is in it
 
-    with monitor.progress, stop_requests() as stop_signals:  # from here on a signal stops cleanly
+    stops_cleanly = stop_requests(config.run.stop_minutes, run.kept)  # at a signal, from here on
+    with monitor.progress, stops_cleanly as stop_signals:
         run.open()
         outcome = run_loop(run, parts, knn, monitor, stop_signals)
 
@@ -342,7 +352,7 @@ def main() -> None:
     rows = {}
     if "knn_top1" in result:
         before, after = result["knn_top1_untrained"], result["knn_top1"]
-        rows["k-NN top-1"] = f"{before:.1f} % untrained, {after:.1f} % trained"
+        rows["k-NN top-1"] = f"{before:.1f} % untrained, {after:.1f} % trained, the teacher's"
     if result["unreadable_images"]:
         rows["unreadable"] = f"{result['unreadable_images']} images, replaced; log.jsonl names them"
     checkpoint = shlex.quote(result["checkpoint"])

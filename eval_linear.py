@@ -42,6 +42,7 @@ from harness.evaluation import (
 from multicrop import boxes_on_canvas, draw_boxes, hash_keys, resized_crops, uniforms
 
 CROP_SCALE = (0.08, 1.0)  # shares of the area that --augment cuts
+MOST_DENSE_CLASSES = 100  # above them, most pairs of the confusion matrix are 0
 Accuracies = dict[float, tuple[float, float]]  # by learning rate: top-1 and top-5 in %
 
 
@@ -225,21 +226,42 @@ def accuracies_of(
 
 
 def confusion_matrix(probes: Probes, features: Tensor, labels: Tensor, row: int) -> Tensor:
-    """Return counts (c, c): features of each true class (rows), by what probe `row` says."""
+    """Return counts (c, c): features of each true class (rows), by what probe `row` says.
+
+    They are a sparse tensor above MOST_DENSE_CLASSES.
+    """
     guesses = [probes.logits(part)[row].argmax(dim=-1) for part in features.split(1024)]
     num_classes = probes.num_classes
+    if num_classes > MOST_DENSE_CLASSES:
+        pairs = torch.stack([labels, torch.cat(guesses)])
+        ones = torch.ones_like(labels)
+        return torch.sparse_coo_tensor(pairs, ones, (num_classes, num_classes)).coalesce()
     pairs = labels * num_classes + torch.cat(guesses)
     return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def by_class(confusion: Tensor, classes: Sequence[str] | None) -> dict[str, object]:
-    """Return the confusion matrix and each class's accuracy in %, None where it has no images."""
+    """Return the confusion matrix and each class's accuracy in %, None where it has no images.
+
+    A sparse matrix is its pairs above 0: [true class, said class, images].
+    """
     names = classes or [str(label) for label in range(len(confusion))]
-    num_images, num_right = confusion.sum(dim=1).tolist(), confusion.diag().tolist()
+    if confusion.is_sparse:
+        num_images = confusion.sum(dim=1).to_dense().tolist()
+        rows, columns = confusion.indices()
+        is_right = rows == columns
+        right = torch.zeros(len(confusion), dtype=torch.int64, device=confusion.device)
+        right[rows[is_right]] = confusion.values()[is_right]
+        num_right = right.tolist()
+        pairs = torch.cat([confusion.indices(), confusion.values()[None]]).T.tolist()
+        counts = {"confusion_pairs": pairs}
+    else:
+        num_images, num_right = confusion.sum(dim=1).tolist(), confusion.diag().tolist()
+        counts = {"confusion": confusion.tolist()}
     per_class = {}
     for name, num, right in zip(names, num_images, num_right, strict=False):
         per_class[str(name)] = 100 * right / num if num else None
-    return {"per_class_top1": per_class, "confusion": confusion.tolist()}
+    return {"per_class_top1": per_class, **counts}
 
 
 def best_of(accuracies: Accuracies) -> float:
@@ -306,9 +328,12 @@ def evaluate(
         facts = size_facts(train_features, test_features)
     facts |= {"n_last_blocks": blocks, "avgpool": avgpool, "augment": options.augment}
     accuracies = accuracies_of(probes, test_features, test_labels, options.lrs)
-    best_row = options.lrs.index(best_of(accuracies))
-    confusion = confusion_matrix(probes, test_features, test_labels, best_row)
-    return network.facts | facts, accuracies, by_class(confusion, test_images.classes)
+    classes: dict[str, object] = {}
+    if evaluation.json_out is not None:
+        best_row = options.lrs.index(best_of(accuracies))
+        confusion = confusion_matrix(probes, test_features, test_labels, best_row)
+        classes = by_class(confusion, test_images.classes)
+    return network.facts | facts, accuracies, classes
 
 
 def main() -> None:

@@ -76,14 +76,14 @@ def in_one_form(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
-def printable(name: str) -> str:
-    """Return a name with a question mark for each character that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
+def _shown(name: str) -> str:
+    """Return a name with a backslash and a code for each character that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def some_of(names: Collection[str], most: int = 3) -> str:
     """Return the first names and how many more there are: `a, b, c and 7 more`."""
-    first = ", ".join(printable(name) for name in list(names)[:most])
+    first = ", ".join(_shown(name) for name in list(names)[:most])
     return first if len(names) <= most else f"{first} and {len(names) - most:,} more"
 
 
@@ -403,7 +403,7 @@ def _read_list(data: Path) -> _Listing:
     rows = [row for row, path in enumerate(paths) if os.path.isfile(path)]
     missing = [names[row] for row in sorted(set(range(len(paths))) - set(rows))]
     if not rows:
-        first = f", the first is {printable(names[0])}" if names else ""
+        first = f", the first is {_shown(names[0])}" if names else ""
         text = f"{data} names {number_of(len(names), 'file')}, none of which exists{first}"
         raise ValueError(f"{text}: need paths relative to the list")
     notes: list[str] = []
@@ -530,7 +530,7 @@ def find_images(
     )
     notes = listing.notes
     if not listing.names:
-        held = "; ".join(printable(note) for note in notes)
+        held = "; ".join(_shown(note) for note in notes)
         kinds = "files like .jpg, .png, .tif, .webp, or tars of them"
         raise ValueError(f"no images in {data}: need {kinds}{held and '; ' + held}")
     if is_list(data):
@@ -561,7 +561,7 @@ def find_images(
 def _left_alone(layout: _Layout, folders: Collection[str]) -> list[str]:
     counts = Counter(layout.tops())
     parts = [
-        f"{printable(folder) or 'above them'} ({number_of(counts[folder], 'image')})"
+        f"{_shown(folder) or 'above them'} ({number_of(counts[folder], 'image')})"
         for folder in sorted(folders)
     ]
     return [f"left alone: {', '.join(parts)}"] if parts else []
@@ -626,7 +626,7 @@ def _enter(layout: _Layout, take_splits: bool, known_classes: Collection[str] = 
         entered.notes = layout.notes
         if entered.notes and entered.notes[-1].startswith("entered "):
             entered.notes.pop()  # of folders in each other, the innermost says all
-        entered.notes.append(f"entered {printable(entered.place)}")
+        entered.notes.append(f"entered {_shown(entered.place)}")
         if is_of_images:
             entered.notes.append(f"no classes: all images lie in one folder, {folders[0]}")
         layout = entered
@@ -720,5 +720,5 @@ def _without_one_class(found: Found, notes: list[str]) -> Found:
     """Return images without their class where all have the same, and note that."""
     if found.classes is None or len(set(found.classes.tolist())) > 1:
         return found
-    notes.append(f"no classes: all images are of one, {printable(found.classes[0])}")
+    notes.append(f"no classes: all images are of one, {_shown(found.classes[0])}")
     return found._replace(classes=None)

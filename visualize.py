@@ -33,7 +33,7 @@ from data import (
     decode,
     to_canvas,
 )
-from folders import is_list, printable
+from folders import is_list
 from harness.command import read_flags, run_command
 from harness.evaluation import evenly, normalized, open_network, require_preparation
 from harness.feature_maps import (
@@ -59,6 +59,8 @@ from harness.pictures import (
     sheet,
     tile,
 )
+from harness.terminal import printable
+from harness.weights import as_file
 from multicrop import MultiCrop, hash_keys
 
 MOST_FEATURES = 2000  # images that are compared and scattered
@@ -454,7 +456,8 @@ def main() -> None:
     options = read_flags(VisualizeConfig, None, __doc__)
     check_options(options)
     name = Path(options.images).resolve().stem
-    folder = options.output_dir or Path(options.checkpoint).parent / "pictures" / name
+    source = as_file(options.checkpoint) or Path(options.checkpoint)
+    folder = options.output_dir or source.parent / "pictures" / name
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"need a folder for --output-dir, got {folder}")
     write_pictures(folder, draw_pictures(options))

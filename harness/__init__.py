@@ -1,6 +1,8 @@
 """What keeps a run alive and an evaluation honest, a room a file, from the ground up:
 
+terminal       printing that outlives its terminal
 command        flags, errors, signals, workers, whole files, rows: what stands around every main
+run_lock       one owner for a run's folder
 distributed    launch lines and their guards, networks laid out, common decisions of processes
 fast_backbone  shortcuts for backbones in training
 feature_maps   attention and feature maps of a backbone, their components as colours

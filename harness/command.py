@@ -5,10 +5,13 @@ if __name__ == "__main__":
 """
 
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +24,9 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 from torch.utils.data import DataLoader
+
+from harness.terminal import lasting_terminal, printable
+from models import replace_file
 
 T = TypeVar("T")
 
@@ -45,10 +51,24 @@ class RunError(RuntimeError):
     """An error that ends a run which had begun well, in all processes alike: exit code 1."""
 
 
+class WorkerError(RuntimeError):
+    """An error within a process that decodes images."""
+
+
 def run_command(main: Callable[[], object]) -> None:
-    """Run a script's main; wrong input ends it with one line and code 2, a broken run with 1."""
+    """Run a script's main; wrong input ends it with one line and code 2, a broken run with 1.
+
+    It outlives its terminal.
+    """
+    with lasting_terminal():
+        _run(main)
+
+
+def _run(main: Callable[[], object]) -> None:
     try:
         main()
+    except WorkerError as error:
+        _exit_with(1, str(error), is_said=True)
     except KeyboardInterrupt:
         sys.exit(130)
     except (FloatingPointError, RunError) as error:
@@ -69,7 +89,7 @@ def run_command(main: Callable[[], object]) -> None:
 
 def _exit_with(code: int, text: str, is_said: bool) -> None:
     if is_said:
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {printable(text)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -82,7 +102,11 @@ def _last_line(error: Exception) -> str:
 def _explain(error: RuntimeError) -> str | None:
     """Return a line for an error of torch's that has a known cause, None for any other."""
     first_line = (str(error).strip().splitlines() or [""])[0]
-    if "DataLoader worker" in first_line:
+    text = str(error)
+    if "DataLoader worker" in text and ("Bus error" in text or "shared memory" in text):
+        hint = "Docker has 64 MB: docker run --shm-size 8g; or --num-workers 0"
+        return f"no shared memory for the processes that decode images ({hint})"
+    if "DataLoader worker" in first_line and "Caught" not in first_line:
         hint = "out of memory? then fewer --num-workers; what was saved can be resumed"
         return f"a process that decodes images died: {first_line} ({hint})"
     if isinstance(error, torch.OutOfMemoryError):
@@ -95,31 +119,109 @@ def _explain(error: RuntimeError) -> str | None:
 # ---------------------------------------------------------------- signals and workers
 
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
-if hasattr(signal, "SIGUSR1"):  # Slurm's warning; Windows has none
-    STOP_SIGNALS.append(signal.SIGUSR1)
+# Slurm's warnings, a terminal that was closed, the end of the time on the CPU; Windows has none
+for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"):
+    if hasattr(signal, name):
+        STOP_SIGNALS.append(getattr(signal, name))
+
+# A launcher passes on a signal that the group has received already: the second one of a kind counts
+# from so many seconds after the first.
+PASSED_ON = 2.0
 
 
 @contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect STOP_SIGNALS in a list, so that a step is finished; Ctrl-C after any of them raises.
+def stop_requests(
+    minutes: float = 0, what_is_kept: Callable[[], str] = lambda: ""
+) -> Iterator[list[int]]:
+    """Collect STOP_SIGNALS in a list, so that a step is finished; a second SIGTERM ends it at once.
 
-    What follows in training: Run.what_is_due agrees on the signal with all processes, run_loop
-    saves and ends, train says how to resume and exits with 128 + the signal's number. Outside this
-    block a signal ends the process as usual.
+    So does Ctrl-C after any signal, and the time where the step is not over `minutes` after the
+    first one: storage may have stalled. What follows in training: Run.what_is_due agrees on the
+    signal with all processes, run_loop saves and ends, train says how to resume and exits with
+    128 + the signal's number. Outside this block a signal ends the process as usual. A SIGHUP that
+    is ignored, as under nohup, stays so.
     """
     received: list[int] = []
 
     def note(number: int, frame: object) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
         received.append(number)
 
-    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    numbers = [
+        number
+        for number in STOP_SIGNALS
+        if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN
+    ]
+    watch = _Watch(minutes, what_is_kept)
+    previous = {number: signal.signal(number, note) for number in numbers}
+    watch.start()
     try:
         yield received
     finally:
+        watch.stop()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+class _Watch:
+    """A thread that ends the process where a signal comes again, or its step takes too long.
+
+    Python's own handlers wait for the main thread, which may be within a read that never returns.
+    """
+
+    def __init__(self, minutes: float, what_is_kept: Callable[[], str]) -> None:
+        self.minutes = minutes
+        self.what_is_kept = what_is_kept
+        self.is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+        self.is_launched = self.is_launched or "TORCHELASTIC_RUN_ID" in os.environ
+
+    def start(self) -> None:
+        self.numbers, self.wakeup = socket.socketpair()
+        self.wakeup.setblocking(False)
+        self.previous = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        signal.set_wakeup_fd(self.previous)
+        self.wakeup.send(b"\0")  # ends the thread; forked workers may keep the socket open
+        self.thread.join()
+        self.wakeup.close()
+        self.numbers.close()
+
+    def _watch(self) -> None:
+        first, since = 0, 0.0
+        while True:
+            if first and self.minutes:
+                self.numbers.settimeout(max(0.01, since + 60 * self.minutes - time.monotonic()))
+            try:
+                content = self.numbers.recv(1)
+            except TimeoutError:
+                name = signal.Signals(first).name
+                self._end(first, f"the step did not end within {self.minutes:g} min of {name}")
+            number = content[0]
+            if number == 0:
+                return
+            if number not in STOP_SIGNALS:
+                continue
+            if not first:
+                first, since = number, time.monotonic()
+            elif self._is_meant(number, time.monotonic() - since):
+                self._end(number, f"stopped at once, by a second {signal.Signals(number).name}")
+
+    def _is_meant(self, number: int, seconds: float) -> bool:
+        if number == signal.SIGINT and not self.is_launched:
+            return True
+        return number in (signal.SIGINT, signal.SIGTERM) and seconds >= PASSED_ON
+
+    def _end(self, number: int, text: str) -> None:
+        """End the process and its workers; no destructor runs, which would wait for them."""
+        kept = self.what_is_kept()
+        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+        print(f"{show_cursor}error: {text}{f'; {kept}' if kept else ''}", file=sys.stderr)
+        sys.stderr.flush()
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(128 + number)
 
 
 def iterate(loader: DataLoader) -> Iterator:
@@ -145,6 +247,18 @@ def _batches(batches: Iterator) -> Iterator:
         # of its end raises, and says what killed it.
         time.sleep(1)
         raise RuntimeError(f"DataLoader worker ended: {error!r}") from error
+    except Exception as error:
+        # torch raises a worker's error anew, of the same type, with the worker's traceback as text
+        if isinstance(error, ValueError) or "in DataLoader worker process" not in str(error):
+            raise  # a ValueError is wrong input, whoever reads it
+        raise WorkerError(_of_worker(error)) from error
+
+
+def _of_worker(error: Exception) -> str:
+    text = f"a process that decodes images failed: {type(error).__name__}: {_last_line(error)}"
+    if "shared memory" in str(error) or "No space left" in str(error):
+        return f"{text} (Docker has 64 MB: docker run --shm-size 8g; or --num-workers 0)"
+    return f"{text} (with --num-workers 0 it is raised where it happens)"
 
 
 # ---------------------------------------------------------------- files and rows
@@ -161,7 +275,7 @@ def _whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # a power cut could otherwise leave the name without content
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror}") from error
@@ -191,4 +305,4 @@ def unused_path(folder: Path, name: str, suffix: str = "") -> Path:
 def print_rows(console: Console, rows: dict[str, str]) -> None:
     """Print names and texts below each other; no table, which would cut long paths."""
     for name, text in rows.items():
-        console.print(f"[bold]{name:10}[/]  {escape(text)}", soft_wrap=True)
+        console.print(f"[bold]{name:10}[/]  {escape(printable(text))}", soft_wrap=True)

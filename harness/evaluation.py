@@ -24,13 +24,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
-from config import Config
+from config import SETTINGS, Config
 from data import ImageDataset, build_dataset, collate
 from folders import cache_folder
 from harness.command import iterate, write_whole
+from harness.flags import wrong_setting
+from harness.terminal import printable
 from harness.weights import (
     Role,
     Weights,
+    WeightsFile,
     as_file,
     config_of,
     load_parts,
@@ -45,6 +48,7 @@ from models import (
     ModelConfig,
     get_backbone,
     rebuild_model,
+    what_is_left,
 )
 from multicrop import CropConfig
 from pixels import Levels
@@ -52,7 +56,8 @@ from pixels import Levels
 
 @dataclass(frozen=True)
 class EvalConfig:
-    # ckpt.safetensors of a run, an original's .pth, or the name of published weights: dino_vits16
+    # a run's folder, its ckpt.safetensors or state.safetensors, an original's .pth, or the name of
+    # published weights: dino_vits16
     checkpoint: tyro.conf.Positional[str]
     # images as training takes them: a folder, a tar, a list or a data set's name; None: what the
     # run trained on, or its --knn-data
@@ -62,8 +67,8 @@ class EvalConfig:
     val: str | None = None
     # take folders called train, val and test for splits; --no-splits: for classes
     splits: bool = True
-    # evaluate the student, from state.safetensors beside the checkpoint
-    student: bool = False
+    # which of a run's networks; the student is in state.safetensors, beside the checkpoint
+    network: Role = "teacher"
     # images a forward pass
     batch_size: int = 256
     # processes that decode images; 0: the script itself does; for photographs as many as cores
@@ -169,16 +174,53 @@ def open_network(source: str | Path, role: Role = "teacher") -> OpenedNetwork:
     A run's ckpt.safetensors is rebuilt with its head, others have none. Raises ValueError for
     files that do not fit, OSError for a name whose published weights cannot be loaded.
     """
-    path = as_file(source)
+    path = as_file(source, role)
     if path is None:
         return _open_backbone(ModelConfig(str(source), pretrained=True), None, source)
     file = read_file(path)
     if file.is_checkpoint:
         model, metadata = rebuild_model(path, file.content, file.texts)
+        _check_metadata(metadata, path)
         _require_finite(model, source)
         return OpenedNetwork(model, metadata, Preparation.of_checkpoint(metadata))
+    if file.is_state:
+        return _open_state(file, role)
     weights = weights_of(file, role)
     return _open_backbone(config_of(weights.backbone, path), weights, source)
+
+
+def _open_state(file: WeightsFile, role: Role) -> OpenedNetwork:
+    """Rebuild one of the two networks in a run's state, with its head."""
+    networks = networks_in(file)
+    try:
+        settings = json.loads(file.texts["metadata"])["config"]["model"]
+        tensors = networks[role]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file.path} is no state of a run: it lacks its {role}") from error
+    texts = {"model_config": json.dumps(settings), "metadata": file.texts["metadata"]}
+    model, metadata = rebuild_model(file.path, tensors, texts)
+    _check_metadata(metadata, file.path)
+    _require_finite(model, file.path)
+    return OpenedNetwork(model, metadata, Preparation.of_checkpoint(metadata))
+
+
+def _check_metadata(metadata: dict, path: Path) -> None:
+    """Raise ValueError naming what in a run's metadata is not what a run writes."""
+    wrong = wrong_setting(metadata.get("config", {}))
+    step, config = metadata.get("step"), metadata.get("config", {})
+    if step is not None and (type(step) is not int or step < 0):
+        wrong = f"need a step >= 0, got {step!r:.50}"
+    if not wrong and {"data", "crops"} <= config.keys():
+        needed = [("data", "data"), ("data", "eval_resize")]
+        needed += [("crops", name) for name in ("global_crop_size", "mean", "std")]
+        lacking = [name for section, name in needed if config[section].get(name) is None]
+        if lacking:
+            wrong = f"it lacks {', '.join(lacking)}"
+        unknown = config["crops"].keys() - SETTINGS["crops"].keys()
+        if unknown:
+            wrong = f"it has unknown settings: {', '.join(sorted(unknown))}"
+    if wrong:
+        raise ValueError(f"the metadata of {path} is damaged: {wrong}{what_is_left(path)}")
 
 
 def _open_backbone(config: ModelConfig, weights: Weights | None, source: object) -> OpenedNetwork:
@@ -197,11 +239,17 @@ def _open_backbone(config: ModelConfig, weights: Weights | None, source: object)
     return OpenedNetwork(model.eval(), {}, Preparation.of_published(backbone, config))
 
 
+LARGEST_WEIGHT = 1e18  # its square is near the end of float32's range
+
+
 def _require_finite(model: nn.Module, source: object) -> None:
     """Raise ValueError naming the first tensor of a model that has a nan or an infinity."""
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"{source} is damaged: {name} holds a nan or an infinity")
+        if tensor.is_floating_point() and (tensor.abs() > LARGEST_WEIGHT).any():
+            largest = tensor.abs().max().item()
+            raise ValueError(f"{source} is damaged: {name} holds {largest:.3g}")
 
 
 def require_preparation(network: OpenedNetwork, source: object) -> Preparation:
@@ -229,13 +277,14 @@ class FrozenBackbone:
 def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbone:
     """Load what `options` name. Raises ValueError or OSError for what cannot be used."""
     check_folder(options.json_out, "results")
-    source, role = options.checkpoint, "student" if options.student else "teacher"
-    if options.student and as_file(source) is None:
-        raise ValueError(f"{source} is published as one network: not with --student")
+    role = options.network
+    source = as_file(options.checkpoint, role) or options.checkpoint
+    if role == "student" and not isinstance(source, Path):
+        raise ValueError(f"{source} is published as one network: not with --network student")
     network = open_network(source, role)
     step = network.metadata.get("step")
-    if options.student and step is not None:
-        _load_student_beside(Path(source), network.model, step)
+    if role == "student" and step is not None and source.name.startswith("ckpt"):
+        _load_student_beside(source, network.model, step)
     preparation = require_preparation(network, source)
     if options.data is not None:
         preparation = replace(preparation, data=options.data, val=None, take_splits=True)
@@ -246,7 +295,7 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbo
     if not preparation.data:
         raise ValueError(f"{source} does not come with data: need --data")
     facts = {
-        "checkpoint": source,
+        "checkpoint": str(source),
         "network": role,
         "arch": network.arch,
         "step": step,
@@ -473,7 +522,7 @@ def report(facts: dict, table: Table | None, results: dict, json_out: Path | Non
         images = f"{facts['num_train']:,} train, {facts['num_test']:,} test images"
     console.print(
         f"[bold]{facts['arch']}[/] {facts['network']}{step}: {facts['features']} features; "
-        f"{escape(str(facts['data']))}: {images}",
+        f"{escape(printable(str(facts['data'])))}: {images}",
         soft_wrap=True,
     )
     if "rankme" in facts:

@@ -9,10 +9,13 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import os
+import typing
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -77,12 +80,36 @@ def _batch_flags(state_file: Path) -> list[str]:
     if not state_file.is_file():
         return []
     _, texts = load_tensors(state_file, only_metadata=True)
-    optim = json.loads(texts.get("metadata", "{}")).get("config", {}).get("optim", {})
+    try:
+        optim = json.loads(texts["metadata"])["config"]["optim"]
+    except (KeyError, TypeError, ValueError):  # SavedRun.read says it
+        return []
     flags: list[str] = []
     for name in ("batch_size", "accumulation_steps"):
         if name in optim:
             flags += _flags_of(name.replace("_", "-"), optim[name])
     return flags
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, which can multiply without end, tags, and keys that stand twice."""
+
+    def compose_node(self, parent: object, index: object) -> yaml.Node:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.YAMLError(f"need values, got an alias in line {event.start_mark.line + 1}")
+        if getattr(event, "tag", None):
+            place = f"the tag {event.tag} in line {event.start_mark.line + 1}"
+            raise yaml.YAMLError(f"need plain values, got {place}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                line = node.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {name!r:.50} stands twice, from line {line} on")
+        return super().construct_mapping(node, deep)
 
 
 def recipe_flags(path: Path) -> list[str]:
@@ -91,8 +118,8 @@ def recipe_flags(path: Path) -> list[str]:
     Raises ValueError for a file that is no recipe, and for unknown keys, with close matches.
     """
     try:
-        recipe = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        recipe = yaml.load(path.read_text(), Loader=_PlainLoader) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if isinstance(recipe, dict):
         _require_known(recipe, SETTINGS, path)
@@ -123,6 +150,7 @@ def _flags_of(flag: str, value: object) -> list[str]:
 # ---------------------------------------------------------------- checks
 
 LARGEST = 1e38  # near the end of float32's range
+MOST_HEAD_BYTES = 1 << 40  # more than a node of eight GPUs has for its heads
 
 
 def check_values(config: Config) -> None:
@@ -135,6 +163,15 @@ def check_values(config: Config) -> None:
     if levels is not None and not levels[0] < levels[1]:
         raise ValueError(f"need --levels LOW HIGH with LOW < HIGH, got {levels[0]} {levels[1]}")
     run = config.run
+    for flag, text in (
+        ("--output-dir", None if run.output_dir is None else os.fspath(run.output_dir)),
+        ("--init-from", run.init_from),
+        ("--data", config.data.data),
+    ):
+        # Path("") is ".": the current folder is never meant for a run's files
+        if text is not None and (not text.strip() or (flag == "--output-dir" and text == ".")):
+            raise ValueError(f"need a name for {flag}, got {text!r}")
+    _check_head_memory(config)
     if run.overwrite and run.output_dir is None:
         raise ValueError("--overwrite needs the --output-dir whose run it deletes")
     if run.dry_run and (run.resume or run.overwrite):
@@ -147,19 +184,73 @@ def check_values(config: Config) -> None:
         raise ValueError(text)
 
 
+def _check_head_memory(config: Config) -> None:
+    """Raise ValueError where the heads alone need more memory than any machine has."""
+    model = config.model
+    hidden, bottleneck = model.projection_hidden_dim, model.projection_bottleneck_dim
+    weights = hidden * hidden + hidden * bottleneck + bottleneck * model.projection_output_dim
+    num_bytes = 4 * 5 * weights  # student, teacher, gradient and AdamW's two
+    if num_bytes > MOST_HEAD_BYTES:
+        flags = "--projection-output-dim, --projection-hidden-dim or --projection-bottleneck-dim"
+        text = f"{num_bytes:,} bytes of student, teacher and optimizer"
+        raise ValueError(f"the projection head needs {text}: need a smaller {flags}")
+
+
 def _check_range(flag: str, value: object, bounds: dict) -> None:
     """Raise ValueError for a number, or one of a tuple's, that is out of its setting's range."""
     lowest = f"> {bounds['above']}" if "above" in bounds else ">= 0"
     most = bounds.get("most", LARGEST)
-    for number in value if isinstance(value, tuple) else (value,):
+    for number in value if isinstance(value, tuple | list) else (value,):
         if not isinstance(number, int | float):
             continue
         is_low_enough = number <= most  # false for nan, too
         is_high_enough = number > bounds["above"] if "above" in bounds else number >= 0
+        if number >= bounds.get("below", math.inf):
+            raise ValueError(f"need {flag} {lowest} and < {bounds['below']}, got {number}")
         if not is_high_enough:
             raise ValueError(f"need {flag} {lowest}, got {number}")
         if not is_low_enough:
             raise ValueError(f"need {flag} {lowest} and <= {most}, got {number}")
+
+
+def wrong_setting(config: object) -> str:
+    """Return what in a saved config is not of its setting's type or range, or nothing.
+
+    Settings that this version does not know, and those that are not there, are left to the caller.
+    """
+    if not isinstance(config, dict) or not all(isinstance(x, dict) for x in config.values()):
+        return f"its config is {config!r:.50}: need sections with settings"
+    for section, settings in SETTINGS.items():
+        for name, value in config.get(section, {}).items():
+            if name not in settings:
+                continue
+            kind = _kinds_of(section)[name]
+            try:
+                if not _is_of(value, kind):
+                    raise ValueError(f"need {name} as {kind}, got {value!r:.50}")
+                _check_range(name, value, settings[name].metadata)
+            except ValueError as error:
+                return str(error)
+    return ""
+
+
+def _kinds_of(section: str) -> dict[str, object]:
+    return typing.get_type_hints(type(getattr(Config(), section)))
+
+
+def _is_of(value: object, kind: object) -> bool:
+    """Tell whether a value that YAML or JSON read is of a setting's type."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return value in parts
+    if typing.get_origin(kind) is tuple:
+        is_long_enough = isinstance(value, list | tuple) and len(value) == len(parts)
+        return is_long_enough and all(map(_is_of, value, parts))
+    if parts:  # a union
+        return any(_is_of(value, part) for part in parts)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is (str if kind is Path else kind)
 
 
 def _is_installed(package: str) -> bool:

@@ -24,6 +24,7 @@ from harness.command import RunError, write_whole
 from harness.distributed import launch_line
 from harness.pictures import curves, png_mark
 from harness.run import Run
+from harness.terminal import printable
 
 # ---------------------------------------------------------------- collapse
 
@@ -117,7 +118,7 @@ class Monitor:
         self.restart_clock()
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, soft_wrap=True)
 
     # ------------------------------------------------ steps
 

@@ -74,7 +74,7 @@ class OnlineKnn:
         untrained = self.metrics.get("knn_top1_untrained", top1)
         self.metrics = {"knn_top1": top1, "knn_step": step, "knn_top1_untrained": untrained}
         monitor.log(step, {"knn_top1": top1})
-        monitor.say(f"step {step:,}: k-NN top-1 {top1:.1f} %")
+        monitor.say(f"step {step:,}: the teacher's k-NN top-1 {top1:.1f} %")
         return self.metrics
 
     def _top1(self, model: nn.Module) -> float:

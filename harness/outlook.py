@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from config import Config
 from data import ImageDataset, batch_factors
-from folders import printable, some_of
+from folders import some_of
 from harness.command import print_rows, unused_path
 from harness.distributed import has_compiler, is_compiled
 from harness.monitor import Monitor, peak_memory, write_picture
 from harness.pictures import crop_cells, sheet
 from harness.run import Due, Run, TrainingState
+from harness.run_lock import FolderLock
+from harness.terminal import printable
 from multicrop import MultiCrop
 
 # ---------------------------------------------------------------- words and numbers
@@ -63,7 +65,7 @@ def introduce(run: Run, monitor: Monitor, student: nn.Module, why_no_knn: str) -
     """Say what is about to be trained, what is likely not meant, and where it goes on."""
     monitor.console.print(header(run, student))
     for note in run.dataset.notes:
-        monitor.say(f"data: {printable(note)}")
+        monitor.say(f"data: {note}")
     if why_no_knn:
         monitor.say(f"no k-NN during training: {why_no_knn}")
     for warning in unlikely_settings(run, student):
@@ -229,8 +231,14 @@ BATCHES_AHEAD = 2  # that a worker makes: until they are used up, no step seems 
 class DryRun(Run):
     """A run of a few steps that writes crops.png alone, and ends once it has timed them."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, dataset: ImageDataset) -> None:
-        super().__init__(config, accelerator, dataset)
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        dataset: ImageDataset,
+        lock: FolderLock | None = None,
+    ) -> None:
+        super().__init__(config, accelerator, dataset, lock)
         # what workers made ahead during the warm-up is used up before the clock starts
         self.steady_step = WARM_UP_STEPS + BATCHES_AHEAD * self.config.data.num_workers
         self.last_step = min(self.total_steps, self.steady_step + TIMED_STEPS)

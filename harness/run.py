@@ -10,8 +10,9 @@ Run.prepare -> build the networks -> run.load -> run.open -> the loop asks what_
 
 import json
 import re
+import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -34,9 +35,17 @@ from data import (
 from folders import cache_folder
 from harness.command import RunError, copy_whole, iterate, unused_path, write_whole
 from harness.distributed import Agreement, make_accelerator
-from harness.flags import as_plain_data, check_values, choose_precision, finish, fit_batch
+from harness.flags import (
+    as_plain_data,
+    check_values,
+    choose_precision,
+    finish,
+    fit_batch,
+    wrong_setting,
+)
+from harness.run_lock import FolderLock
 from losses import DinoLoss
-from models import load_tensors, save_checkpoint, save_tensors
+from models import load_tensors, save_checkpoint, save_tensors, what_is_left
 
 # ---------------------------------------------------------------- what a step changes
 
@@ -120,6 +129,35 @@ class TrainingState:
 
 # ---------------------------------------------------------------- what was saved
 
+# what the metadata of a state must hold, and of which type
+SAVED_TYPES = {"step": int, "metrics": dict, "config": dict, "world": int, "fingerprint": str}
+
+
+def _is_of_a_run(metadata: object) -> bool:
+    """Tell whether a state's metadata is what this version writes, by names, types and sizes."""
+    if not isinstance(metadata, dict):
+        return False
+    if any(type(metadata.get(name)) is not kind for name, kind in SAVED_TYPES.items()):
+        return False
+    config, collapse = metadata["config"], metadata.get("collapse")
+    has_known_settings = all(
+        section in SETTINGS
+        and isinstance(values, dict)
+        and values.keys() <= SETTINGS[section].keys()
+        for section, values in config.items()
+    )
+    if not has_known_settings or not isinstance(metadata.get("unreadable", []), list):
+        return False
+    if collapse is not None and not (
+        isinstance(collapse, dict) and {"kind", "since"} == set(collapse)
+    ):
+        return False
+    if wrong_setting(config):
+        return False
+    optim = config.get("optim", {})
+    factors = [optim.get("batch_size"), optim.get("accumulation_steps"), metadata["world"]]
+    return metadata["step"] >= 0 and all(type(x) is int and x > 0 for x in factors)
+
 
 @dataclass(frozen=True)
 class SavedRun:
@@ -137,15 +175,13 @@ class SavedRun:
     def read(cls, state_file: Path) -> "SavedRun":
         """Read a state file's metadata. ValueError where another version of this code wrote it."""
         _, texts = load_tensors(state_file, only_metadata=True)
-        metadata = json.loads(texts.get("metadata", "{}"))
-        needed = {"step", "metrics", "config", "world", "fingerprint"}
-        is_known = needed <= metadata.keys() and all(
-            section in SETTINGS and values.keys() <= SETTINGS[section].keys()
-            for section, values in metadata["config"].items()
-        )
-        if not is_known:
-            folder = state_file.parent
-            raise ValueError(f"cannot resume {folder}: another version of this code saved it")
+        try:
+            metadata = json.loads(texts.get("metadata", "{}"))
+        except ValueError:
+            metadata = None
+        if not _is_of_a_run(metadata):
+            text = f"cannot resume {state_file.parent}: {state_file} is damaged"
+            raise ValueError(f"{text}, or another version of this code saved it")
         metrics = dict(metadata["metrics"])
         older_place = metrics.pop("collapse", None)  # earlier versions kept it among the metrics
         return cls(
@@ -182,24 +218,59 @@ NUMBERED_FILE = r"(state|ckpt)-(\d{8}|epoch-\d{4,})\.safetensors"
 LEFT_BY_A_KILL = r"\.tmp-.+|\.tmp[A-Za-z0-9]{6}"
 
 
+def _time_of(file: Path) -> float:
+    return file.stat().st_mtime
+
+
+def sound_lines(content: bytes) -> tuple[list[tuple[int, str]], list[bytes]]:
+    """Return a log's lines with their steps, and the damaged ones: cut off, or not a log's."""
+    sound: list[tuple[int, str]] = []
+    damaged: list[bytes] = []
+    for line in content.split(b"\n"):
+        if not line:
+            continue
+        try:
+            text = line.decode()
+            values = json.loads(text)
+        except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError, too
+            values = None
+        step = values.get("step") if isinstance(values, dict) else None
+        if type(step) is int and step >= 0:
+            sound.append((step, text))
+        else:
+            damaged.append(line)
+    return sound, damaged
+
+
 class Run:
     """A run: its config, processes, images and folder. Nothing is written before `open`.
 
     Raises ValueError where the folder is taken or the run in it cannot go on so.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, dataset: ImageDataset) -> None:
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        dataset: ImageDataset,
+        lock: FolderLock | None = None,
+    ) -> None:
         self.accelerator = accelerator
         self.dataset = dataset
         self.agreement = Agreement()
+        self.lock = lock or FolderLock()
         self.folder = self._choose_folder(config)
         self.config_file = self.folder / "config.yaml"
         self.log_file = self.folder / "log.jsonl"
         self.checkpoint = self.folder / "ckpt.safetensors"
         self.state_file = self.folder / "state.safetensors"
+        if (config.run.resume or config.run.overwrite) and self.folder.is_dir():
+            self._own_folder()  # before the state is read, which a live run would still change
         self.to_delete = self._files_of_another_run(config)
         self.fingerprint = dataset.fingerprint()
         self.is_resumed = config.run.resume and self.state_file.exists()
+        if config.run.resume and not self.is_resumed:
+            self._require_nothing_saved()
         self.saved = SavedRun.read(self.state_file) if self.is_resumed else SavedRun()
         self.agreement.require_same(self.saved.step, f"state in {self.folder}")
         self.agreement.require_same(self.fingerprint, f"images in {config.data.data}")
@@ -220,10 +291,11 @@ class Run:
         self.saved_at = time.monotonic()
 
     @classmethod
-    def prepare(cls, config: Config) -> "Run":
+    def prepare(cls, config: Config, lock: FolderLock | None = None) -> "Run":
         """Open processes, images and the run's folder, and finish the config by them.
 
-        Raises ValueError for settings that make no sense; nothing is written then.
+        The folder is the run's own until the `lock` is let go. Raises ValueError for settings that
+        make no sense, and for the folder of a live run; nothing is written then.
         """
         check_values(config)
         accelerator = make_accelerator(choose_precision(config), config.run.log_with)
@@ -239,9 +311,27 @@ class Run:
         config = finish(config, dataset, survey, accelerator.mixed_precision)
         dataset.seed = config.run.seed
         dataset.levels = config.data.levels
-        return cls(config, accelerator, dataset.as_canvases(config.data.canvas_size))
+        dataset = dataset.as_canvases(config.data.canvas_size)
+        return cls(config, accelerator, dataset, lock)
 
     # ------------------------------------------------ before the first step
+
+    def _own_folder(self) -> None:
+        """Lock the folder. A collective. Raises ValueError in all processes where that fails."""
+        error, why_not = "", ""
+        if self.accelerator.is_main_process:
+            try:
+                why_not = self.lock.take(self.folder)
+            except ValueError as held:
+                error = str(held)
+            except OSError as failure:
+                error = f"cannot write to {self.folder}: {failure.strerror}"
+        error = self.agreement.gather(error)[0]
+        if error:
+            raise ValueError(error)
+        if why_not:
+            text = f"warning: {self.folder} is not locked, {why_not}: start no second run in it"
+            self.accelerator.print(text)
 
     def _choose_folder(self, config: Config) -> Path:
         name = f"{Path(config.data.data).name}-{config.model.arch}"
@@ -261,6 +351,36 @@ class Run:
             wanted = "--resume, --overwrite or another --output-dir"
             raise ValueError(f"{self.folder} already holds a run ({taken[0].name}): need {wanted}")
         return []
+
+    def _require_nothing_saved(self) -> None:
+        """Raise ValueError where a run without state has made steps: it would begin anew."""
+        older = self._files(r"state-\d{8}\.safetensors|state\.safetensors\.old")
+        older.sort(key=_time_of)
+        has_saved = self.checkpoint.exists() or self._files(NUMBERED_FILE)
+        if not has_saved and self._last_logged_step() <= self._save_every():
+            return  # it was killed before its first save
+        text = f"{self.state_file} is missing, and {self.folder} has a run that made steps"
+        if older:
+            rename = shlex.join(["mv", str(older[-1]), str(self.state_file)])
+            raise ValueError(f"{text}; to go back to its newest state: {rename}")
+        text = f"{text}: no state is left to resume"
+        if self.checkpoint.exists():
+            teacher = shlex.quote(str(self.checkpoint))
+            raise ValueError(f"{text}; need --init-from {teacher} and another --output-dir")
+        raise ValueError(f"{text}; need --overwrite to begin anew")
+
+    def _last_logged_step(self) -> int:
+        if not self.log_file.exists():
+            return 0
+        lines, _ = sound_lines(self.log_file.read_bytes())
+        return max((step for step, _ in lines), default=0)
+
+    def _save_every(self) -> int:
+        """Return the steps between the saves of the run in the folder, by its config.yaml."""
+        try:
+            return int(yaml.safe_load(self.config_file.read_text())["run"]["save_every"])
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            return 0
 
     def _files(self, pattern: str) -> list[Path]:
         if not self.folder.is_dir():
@@ -304,7 +424,12 @@ class Run:
         """Restore what the run saved, where it goes on."""
         if self.is_resumed:
             tensors, _ = load_tensors(self.state_file)
-            state.load(tensors)
+            try:
+                state.load(tensors)
+            except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                text = f"{self.state_file} is damaged, or another network's: {reason}"
+                raise ValueError(f"{text}{what_is_left(self.state_file)}") from error
 
     def open(self) -> None:
         """Create the folder and its trackers; the log's lines after the saved step are cut.
@@ -314,35 +439,48 @@ class Run:
         error = ""
         if self.accelerator.is_main_process:
             try:
-                self._create_folder()
+                is_expected = self.config.run.output_dir is not None
+                self.folder.mkdir(parents=True, exist_ok=is_expected)
             except OSError as failure:
+                error = f"cannot write to {self.folder}: {failure}"
+        error = self.agreement.gather(error)[0]
+        if error:
+            raise ValueError(error)
+        self._own_folder()
+        if self.accelerator.is_main_process:
+            try:
+                # anew: another run may have come and gone since the first look
+                self.to_delete = self._files_of_another_run(self.config)
+                self._write_first_files()
+            except OSError as failure:
+                error = f"cannot write to {self.folder}: {failure}"
+            except ValueError as failure:
                 error = str(failure)
         error = self.agreement.gather(error)[0]
         if error:
-            raise ValueError(f"cannot write to {self.folder}: {error}")
+            raise ValueError(error)
         if self.config.run.log_with:
             self.accelerator.project_configuration.logging_dir = str(self.folder)
             self.accelerator.init_trackers("dino")
 
-    def _create_folder(self) -> None:
-        is_expected = self.config.run.output_dir is not None
-        self.folder.mkdir(parents=True, exist_ok=is_expected)
+    def _write_first_files(self) -> None:
         for file in self.to_delete + self._files(LEFT_BY_A_KILL):
             file.unlink()
         write_whole(self.config_file, yaml.safe_dump(as_plain_data(self.config), sort_keys=False))
-        write_whole(self.log_file, "".join(f"{line}\n" for line in self._lines_to_keep()))
+        write_whole(self.log_file, self._log_until_now())
 
-    def _lines_to_keep(self) -> Iterator[str]:
-        """Yield the log's lines up to the saved step."""
+    def _log_until_now(self) -> str:
+        """Return the log's lines up to the saved step; damaged ones are kept aside, and said."""
         if not self.steps_before or not self.log_file.exists():
-            return
-        for line in self.log_file.read_text().splitlines():
-            try:
-                step = json.loads(line)["step"]
-            except ValueError:  # a line that a kill cut off
-                return
-            if step <= self.steps_before:
-                yield line
+            return ""
+        sound, damaged = sound_lines(self.log_file.read_bytes())
+        if damaged:
+            aside = self.log_file.with_name(f"{self.log_file.name}.damaged")
+            with open(aside, "ab") as file:
+                file.write(b"".join(line + b"\n" for line in damaged))
+            text = f"damaged lines of {self.log_file.name}: {len(damaged)}, now in {aside}"
+            self.accelerator.print(f"warning: {text}")
+        return "".join(f"{line}\n" for step, line in sound if step <= self.steps_before)
 
     def append_to_log(self, line: str) -> None:
         with open(self.log_file, "a") as file:
@@ -475,14 +613,19 @@ class Run:
             for name, tensor in tensors.items()
             if name.startswith(prefix)
         }
-        save_checkpoint(self.checkpoint, teacher, metadata, teacher_tensors)
         more = {
             "world": self.accelerator.num_processes,
             "fingerprint": self.fingerprint,
             "unreadable": sorted(self.unreadable),
             "collapse": collapse,
         }
-        self._write_state(tensors, {"metadata": json.dumps(metadata | more)}, step)
+        texts = {"metadata": json.dumps(metadata | more)}
+        if not self.state_file.exists():
+            # A run's first state is written before its first teacher, too: wherever a kill falls,
+            # a teacher without a state is then one whose state was lost.
+            save_tensors(self.state_file, tensors, texts)
+        save_checkpoint(self.checkpoint, teacher, metadata, teacher_tensors)
+        self._write_state(tensors, texts, step)
 
     def _write_state(self, tensors: dict[str, Tensor], texts: dict[str, str], step: int) -> None:
         """Write state.safetensors last: a run killed before goes on from the state before."""
@@ -499,10 +642,15 @@ class Run:
         for stem in (self.state_file.stem, self.checkpoint.stem):
             numbered = self._files(rf"{stem}-\d{{8}}\.safetensors")
             # by time, since a run that went back to an older state has later steps that are older
-            numbered.sort(key=lambda file: file.stat().st_mtime)
+            numbered.sort(key=_time_of)
             for file in numbered[: -self.config.run.keep_last]:
                 file.unlink()
         copy_whole(numbered_state, self.state_file)
+
+    def lacks_teacher(self) -> bool:
+        """Tell whether the run has its state alone: a kill came between, or the file is gone."""
+        is_lacking = self.is_resumed and not self.checkpoint.exists()
+        return bool(self.agreement.largest(is_lacking)[0])
 
     def kept(self) -> str:
         """Return what the run still has when it fails, in words."""

@@ -56,6 +56,11 @@ class WeightsFile(NamedTuple):
         """Tell whether models.save_checkpoint wrote it."""
         return "model_config" in self.texts
 
+    @property
+    def is_state(self) -> bool:
+        """Tell whether a run wrote it, to go on from: with student and teacher."""
+        return "metadata" in self.texts and not self.is_checkpoint
+
 
 class Weights(NamedTuple):
     """A network's tensors by our names; no head is {}."""
@@ -64,12 +69,19 @@ class Weights(NamedTuple):
     head: Tensors
 
 
-def as_file(source: str | Path) -> Path | None:
+def as_file(source: str | Path, role: Role = "teacher") -> Path | None:
     """Return the file that `source` names, or None for a network's name.
 
-    Raises FileNotFoundError where it looks like a file and there is none.
+    Of a run's folder it is the teacher's checkpoint; the state where that is missing, or the
+    student is wanted. Raises FileNotFoundError where it looks like a file and there is none.
     """
     path = Path(source)
+    in_folder = [path / "ckpt.safetensors", path / "state.safetensors"]
+    if role == "student":
+        in_folder.reverse()
+    for file in in_folder:
+        if file.is_file():
+            return file
     if path.is_file():
         return path
     if path.suffix in SUFFIXES or len(path.parts) > 1:
@@ -111,7 +123,7 @@ def _unpickle(path: Path) -> dict:
 
 def read_weights(path: str | Path, role: Role = "teacher") -> Weights:
     """Read a network's backbone and projection head from a file. Errors as weights_of's."""
-    return weights_of(read_file(path), role)
+    return weights_of(read_file(as_file(path, role) or path), role)
 
 
 def weights_of(file: WeightsFile, role: Role) -> Weights:
@@ -152,6 +164,12 @@ def _tensors_of(file: WeightsFile, role: Role) -> Tensors:
     if others or not tensors:
         held = ", ".join(others[:10]) or "nothing"
         raise ValueError(f"{file.path} is no state dict: need tensors alone, it holds {held}")
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() and not key.endswith(UNREAD):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{file.path}: need floating-point weights, got {key} of {kind}")
+        if tensor.ndim == 0 and key.endswith(("last_layer.weight", "last_layer.weight_v")):
+            raise ValueError(f"{file.path}: need a matrix {key}, got a number")
     return tensors
 
 
@@ -169,9 +187,12 @@ def networks_in(file: WeightsFile) -> dict[str, Tensors]:
 
 def _has_weight_norm(file: WeightsFile) -> bool:
     """Tell whether the last layer in a run's file is weight-normalised, by the run's settings."""
-    settings = json.loads(file.texts.get("metadata", "{}")).get("config", {}).get("model", {})
-    settings |= json.loads(file.texts.get("model_config", "{}")) or {}
-    return settings.get("use_weight_norm", True)
+    try:
+        settings = json.loads(file.texts.get("metadata", "{}")).get("config", {}).get("model", {})
+        settings |= json.loads(file.texts.get("model_config", "{}")) or {}
+        return bool(settings.get("use_weight_norm", True))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"the metadata of {file.path} is damaged: {error}") from error
 
 
 # ---------------------------------------------------------------- match
@@ -180,7 +201,7 @@ def _has_weight_norm(file: WeightsFile) -> bool:
 def sizes_of(backbone: Tensors) -> dict[str, int]:
     """Return a ViT's patch_size and image_size in pixels, told by its tensors; {} for others."""
     embed, positions = backbone.get("patch_embed.proj.weight"), backbone.get("pos_embed")
-    if embed is None or positions is None:
+    if embed is None or positions is None or embed.ndim != 4 or positions.ndim != 3:
         return {}
     patch_size = embed.shape[-1]
     return {"patch_size": patch_size, "image_size": patch_size * math.isqrt(positions.shape[1] - 1)}
@@ -217,7 +238,7 @@ def load_weights(model: DinoModel, source: str | Path, role: Role = "teacher") -
     embeddings of another image size are resampled. Raises ValueError with the keys that do not fit,
     OSError for a name whose published weights cannot be loaded.
     """
-    path = as_file(source)
+    path = as_file(source, role)
     if path is not None:
         return load_parts(model, read_weights(path, role), source)
     published = get_backbone(str(source), pretrained=True).state_dict()
@@ -252,6 +273,8 @@ def _resample_positions(tensors: Tensors, net: nn.Module) -> list[str]:
     """Fit position embeddings to the network's image size, in place; return a line that says so."""
     positions = tensors.get("backbone.pos_embed")
     if positions is None or not isinstance(net, VisionTransformer) or net.pos_embed is None:
+        return []
+    if positions.ndim != 3:  # which loading refuses, by its shape
         return []
     num_prefix = 0 if net.no_embed_class else net.num_prefix_tokens
     num_patches, grid = positions.shape[1] - num_prefix, net.patch_embed.grid_size

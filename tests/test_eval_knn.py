@@ -38,11 +38,26 @@ def test_equals_brute_force(num_classes: int) -> None:
                 votes[labels[i].item()] += math.exp(similarity[i] / 0.3)
             ranked = [label for label, _ in votes.most_common(5)]
             hits[0] += ranked[0] == target
-            # classes without a vote fill up the five where there are no more than five
-            hits[1] += target in ranked or (num_classes <= 5)
+            hits[1] += target in ranked
         assert top1 == pytest.approx(100 * hits[0] / 33)
-        if k > 20 or num_classes <= 5:
-            assert top5 == pytest.approx(100 * hits[1] / 33)
+        assert top5 == pytest.approx(100 * hits[1] / 33)
+
+
+def test_top5_counts_classes_that_have_a_vote_alone() -> None:
+    """One image a class, k 1: the one vote decides both; and classes nobody votes for count 0."""
+    features, labels = torch.eye(10), torch.arange(10)
+    queries = features[[0, *range(9)]]  # the first is right, the others are one class off
+    assert knn_accuracy(features, labels, queries, labels, ks=(1,)) == {1: (10.0, 10.0)}
+    others = torch.arange(60) + 10
+    accuracies = knn_accuracy(features, labels, torch.randn(60, 10), others, ks=(1, 10))
+    assert accuracies == {1: (0.0, 0.0), 10: (0.0, 0.0)}
+
+
+def test_top5_of_fewer_than_six_classes_is_not_printed(tiny_run: Path, script) -> None:
+    result = script("eval_knn", tiny_run / "ckpt.safetensors")
+    assert result.returncode == 0, result.stderr
+    assert "top-1 %" in result.stdout
+    assert "top-5 %" not in result.stdout
 
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,13 +146,27 @@ def test_json_and_features_hold_what_the_table_shows(
 
 def test_student_is_another_network(tmp_path: Path, tiny_run: Path, script) -> None:
     features = []
-    for network, flag in (("teacher", []), ("student", ["--student"])):
+    for network, flag in (("teacher", []), ("student", ["--network", "student"])):
         out = tmp_path / f"{network}.safetensors"
         result = script("eval_knn", tiny_run / "ckpt.safetensors", "--features-out", out, *flag)
         assert result.returncode == 0, result.stderr
         assert network in result.stdout
         features.append(load_file(out)["test_features"])
     assert not torch.equal(*features)
+
+
+def test_folder_checkpoint_and_state_are_one_run(tmp_path: Path, tiny_run: Path, script) -> None:
+    sources = [tiny_run, tiny_run / "ckpt.safetensors", tiny_run / "state.safetensors"]
+    for network in ("teacher", "student"):
+        features = []
+        for source in sources:
+            out = tmp_path / "features.safetensors"
+            flags = ("--network", network, "--features-out", out, "--ks", 5)
+            result = script("eval_knn", source, *flags)
+            assert result.returncode == 0, result.stderr
+            assert f"{network} at step 20" in result.stdout
+            features.append(load_file(out)["test_features"])
+        assert all(torch.equal(features[0], others) for others in features)
 
 
 @pytest.mark.parametrize("name", ["eval_knn", "eval_linear"])

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+import eval_linear
 from data import PATTERNS, StepSampler, build_dataset, held_out
 from eval_linear import (
     LinearConfig,
@@ -178,3 +179,29 @@ def test_augmented_probe_counts_what_it_could_not_read(
     result = script("eval_linear", tiny_run / "ckpt.safetensors", *flags)
     assert result.returncode == 0, result.stderr
     assert "2 images cannot be decoded: others took their place" in result.stdout
+
+
+def test_confusion_of_many_classes_is_its_pairs_above_0() -> None:
+    features, labels = torch.randn(300, 8), torch.arange(300) % 150
+    probes = eval_linear.Probes(features, 150, torch.tensor([0.1]), seed=0)
+    sparse = eval_linear.confusion_matrix(probes, features, labels, 0)
+    guesses = probes.logits(features)[0].argmax(dim=-1)
+    dense = torch.zeros(150, 150, dtype=torch.int64)
+    for label, guess in zip(labels.tolist(), guesses.tolist(), strict=True):
+        dense[label, guess] += 1
+    assert torch.equal(sparse.to_dense(), dense)
+    found, expected = (eval_linear.by_class(matrix, None) for matrix in (sparse, dense))
+    assert found["per_class_top1"] == expected["per_class_top1"]
+    rebuilt = torch.zeros_like(dense)
+    for true, said, count in found["confusion_pairs"]:
+        assert count > 0
+        rebuilt[true, said] = count
+    assert torch.equal(rebuilt, dense)
+
+
+def test_confusion_is_built_for_json_alone(
+    tiny_run: Path, script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(eval_linear, "confusion_matrix")
+    result = script("eval_linear", tiny_run, "--epochs", 1)
+    assert result.returncode == 0, result.stderr

@@ -23,7 +23,7 @@ UNIFORM = """
     --teacher-temp 5 --warmup-teacher-temp 5 --teacher-momentum 0.5 --student-temp 1
 """.split()
 ONE_HOT = """
-    --teacher-temp 0.002 --warmup-teacher-temp 0.002 --center-momentum 1
+    --teacher-temp 0.002 --warmup-teacher-temp 0.002 --center-momentum 0.999999
     --teacher-momentum 0.5
 """.split()
 MORE = """

@@ -465,3 +465,36 @@ def test_export_refuses_a_wrong_place(tmp_path: Path, script: Callable) -> None:
     assert script("export", tmp_path / "b.pth", tmp_path / "a.safetensors").stderr == (
         f"error: no such checkpoint: {tmp_path / 'b.pth'}\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("pos_embed", torch.tensor(1.0), "is of no known architecture"),
+        ("patch_embed.proj.weight", torch.ones(3), "is of no known architecture"),
+        ("cls_token", torch.ones(1, 1, 192, dtype=torch.int8), "got cls_token of int8"),
+        ("blocks.0.norm1.weight", torch.tensor(1.0), "is of no known architecture"),
+    ],
+)
+def test_tensors_of_odd_kinds_are_one_line(
+    key: str, value: Tensor, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(build(VIT).backbone.state_dict() | {key: value}, path)
+    for use in (open_network, partial(load_weights, build(VIT))):
+        with pytest.raises(ValueError) as raised:
+            use(path)
+        assert str(path) in str(raised.value)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match=said):
+        open_network(path)
+
+
+@pytest.mark.parametrize("value", [1e38, float("inf"), float("nan")])
+def test_absurd_weights_are_named_on_opening(value: float, tmp_path: Path) -> None:
+    path, model = tmp_path / "ckpt.safetensors", build(SMALL)
+    with torch.no_grad():
+        model.backbone.conv1.weight[0, 0, 0, 0] = value
+    save_checkpoint(path, model, {})
+    with pytest.raises(ValueError, match=r"is damaged: backbone.conv1.weight holds"):
+        open_network(path)

@@ -1,0 +1,204 @@
+"""Signals, terminals and workers that fail: what stands around every main."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, read_log, stop_at
+from torch.utils.data import DataLoader, Dataset
+
+from harness import command
+from harness.command import WorkerError, iterate, run_command, stop_requests
+from models import load_checkpoint, replace_file
+
+
+def start(args: list, **options: object) -> subprocess.Popen:
+    words = [sys.executable, str(ROOT / "dino_train.py"), *map(str, args)]
+    return subprocess.Popen(words, text=True, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize("stdout", ["/dev/full", "closed pipe", "closed"])
+def test_run_outlives_its_output(stdout: str, tmp_path: Path, tiny_flags: list[str]) -> None:
+    folder = tmp_path / "run"
+    args = [*tiny_flags, "--epochs", 1, "--output-dir", folder]
+    if stdout == "/dev/full":
+        with open(stdout, "w") as full:
+            process = start(args, stdout=full)
+    elif stdout == "closed pipe":
+        process = start(args, stdout=subprocess.PIPE)
+        process.stdout.close()
+    else:
+        process = start(args, preexec_fn=lambda: os.close(1))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert "Exception" not in err
+    assert err.count("cannot print") == (stdout == "/dev/full")
+    assert load_checkpoint(folder / "ckpt.safetensors")[1]["step"] == 10
+    assert read_log(folder)[-1]["step"] == 10
+
+
+def test_names_that_are_no_utf8_are_printed(capsys: pytest.CaptureFixture) -> None:
+    run_command(lambda: print("a\udcff"))
+    assert capsys.readouterr().out in ("a\\udcff\n", "a\udcff\n")
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGXCPU", "SIGUSR2"])
+def test_signal_saves_and_stops(
+    name: str, tmp_path: Path, tiny_flags: list[str], script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = getattr(signal, name)
+    stop_at(monkeypatch, 3, number)
+    folder = tmp_path / "run"
+    result = script("dino_train", *tiny_flags, "--knn-every", 0, "--output-dir", folder)
+    assert result.returncode == 128 + number, result.stderr
+    assert "stopped after step 3 of 20" in result.stdout
+    assert load_checkpoint(folder / "ckpt.safetensors")[1]["step"] == 3
+
+
+def test_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as received:
+            signal.raise_signal(signal.SIGHUP)
+        assert received == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+STALL = """
+import sys, time
+import torch
+from torch.utils.data import DataLoader, Dataset
+from harness.command import iterate, stop_requests
+
+class Stalled(Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        time.sleep(1000)
+
+with stop_requests(float(sys.argv[1]), lambda: "ckpt is kept") as received:
+    batches = iterate(DataLoader(Stalled(), num_workers=2))
+    print("stalled", flush=True)
+    next(batches)
+"""
+
+
+def stalled(minutes: float) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", STALL, str(minutes)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == "stalled\n"
+    time.sleep(0.3)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_a_stalled_run_and_its_workers(number: int) -> None:
+    process = stalled(0)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.send_signal(number)
+    time.sleep(command.PASSED_ON + 0.2)
+    assert process.poll() is None
+    process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 128 + number
+    name = signal.Signals(number).name
+    assert err == f"error: stopped at once, by a second {name}; ckpt is kept\n"
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_signal_that_a_launcher_passes_on_is_no_second_one() -> None:
+    process = stalled(0)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def test_stalled_run_ends_after_so_many_minutes() -> None:
+    process = stalled(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err == "error: the step did not end within 0.02 min of SIGTERM; ckpt is kept\n"
+
+
+class Failing(Dataset):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("no such thing"), "RuntimeError: RuntimeError: no such thing (with --num"),
+        (OSError(errno.ENOSPC, "No space left on device"), "--shm-size"),
+        (RuntimeError("unable to write to file </torch_1>: shared memory"), "--shm-size"),
+    ],
+)
+def test_workers_own_error_is_told_with_its_last_line(error: Exception, said: str) -> None:
+    batches = iterate(DataLoader(Failing(error), num_workers=1))
+    with pytest.raises(WorkerError, match="a process that decodes images failed") as raised:
+        next(batches)
+    assert said in str(raised.value)
+    assert "out of memory" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_full_shared_memory_is_named(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        text = "DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that "
+        raise RuntimeError(text + "dataloader's workers are out of shared memory.")
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == 1
+    assert "--shm-size 8g; or --num-workers 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.EPERM])
+def test_file_system_that_renames_to_free_names_alone(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "file").write_text("old")
+    replace_file(tmp_path / "new", tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "new"
+
+
+def test_names_reach_the_terminal_as_text(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise ValueError("no such folder: a[/b]{c}\x1b[2J\udcff")
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert capsys.readouterr().err == "error: no such folder: a[/b]{c}\\x1b[2J\\udcff\n"

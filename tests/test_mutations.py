@@ -1,0 +1,162 @@
+"""Files with bits flipped, ends cut off, parts swapped and values of the wrong type."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script
+from safetensors.torch import load_file, safe_open, save_file
+
+from dino_train import train
+from harness.evaluation import open_network
+from harness.flags import parse_config
+from models import load_tensors, save_tensors
+
+
+def flip(content: bytes, draws: random.Random) -> bytes:
+    changed = bytearray(content)
+    changed[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
+    return bytes(changed)
+
+
+def cut(content: bytes, draws: random.Random) -> bytes:
+    return content[: draws.randrange(len(content))]
+
+
+def swap(content: bytes, draws: random.Random) -> bytes:
+    """Let two stretches of 16 bytes change places."""
+    one, other = sorted(draws.randrange(len(content) - 16) for _ in range(2))
+    changed = bytearray(content)
+    changed[one : one + 16], changed[other : other + 16] = (
+        content[other : other + 16],
+        content[one : one + 16],
+    )
+    return bytes(changed[: len(content)])
+
+
+MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "flip": flip,
+    "cut": cut,
+    "swap": swap,
+}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("kind", MUTATIONS)
+@pytest.mark.parametrize("name", ["ckpt", "state"])
+def test_damaged_tensors_are_one_line_or_what_was_saved(
+    name: str, kind: str, tiny_run: Path, tmp_path: Path
+) -> None:
+    file = tiny_run / f"{name}.safetensors"
+    content, expected = file.read_bytes(), load_tensors(file)
+    damaged, draws = tmp_path / file.name, random.Random(0)
+    num_refused = 0
+    for number in range(60):
+        # every second one within the header, which is a small part of the file
+        start = content[:3000] if number % 2 else content
+        damaged.write_bytes(MUTATIONS[kind](start, draws) + content[len(start) :])
+        try:
+            tensors, texts = load_tensors(damaged)
+        except ValueError as error:
+            assert str(damaged) in str(error)
+            assert "\n" not in str(error)
+            num_refused += 1
+        else:
+            assert same(tensors, expected[0])
+            assert texts == expected[1]
+    assert num_refused >= 50
+
+
+def test_flipped_bit_names_the_file_and_the_copy_to_go_back_to(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.safetensors"
+    save_tensors(path, {"a": torch.arange(4.0)}, {"metadata": "{}"})
+    (tmp_path / "ckpt-00000007.safetensors").write_bytes(path.read_bytes())
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: tensors_crc32 is ") as raised:
+        load_tensors(path)
+    assert str(raised.value).startswith(str(path))
+    assert str(raised.value).endswith(f"; to go back to: {tmp_path}/ckpt-00000007.safetensors")
+
+
+def test_changed_metadata_is_seen_without_reading_the_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    save_tensors(path, {"a": torch.arange(4.0)}, {"metadata": '{"step": 20}'})
+    path.write_bytes(path.read_bytes().replace(b": 20", b": 21"))
+    with pytest.raises(ValueError, match="texts_crc32"):
+        load_tensors(path, only_metadata=True)
+
+
+def test_every_type_has_a_checksum_and_other_writers_files_load(tmp_path: Path) -> None:
+    tensors = {
+        "scalar": torch.tensor(3),
+        "empty": torch.zeros(0, 4),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "bool": torch.tensor([True, False]),
+        "transposed": torch.arange(6).view(2, 3).t(),
+    }
+    save_tensors(tmp_path / "own.safetensors", tensors, {"a": "b"})
+    loaded, texts = load_tensors(tmp_path / "own.safetensors")
+    assert same(loaded, tensors)
+    assert texts == {"a": "b"}
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, tmp_path / "other.safetensors")
+    assert same(load_tensors(tmp_path / "other.safetensors")[0], tensors)
+
+
+WRONG = [3, "text", None, [], {}, -1, 0, True, 1e300]
+
+
+@pytest.mark.parametrize("name", ["ckpt", "state"])
+def test_metadata_of_the_wrong_type_is_one_line(name: str, tiny_run: Path, tmp_path: Path) -> None:
+    """Rewritten by another program, with no checksum."""
+    file = tiny_run / f"{name}.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        texts = opened.metadata()
+    texts = {key: text for key, text in texts.items() if not key.endswith("crc32")}
+    draws, run = random.Random(0), tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_bytes((tiny_run / "config.yaml").read_bytes())
+    for _ in range(40):
+        key = draws.choice([*texts])
+        changed = json.loads(texts[key])
+        place, names = changed, []
+        while isinstance(place, dict) and place:
+            names.append(draws.choice([*place]))
+            inner = place[names[-1]]
+            if not isinstance(inner, dict) or draws.random() < 0.2:
+                break
+            place = inner
+        place[names[-1]] = draws.choice(WRONG)
+        save_file(tensors, run / file.name, metadata=texts | {key: json.dumps(changed)})
+        try:
+            if name == "ckpt":
+                network = open_network(run / file.name)
+                assert network.crops
+                assert network.canvas_size > 0
+            else:
+                train(parse_config(["--resume", str(run)]))
+        except (ValueError, OSError) as error:
+            assert str(error).splitlines(), names
+
+
+def test_damaged_state_is_one_line_and_ends_with_code_2(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for path in tiny_run.iterdir():
+        (run / path.name).write_bytes(path.read_bytes())
+    content = bytearray((run / "state.safetensors").read_bytes())
+    content[-5] ^= 4
+    (run / "state.safetensors").write_bytes(content)
+    result = run_script("dino_train", "--resume", run, "--epochs", 3)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert f"{run}/state.safetensors is damaged" in result.stderr
