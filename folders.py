@@ -150,10 +150,15 @@ class _Walk:
             if is_hidden(entry.name):
                 continue
             name = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(name)
-            else:
-                self._note_file(name, entry)
+            try:
+                if not entry.is_dir():
+                    self._note_file(name, entry)
+                elif entry.is_symlink():
+                    links.append(name)
+                else:
+                    folders.append(name)
+            except OSError:  # a link to what may not be looked at
+                self.closed.append(name)
         return folders, links
 
     def _note_file(self, name: str, entry: os.DirEntry) -> None:

@@ -15,12 +15,14 @@ import errno
 import json
 import math
 import os
+import socket
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import huggingface_hub
 import timm
 import torch
 import torchvision
@@ -104,6 +106,16 @@ def _build_resnet(name: str, pretrained: bool, image_size: int | None) -> nn.Mod
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
     return net
+
+
+def _fail_soon_offline() -> None:
+    """Let timm's hub fail at once where it cannot be reached: else it retries for over a minute."""
+    if any(name.lower() in ("https_proxy", "all_proxy", "hf_endpoint") for name in os.environ):
+        return  # the way to it is another
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # what was downloaded before is found
 
 
 def _create_timm(name: str, pretrained: bool, options: dict[str, object]) -> nn.Module | None:
@@ -215,6 +227,8 @@ def get_backbone(
     if is_resnet and (drop_path_rate or patch_size):
         given = f"drop_path_rate={drop_path_rate}" if drop_path_rate else f"patch_size={patch_size}"
         raise ValueError(f"{name} has neither drop path nor patches, got {given}")
+    if pretrained and not is_resnet:
+        _fail_soon_offline()
     try:
         if is_resnet:
             net = _build_resnet(name, pretrained, image_size)

@@ -289,7 +289,8 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, precision: str
     They follow from the images, of which `survey` tells what they are like, the architecture and
     the machine. Raises ValueError for sizes that do not fit each other.
     """
-    model, crops = _fit_sizes(config.model, config.crops, survey.short)
+    batch_size = config.optim.batch_size
+    model, crops = _fit_sizes(config.model, config.crops, survey.short, batch_size)
     size = crops.global_crop_size
     data = config.data
     eval_resize = data.eval_resize
@@ -331,7 +332,7 @@ def _canvas_for(longer_side: int) -> int:
 
 
 def _fit_sizes(
-    model: ModelConfig, crops: CropConfig, image_size: int
+    model: ModelConfig, crops: CropConfig, image_size: int, batch_size: int
 ) -> tuple[ModelConfig, CropConfig]:
     """Fill in crop sizes and image size; ValueError where the network does not take its crops."""
     with torch.device("meta"):  # shapes alone: neither memory nor time
@@ -341,18 +342,22 @@ def _fit_sizes(
             model = replace(model, image_size=crops.global_crop_size)
         backbone = get_backbone(
             model.arch, patch_size=model.patch_size, image_size=model.image_size
-        ).eval()
-        for crop_size in (crops.global_crop_size, crops.local_crop_size):
-            _require_that_it_takes(backbone, crop_size, model.arch)
+        ).train()  # in which BatchNorm refuses what it cannot normalise
+        views = {crops.global_crop_size: 2, crops.local_crop_size: crops.num_local_crops}
+        for crop_size, num_views in views.items():
+            if num_views:
+                _require_that_it_takes(backbone, crop_size, num_views * batch_size, model.arch)
     return model, crops
 
 
-def _require_that_it_takes(backbone: nn.Module, crop_size: int, arch: str) -> None:
+def _require_that_it_takes(backbone: nn.Module, crop_size: int, num: int, arch: str) -> None:
+    """Raise ValueError where a network does not take so many crops of a size in a batch."""
     try:
-        backbone(torch.empty(1, 3, crop_size, crop_size))
+        backbone(torch.empty(num, 3, crop_size, crop_size))
     except Exception as error:  # a network can raise anything for a size that it was not made for
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{arch} does not take crops of {crop_size} px: {reason}") from error
+        given = f"crops of {crop_size} px, {num} in a batch"
+        raise ValueError(f"{arch} does not take {given}: {reason}") from error
 
 
 def fit_batch(config: Config, num_images: int, world: int) -> Config:

@@ -499,6 +499,10 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture, monkeypatch) ->
         (["--brightness", "3"], "need --brightness >= 0 and <= 1, got 3"),
         (["--seed", str(1 << 64)], "need --seed >= 0 and <= "),
         (["--arch", "mixer_s16_224"], "mixer_s16_224 does not take crops of 16 px"),
+        (
+            ["--batch-size", "1", "--local-crop-size", "8"],
+            "does not take crops of 8 px, 1 in a batch",
+        ),
         (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a GPU"),
         (["--output-dir", "u.yaml"], "need a folder for --output-dir, got the file u.yaml"),
         (["--projection-output-dim", "0"], "need --projection-output-dim > 1, got 0"),
