@@ -685,7 +685,8 @@ def test_log_cut_off_by_a_kill_does_not_hinder_resuming(tmp_path: Path, tiny) ->
 def test_train_folder_with_classes_and_flat_val_trains_without_knn(
     tmp_path: Path, tiny_flags: list[str], script
 ) -> None:
-    write_images(tmp_path / "set" / "train" / "a", 16)
+    write_images(tmp_path / "set" / "train" / "a", 8)
+    write_images(tmp_path / "set" / "train" / "b", 8)
     write_images(tmp_path / "set" / "val", 4)
     flags = ("--data", tmp_path / "set", "--output-dir", tmp_path / "[odd] name")
     result = script("dino_train", *tiny_flags, *flags)
