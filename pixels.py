@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as TF
 
 Levels = tuple[float, float]  # the values that become black and white
 
-MAX_PIXELS = 64_000_000  # 0.6 GB while it is decoded; a JPEG is decoded at a part of its size
+MAX_PIXELS = 64_000_000  # 0.9 GiB while it is decoded; a JPEG is decoded at a part of its size
 # Formats of Pillow's that run another program, or that it knows but cannot decode
 NOT_DECODED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF", "PDF"}
 JPEGS = ("JPEG", "MPO")  # MPO: a JPEG with more of them behind it, as phones write
@@ -167,8 +167,8 @@ def read_pixels(image: object, levels: Levels | None = None, at_least: int = 0) 
     """Return what `decode` does, with the true size.
 
     A JPEG is decoded at a quarter or an eighth of its size where both its sides are still twice
-    `at_least` (0: always whole): what is resized to that differs by 0.3 of 255, and takes half the
-    time of a photograph of 12 megapixels.
+    `at_least` (0: always whole): what is resized to that differs by 0.3 of 255 on average. For a
+    canvas of 512 px, 177 megapixels take 0.24 s and 0.06 GiB on a core of an AMD EPYC.
     """
     if isinstance(image, tuple):
         image = image[0]
