@@ -306,7 +306,10 @@ class Run:
                 val=config.data.val,
                 take_splits=config.data.splits,
             )
-        survey = dataset.survey()
+        try:
+            survey = dataset.survey()
+        except ValueError as error:
+            raise ValueError(f"no images in {config.data.data} can be read: {error}") from error
         dataset.notes += survey.notes()
         config = finish(config, dataset, survey, accelerator.mixed_precision)
         dataset.seed = config.run.seed

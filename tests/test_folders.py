@@ -491,3 +491,16 @@ def test_pipe_as_data_is_refused(script, tmp_path: Path) -> None:
     subprocess.run(["mkfifo", tmp_path / "pipe.tar"], check=True)
     line = one_line(script("dino_train", *flags_of(tmp_path / "pipe.tar")))
     assert "no such data" in line
+
+
+def test_folder_of_unreadable_images_is_an_error_before_anything_is_written(
+    script, tmp_path: Path
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            (tmp_path / "data" / name / f"{i}.jpg").write_text("<html>404</html>")
+    flags = flags_of(tmp_path / "data", "--output-dir", tmp_path / "run")
+    line = one_line(script("dino_train", *flags))
+    assert f"no images in {tmp_path}/data can be read: none of 8 images is readable: " in line
+    assert not (tmp_path / "run").exists()
