@@ -34,6 +34,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from folders import Found, find_images, in_one_form, is_list, some_of
 from multicrop import CropConfig, MultiCrop, hash_keys, uniforms
 from pixels import (
+    ImageFacts,
     Levels,
     Pixels,
     center_crop,
@@ -233,6 +234,13 @@ class Survey(NamedTuple):
         return [f"{share} have several pages or frames: the first is taken"]
 
 
+def _levels_of(facts: Sequence[ImageFacts]) -> Levels | None:
+    """Return the levels of those images that have more than 8 bits and are finite, or None."""
+    deep = [each.values for each in facts if each.values is not None]
+    finite = [values for values in deep if np.isfinite(values).all()]
+    return measured_levels(finite) if finite else None
+
+
 class ImageDataset(Dataset):
     """Read images[i], a path, Pillow image or uint8 tensor (3, h, w), and transform it.
 
@@ -320,8 +328,9 @@ class ImageDataset(Dataset):
         read = dict(self._read(0, index) for index in self._some())
         sides = [sorted(pixels.size) for pixels in read.values()]
         short, long = np.median(sides, axis=0).astype(int).tolist()
-        num_with_frames = sum(image_facts(self.images[source]).has_frames for source in read)
-        return Survey(len(read), short, long, num_with_frames, self.measure_levels())
+        facts = [image_facts(self.images[source]) for source in read]
+        num_with_frames = sum(each.has_frames for each in facts)
+        return Survey(len(read), short, long, num_with_frames, _levels_of(facts))
 
     def _some(self) -> list[int]:
         """Return the indices of up to SURVEYED images, evenly spaced."""
@@ -329,13 +338,11 @@ class ImageDataset(Dataset):
 
     def measure_levels(self) -> Levels | None:
         """Return the 0.1 and 99.9 percentile of some images that have more than 8 bits, or None."""
-        values: list[np.ndarray] = []
+        facts: list[ImageFacts] = []
         for index in self._some():
             with contextlib.suppress(Exception):  # one that cannot be read tells nothing
-                facts = image_facts(self.images[index])
-                if facts.values is not None and np.isfinite(facts.values).all():
-                    values.append(facts.values)
-        return measured_levels(values) if values else None
+                facts.append(image_facts(self.images[index]))
+        return _levels_of(facts)
 
     def fingerprint(self) -> str:
         """Return a hash of the images' names and labels; that of a moved folder stays the same."""

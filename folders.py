@@ -19,14 +19,14 @@ import re
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from tar_shards import TarImages, scan_tars
+from tar_shards import TarImages, as_bytes, scan_tars
 
 # ---------------------------------------------------------------- names
 
@@ -212,9 +212,9 @@ def _note_of_suffixes(counts: Counter[str]) -> list[str]:
 
 # ---------------------------------------------------------------- scan
 
-FEW = (
-    5  # images, or a hundredth of all, above folders are strays; more say that these are no classes
-)
+# So many images above folders, or a hundredth of all, are strays; more of them say that the folders
+# are no classes.
+FEW = 5
 
 
 def _few(num_images: int) -> int:
@@ -239,10 +239,10 @@ def _scan(root: str, suffixes: Collection[str]) -> dict[str, np.ndarray]:
     if walk.tars:
         notes.append(f"left out, tars beside images: {some_of(sorted(walk.tars))}")
     return {
-        "names": _as_bytes(sorted(walk.images, key=in_one_form)),
-        "folders": _as_bytes(walk.folders),
-        "tars": _as_bytes([]),
-        "notes": _as_bytes(notes),
+        "names": as_bytes(sorted(walk.images, key=in_one_form)),
+        "folders": as_bytes(walk.folders),
+        "tars": as_bytes([]),
+        "notes": as_bytes(notes),
     }
 
 
@@ -254,14 +254,10 @@ def _scan_tars(
     other_suffixes = Counter(os.fsdecode(suffix) for suffix in members.pop("other_suffixes"))
     notes = notes + _note_of_suffixes(other_suffixes)
     return members | {
-        "folders": _as_bytes(folders),
-        "tars": _as_bytes(tars),
-        "notes": _as_bytes(notes),
+        "folders": as_bytes(folders),
+        "tars": as_bytes(tars),
+        "notes": as_bytes(notes),
     }
-
-
-def _as_bytes(names: Iterable[str]) -> np.ndarray:
-    return np.array([os.fsencode(name) for name in names], bytes)
 
 
 # ---------------------------------------------------------------- kept scans
@@ -361,7 +357,7 @@ def _list_source(data: Path, suffixes: Collection[str], index_folder: Path | Non
         for number, name in zip(found["tar"].tolist(), names, strict=True)
     ]
     members = {key: found[key] for key in ("names", "tar", "offsets", "sizes")}
-    members["tars"] = _as_bytes(str(Path(root, tar)) for tar in tars)
+    members["tars"] = as_bytes(str(Path(root, tar)) for tar in tars)
     given = [os.fsdecode(label) for label in found["given_classes"].tolist()]
     seen = [not any(is_hidden(part) for part in name.split("/")) for name in names]
     rows = np.flatnonzero(seen)
@@ -422,7 +418,7 @@ def _read_list(data: Path) -> _Listing:
     return _Listing(
         root=str(data),
         names=[names[row] for row in rows],
-        images=_as_bytes(paths[row] for row in rows),
+        images=as_bytes(paths[row] for row in rows),
         labels=None if labels is None else [in_one_form(labels[row]) for row in rows],
         splits=None if splits is None else [splits[row] for row in rows],
         notes=notes,
@@ -480,6 +476,7 @@ class _Layout:
         self.listing = listing
         self.place = place  # "" or a folder with / at its end, below the root
         self.rows = list(range(len(listing.names)) if rows is None else rows)
+        self._tops: list[str] | None = None  # computed once: of a million images it takes a second
         self.notes: list[str] = []
 
     @property
@@ -488,9 +485,11 @@ class _Layout:
 
     def tops(self) -> list[str]:
         """Return the folder of this place that each image lies in, "" for none."""
-        start = len(self.place)
-        names = (self.listing.names[row][start:] for row in self.rows)
-        return [name.partition("/")[0] if "/" in name else "" for name in names]
+        if self._tops is None:
+            start = len(self.place)
+            names = (self.listing.names[row][start:] for row in self.rows)
+            self._tops = [name.partition("/")[0] if "/" in name else "" for name in names]
+        return self._tops
 
     def within(self, folder: str) -> "_Layout":
         """Return the images in a folder of this place."""
@@ -501,6 +500,7 @@ class _Layout:
     def keep(self, folders: Collection[str]) -> None:
         """Keep the images in these folders alone."""
         self.rows = [row for row, top in zip(self.rows, self.tops(), strict=True) if top in folders]
+        self._tops = None
 
     def labels(self) -> list[str] | None:
         """Return the classes that are given besides the folders, where all images have one."""

@@ -102,18 +102,19 @@ def scan_tars(paths: Iterable[Path], suffixes: Collection[str]) -> dict[str, np.
         images += found
         numbers_of_tars += [number] * len(found)
     return {
-        "names": _as_bytes(image.name for image in images),
-        "classes": _as_bytes(image.kind for image in images),
-        "given_classes": _as_bytes(image.given for image in images),
-        "other_suffixes": _as_bytes(other_suffixes),
-        "tars": _as_bytes(paths),
+        "names": as_bytes(image.name for image in images),
+        "classes": as_bytes(image.kind for image in images),
+        "given_classes": as_bytes(image.given for image in images),
+        "other_suffixes": as_bytes(other_suffixes),
+        "tars": as_bytes(paths),
         "tar": np.array(numbers_of_tars, np.int64),
         "offsets": np.array([image.offset for image in images], np.int64),
         "sizes": np.array([image.size for image in images], np.int64),
     }
 
 
-def _as_bytes(names: Iterable[str]) -> np.ndarray:
+def as_bytes(names: Iterable[str]) -> np.ndarray:
+    """Return names as one array of bytes, which all workers share without copies."""
     return np.array([os.fsencode(name) for name in names], bytes)
 
 
