@@ -4,6 +4,7 @@ if __name__ == "__main__":
     run_command(main)
 """
 
+import atexit
 import itertools
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -219,9 +221,13 @@ class _Watch:
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         print(f"{show_cursor}error: {text}{f'; {kept}' if kept else ''}", file=sys.stderr)
         sys.stderr.flush()
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        _kill_workers()
         os._exit(128 + number)
+
+
+def _kill_workers() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def iterate(loader: DataLoader) -> Iterator:
@@ -234,9 +240,14 @@ def iterate(loader: DataLoader) -> Iterator:
         return _batches(iter(loader))
     blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        return _batches(iter(loader))
+        batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
+    # An iterator that an error's traceback holds keeps its workers until the process ends. They
+    # would not heed multiprocessing's SIGTERM then, and it would wait for them for ever.
+    atexit.unregister(_kill_workers)
+    atexit.register(_kill_workers)  # after torch's own, so that it is called before them
+    return _batches(batches)
 
 
 def _batches(batches: Iterator) -> Iterator:
@@ -249,9 +260,14 @@ def _batches(batches: Iterator) -> Iterator:
         raise RuntimeError(f"DataLoader worker ended: {error!r}") from error
     except Exception as error:
         # torch raises a worker's error anew, of the same type, with the worker's traceback as text
-        if isinstance(error, ValueError) or "in DataLoader worker process" not in str(error):
-            raise  # a ValueError is wrong input, whoever reads it
-        raise WorkerError(_of_worker(error)) from error
+        is_of_worker = "in DataLoader worker process" in str(error)
+        # The traceback's frames hold the iterator in a cycle. Collected with it, torch's queues
+        # close before the workers are told to end, and it waits ten seconds for each of them.
+        traceback.clear_frames(error.__traceback__)
+        del batches
+        if is_of_worker and not isinstance(error, ValueError):
+            raise WorkerError(_of_worker(error)) from None
+        raise  # a ValueError is wrong input, whoever reads it
 
 
 def _of_worker(error: Exception) -> str:

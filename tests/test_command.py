@@ -141,6 +141,24 @@ def test_stalled_run_ends_after_so_many_minutes() -> None:
     assert err == "error: the step did not end within 0.02 min of SIGTERM; ckpt is kept\n"
 
 
+UNFINISHED = """
+import gc
+from torch.utils.data import DataLoader
+from harness.command import iterate
+
+gc.disable()
+batches = iterate(DataLoader(range(100), num_workers=2))
+next(batches)
+kept = [batches]
+kept.append(kept)  # as the traceback of an error keeps it
+"""
+
+
+def test_process_with_an_unfinished_iterator_ends() -> None:
+    begin = [sys.executable, "-W", "ignore", "-c", UNFINISHED]
+    subprocess.run(begin, cwd=ROOT, check=True, timeout=60)
+
+
 class Failing(Dataset):
     def __init__(self, error: Exception) -> None:
         self.error = error

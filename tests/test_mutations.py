@@ -94,6 +94,15 @@ def test_changed_metadata_is_seen_without_reading_the_tensors(tmp_path: Path) ->
         load_tensors(path, only_metadata=True)
 
 
+@pytest.mark.parametrize("name", ["tensors_crc32", "texts_crc32"])
+def test_checksum_whose_own_name_is_damaged_is_missed(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.safetensors"
+    save_tensors(path, {"a": torch.arange(4.0)}, {"metadata": "{}"})
+    path.write_bytes(path.read_bytes().replace(name.encode(), name.replace("e", "f").encode()))
+    with pytest.raises(ValueError, match="is damaged"):
+        load_tensors(path)
+
+
 def test_every_type_has_a_checksum_and_other_writers_files_load(tmp_path: Path) -> None:
     tensors = {
         "scalar": torch.tensor(3),
