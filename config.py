@@ -82,6 +82,9 @@ class OptimConfig:
     weight_decay_end: float = 0.4
     # largest norm of each parameter's gradient; 0: not clipped [paper: 0 to 3]
     clip_grad: float = 3.0
+    # weight of KoLeo in the loss, which spreads the student's features of a micro-batch; 0: none
+    # [DINOv2: 0.1]
+    koleo_weight: float = setting(0.0, most=100)
     # epochs in which the head's last layer is frozen; raise it if the loss does not fall [paper: 1]
     freeze_last_layer_epochs: int = 1
 

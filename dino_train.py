@@ -37,7 +37,7 @@ from harness.outlook import DryRun, introduce
 from harness.run import Run, TrainingState
 from harness.run_lock import FolderLock
 from harness.weights import load_weights
-from losses import DinoLoss
+from losses import DinoLoss, koleo_loss
 from models import DinoModel, update_teacher_EMA
 from multicrop import MultiCrop
 from optimizers import build_optimizer, clip_gradients, set_rates
@@ -102,16 +102,17 @@ class DinoSystem(nn.Module):
         self.teacher = teacher.requires_grad_(False)
 
     def forward(self, crops: list[Tensor] | Tensor, features_only: bool = False) -> tuple | Tensor:
-        """Return student logits (v, b, k), teacher logits (t, b, k), teacher features (t, b, d).
+        """Return features and logits, (v, b, d) and (v, b, k), of the student, then of the teacher.
 
-        The teacher sees the two global crops. With `features_only`, return the teacher's features
-        (b, d) of images (b, c, h, w).
+        The teacher sees the two global crops only. With `features_only`, return the teacher's
+        features (b, d) of images (b, c, h, w).
         """
         if features_only:  # by way of the head: FSDP2 gathers weights in a model's own forward only
             return self.teacher(crops, return_backbone_features=True)[0]
         with torch.no_grad():
-            features, teacher_logits = self.teacher(crops[:2], return_backbone_features=True)
-        return self.student(crops), teacher_logits, features
+            of_teacher = self.teacher(crops[:2], return_backbone_features=True)
+        of_student = self.student(crops, return_backbone_features=True)
+        return *of_student, *of_teacher
 
 
 def build_networks(
@@ -181,33 +182,39 @@ class StepMeans:
         self.is_logged = is_logged
         self.losses: list[Tensor] = []
         self.mean_logits: list[Tensor] = []  # the teacher's, (k,) each, for the center
-        self.figures: list[Tensor] = []  # the entropy, then (t d) of the mean directions
+        self.figures: list[Tensor] = []  # cross-entropy, entropy, (t d) of the mean directions
 
-    def add(self, loss: Tensor, teacher_logits: Tensor, features: Tensor) -> None:
-        """Add a micro-batch's loss, teacher logits (t, b, k) and teacher features (t, b, d)."""
+    def add(
+        self, loss: Tensor, cross_entropy: Tensor, teacher_logits: Tensor, features: Tensor
+    ) -> None:
+        """Add a micro-batch's loss, teacher logits (t, b, k) and teacher features (t, b, d).
+
+        `cross_entropy` is the loss less what is added to DINO's own.
+        """
         self.losses.append(loss.detach())
         self.mean_logits.append(teacher_logits.float().mean(dim=(0, 1)))
         if self.is_logged:  # with the center that the loss used
             entropy = self.dino_loss.teacher_entropy(teacher_logits, self.teacher_temp)
             num_views = len(features)
             directions = F.normalize(features.float(), dim=-1).mean(dim=1) / num_views**0.5
-            self.figures.append(torch.cat([entropy[None], directions.flatten()]))
+            heads = torch.stack([cross_entropy.detach().to(entropy), entropy])
+            self.figures.append(torch.cat([heads, directions.flatten()]))
 
     @property
     def loss(self) -> Tensor:
         return torch.stack(self.losses).mean()
 
-    def log_figures(self, loss: float, accelerator: Accelerator) -> dict[str, float]:
+    def log_figures(self, accelerator: Accelerator) -> dict[str, float]:
         """Return teacher entropy, KL divergence and the features' spread, over all processes.
 
-        `loss` is the step's mean over all processes. A collective, and a sync point.
+        A collective, and a sync point.
         """
         means = accelerator.reduce(torch.stack(self.figures).mean(dim=0), reduction="mean")
-        entropy = means[0].item()
+        cross_entropy, entropy = means[:2].tolist()
         # The variance of directions of length 1 is 1 less their mean's square: 0 when all are one.
         # Divided by num_views**0.5, the squares of all views' means add up to the mean over views.
-        spread = (1 - means[1:].square().sum()).clamp(min=0).sqrt().item()
-        return {"teacher_entropy": entropy, "kl": loss - entropy, "feature_spread": spread}
+        spread = (1 - means[2:].square().sum()).clamp(min=0).sqrt().item()
+        return {"teacher_entropy": entropy, "kl": cross_entropy - entropy, "feature_spread": spread}
 
 
 class Outcome(NamedTuple):
@@ -249,12 +256,15 @@ def run_loop(
             torch.manual_seed(int(hash_keys(seed, step, micro, rank)))
             with accelerator.accumulate(model):
                 with accelerator.autocast():
-                    student_logits, teacher_logits, features = model(crops)
-                loss = dino_loss(
+                    student_features, student_logits, features, teacher_logits = model(crops)
+                cross_entropy = dino_loss(
                     student_logits, teacher_logits, rates.teacher_temp, overwrite_student=True
                 )
+                loss = cross_entropy
+                if optim.koleo_weight:
+                    loss = loss + optim.koleo_weight * koleo_loss(student_features[:2])
                 accelerator.backward(loss)
-            means.add(loss, teacher_logits, features)
+            means.add(loss, cross_entropy, teacher_logits, features)
         if optim.clip_grad:
             accelerator.unscale_gradients(optimizer)
             clip_gradients(student.parameters(), optim.clip_grad)
@@ -275,7 +285,7 @@ def run_loop(
         if due.logs or due.saves or due.ends:
             monitor.report_unreadable(step)
         if due.logs:
-            figures = means.log_figures(loss_value, accelerator)
+            figures = means.log_figures(accelerator)
             monitor.log_step(step, loss_value, rates.lr, figures)
         if due.evaluates:
             metrics = knn.evaluate(step, model, monitor)

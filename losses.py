@@ -1,11 +1,14 @@
 """DINO's loss: cross-entropy of the centred, sharpened teacher and the student, over all views.
+KoLeo, which may be added to it, spreads the features of a batch.
 
     dino_loss = DinoLoss(output_dim=65536)
     loss = dino_loss(student_logits, teacher_logits, teacher_temp=0.04)  # (v, b, k), (t, b, k)
     dino_loss.update_center(teacher_logits)                              # after the center was used
+    loss = loss + 0.1 * koleo_loss(student_features[:2])                 # (v, b, d)
 
-Stands alone: needs torch only. Source: DINO, arXiv 2104.14294, equations 1 to 4.
-Axes: v student views, t teacher views (the first t of the v), b batch, k output_dim.
+Stands alone: needs torch only. Sources: DINO, arXiv 2104.14294, equations 1 to 4; KoLeo, arXiv
+1806.03198, as DINOv2 uses it.
+Axes: v student views, t teacher views (the first t of the v), b batch, k output_dim, d features.
 """
 
 from collections.abc import Callable
@@ -14,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
 
 
 class _AllPairsCrossEntropy(torch.autograd.Function):
@@ -178,3 +182,25 @@ class DinoLoss(nn.Module):
             dist.all_reduce(sum_and_count)
         mean = sum_and_count[:-1] / sum_and_count[-1]
         self.center.lerp_(mean[None].to(self.center.dtype), 1 - self.center_momentum)
+
+
+def koleo_loss(features: Tensor) -> Tensor:
+    """Return KoLeo of student features (v, b, d): low where each image is far from its nearest.
+
+    That is minus the mean logarithm of the distance from an image's direction to the nearest other
+    of the batch in the same view, summed over the views. Float32, also under autocast. Raises
+    ValueError for fewer than two images, which have no nearest.
+    """
+    if features.ndim != 3 or features.shape[1] < 2:
+        raise ValueError(f"need features (v, b >= 2, d), got {tuple(features.shape)}")
+    with torch.autocast(features.device.type, enabled=False):
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        directions = F.normalize(features.to(dtype), dim=-1)
+        with torch.no_grad():
+            similarities = directions @ directions.mT
+            similarities.diagonal(dim1=1, dim2=2).fill_(-2)  # no image is its own nearest
+            nearest = similarities.argmax(dim=-1, keepdim=True)
+        others = directions.gather(1, nearest.expand_as(directions))
+        # 1e-8 twice, as DINOv2 has it: equal images have a distance, and a gradient
+        distances = (directions - others + 1e-8).norm(dim=-1)
+        return -(distances + 1e-8).log().mean(dim=1).sum()

@@ -290,6 +290,8 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, precision: str
     the machine. Raises ValueError for sizes that do not fit each other.
     """
     batch_size = config.optim.batch_size
+    if config.optim.koleo_weight and batch_size < 2:
+        raise ValueError("need --batch-size of at least 2 for --koleo-weight, got 1")
     model, crops = _fit_sizes(config.model, config.crops, survey.short, batch_size)
     size = crops.global_crop_size
     data = config.data

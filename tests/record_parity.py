@@ -2,9 +2,11 @@
 
     git clone https://github.com/facebookresearch/dino PATH_TO_DINO_CHECKOUT
     git -C PATH_TO_DINO_CHECKOUT checkout 7c446df
-    python tests/record_parity.py PATH_TO_DINO_CHECKOUT
+    git clone https://github.com/facebookresearch/dinov2 PATH_TO_DINOV2_CHECKOUT
+    git -C PATH_TO_DINOV2_CHECKOUT checkout b8931f7
+    python tests/record_parity.py PATH_TO_DINO_CHECKOUT PATH_TO_DINOV2_CHECKOUT
 
-It imports the modules of that checkout, runs them on random inputs with fixed seeds and writes
+It imports the modules of those checkouts, runs them on random inputs with fixed seeds and writes
 `parity.safetensors` next to itself. Everything is float32 unless noted. The keys:
 
 head.<variant>.state.<key>       state dict of the head before the forward, in training mode;
@@ -28,6 +30,8 @@ clip.grads.<i>, .clipped.<i>     gradient of parameter i before and after clippi
 clip.norms                       the norms before clipping
 positions.embed                  (1, 1 + 4 * 4, 6) position embeddings, class token first
 positions.<height>x<width>       what they become for so many patches
+koleo.features, .values, .grads  (2, 9, 6) features of two views, DINOv2's KoLeo of each view and
+                                 the gradient of their sum
 
 The metadata holds `param_groups`, a JSON object with the parameter names of the gain head that
 are `regularized` and `not_regularized`, and `source` and `torch`, the versions used.
@@ -38,6 +42,7 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 from types import ModuleType
 
 import torch
@@ -46,7 +51,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-SOURCE = "facebookresearch/dino 7c446df"
+SOURCE = "facebookresearch/dino 7c446df, facebookresearch/dinov2 b8931f7"
 GROUPS = ("regularized", "not_regularized")  # in the order of the original's list
 
 Tensors = dict[str, Tensor]
@@ -167,10 +172,21 @@ def record_positions(vits: ModuleType) -> Tensors:
     return out
 
 
+def record_koleo(koleo: dict) -> Tensors:
+    torch.manual_seed(5)
+    features = torch.randn(2, 9, 6, requires_grad=True)
+    values = torch.stack([koleo["KoLeoLoss"]()(view) for view in features])
+    values.sum().backward()
+    tensors = {"features": features, "values": values, "grads": features.grad}
+    return {f"koleo.{name}": tensor.detach() for name, tensor in tensors.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Record what the original DINO code computes.")
     parser.add_argument("checkout", type=Path, help="a checkout of facebookresearch/dino")
-    sys.path.insert(0, str(parser.parse_args().checkout.resolve()))
+    parser.add_argument("dinov2", type=Path, help="a checkout of facebookresearch/dinov2")
+    args = parser.parse_args()
+    sys.path.insert(0, str(args.checkout.resolve()))
     modules = ["utils", "main_dino", "vision_transformer", "eval_knn"]
     utils, main_dino, vits, eval_knn = map(import_module, modules)
     # The original's loss averages its center over processes, so it needs a group, if of one.
@@ -178,8 +194,9 @@ def main() -> None:
     tensors, groups = record_heads(vits, utils)
     tensors |= record_loss(main_dino) | record_schedules(utils) | record_lars(utils)
     tensors |= record_knn(eval_knn) | record_clip(utils) | record_positions(vits)
+    tensors |= record_koleo(run_path(str(args.dinov2 / "dinov2" / "loss" / "koleo_loss.py")))
     dist.destroy_process_group()
-    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    tensors = {key: value.clone().contiguous() for key, value in tensors.items()}
     versions = {"source": SOURCE, "torch": torch.__version__}
     metadata = versions | {"param_groups": json.dumps(groups)}
     save_file(tensors, Path(__file__).with_name("parity.safetensors"), metadata)

@@ -515,6 +515,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture, monkeypatch) ->
         (["--config", "LIST"], "need sections model, data, crops"),
         (["--resume", "no/such/run"], "no run to resume"),
         (["--epochs", "many"], "--epochs"),
+        (["--koleo-weight", "0.1", "--batch-size", "1"], "need --batch-size of at least 2"),
         (["--nonsense", "1"], "--nonsense"),
     ],
 )
@@ -724,8 +725,8 @@ def test_system_trains_the_student_alone() -> None:
     config = replace(parse_config([]).model, image_size=16)
     system = dino_train.DinoSystem(DinoModel.from_config(config), DinoModel.from_config(config))
     crops = [torch.randn(4, 3, 16, 16) for _ in range(3)]
-    student_logits, teacher_logits, features = system.train()(crops)
-    assert student_logits.shape[:2] == (3, 4)
+    student_features, student_logits, features, teacher_logits = system.train()(crops)
+    assert student_logits.shape[:2] == student_features.shape[:2] == (3, 4)
     assert teacher_logits.shape[:2] == features.shape[:2] == (2, 4)
     student_logits.sum().backward()
     assert all(p.grad is None and not p.requires_grad for p in system.teacher.parameters())
@@ -734,6 +735,22 @@ def test_system_trains_the_student_alone() -> None:
     assert system.teacher.backbone.bn1.training
     assert system.teacher.backbone.bn1.num_batches_tracked == 1
     assert F.normalize(features, dim=-1).isfinite().all()
+
+
+def test_koleo_spreads_features_and_is_no_part_of_the_divergence(tmp_path: Path, tiny) -> None:
+    logs = []
+    for weight in (0.0, 2.0):
+        folder = tmp_path / str(weight)
+        train(tiny(folder, "--koleo-weight", weight, "--knn-every", 0, "--log-every", 1))
+        logs.append(read_log(folder))
+    plain, spread = logs
+    # the first step's networks are the same; the loss alone has KoLeo in it
+    for name in ("kl", "teacher_entropy", "feature_spread"):
+        assert plain[0][name] == spread[0][name]
+    assert plain[0]["loss"] != spread[0]["loss"]
+    assert spread[-1]["feature_spread"] > plain[-1]["feature_spread"]
+    for line in plain:
+        assert line["kl"] == pytest.approx(line["loss"] - line["teacher_entropy"], abs=1e-6)
 
 
 def test_run_starts_from_given_weights(tmp_path: Path, tiny_run: Path, tiny_flags, script) -> None:

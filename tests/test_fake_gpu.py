@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from data import CropConfig, MultiCrop, hash_keys
 from dino_train import DinoSystem, StepMeans
 from harness.fast_backbone import share_drop_path, skip_unread_tokens
-from losses import DinoLoss, _all_pairs_fused
+from losses import DinoLoss, _all_pairs_fused, koleo_loss
 from models import DinoModel, ModelConfig, update_teacher_EMA
 from optimizers import build_optimizer, clip_gradients
 
@@ -57,10 +57,11 @@ def test_crops_networks_and_loss_stay_on_the_gpu_and_wait_for_nothing(system: Di
     crops = fake_crops()
     assert {crop.device for crop in crops} == {GPU}
     assert [crop.shape[-1] for crop in crops] == [64, 64] + [32] * 8
-    student, teacher, features = system(crops)
+    student_features, student, features, teacher = system(crops)
     loss = to_fake_gpu(DinoLoss(K))
     means = StepMeans(loss, 0.04, is_logged=True)
-    means.add(loss(student, teacher, 0.04), teacher, features)
+    cross_entropy = loss(student, teacher, 0.04)
+    means.add(cross_entropy + koleo_loss(student_features), cross_entropy, teacher, features)
     assert means.loss.device == GPU and means.loss.ndim == 0
     assert means.figures[0].device == GPU
     loss.update_center(torch.stack(means.mean_logits))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import losses
-from losses import DinoLoss
+from losses import DinoLoss, koleo_loss
 
 
 def plain_loss(student: Tensor, teacher: Tensor, center: Tensor, temps: tuple) -> Tensor:
@@ -196,3 +196,48 @@ def test_compiled_loss_equals_the_other_at_every_temperature_in_one_graph() -> N
             grads.append(logits.grad)
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def plain_koleo(features: Tensor) -> Tensor:
+    """The definition: each image's distance to every other of its view, one by one."""
+    total = torch.zeros((), dtype=features.dtype)
+    for view in features:
+        directions = [row / row.norm() for row in view]
+        for i, one in enumerate(directions):
+            distances = [(one - other).norm() for j, other in enumerate(directions) if i != j]
+            total = total - min(distances).log() / len(directions)
+    return total
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (2, 7, 5), (3, 33, 64)])
+def test_koleo_and_gradient_equal_the_distances_one_by_one(shape: tuple[int, int, int]) -> None:
+    features = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    results = []
+    for function in (koleo_loss, plain_koleo):
+        value = function(features)
+        (grad,) = torch.autograd.grad(value, features)
+        results.append((value.detach(), grad))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+
+
+def test_koleo_equals_dinov2s_own(parity: dict[str, Tensor]) -> None:
+    views = parity["koleo.features"].requires_grad_()
+    value = koleo_loss(views)
+    value.backward()
+    torch.testing.assert_close(value.detach(), parity["koleo.values"].sum())
+    torch.testing.assert_close(views.grad, parity["koleo.grads"])
+
+
+def test_koleo_is_finite_for_equal_images_and_under_autocast() -> None:
+    features = torch.ones(2, 4, 8, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = koleo_loss(features)
+    value.backward()
+    assert value.dtype == torch.float32 and value > 30  # minus ln 1e-8 is 18.4 a view
+    assert features.grad.isfinite().all()
+
+
+def test_koleo_of_one_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="b >= 2"):
+        koleo_loss(torch.randn(2, 1, 8))
