@@ -108,7 +108,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self.steps_per_epoch = num_images // (batch_size * world * accumulation_steps)
         if self.steps_per_epoch == 0:
             batch = batch_factors(batch_size, world, accumulation_steps)
-            raise ValueError(f"need a batch of at most {num_images} images, the data; got {batch}")
+            text = f"the data has {num_images:,} images, fewer than a batch of {batch}"
+            raise ValueError(f"{text}: need a smaller --batch-size")
 
     def __len__(self) -> int:
         return len(self.steps) * self.accumulation_steps

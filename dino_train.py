@@ -1,9 +1,21 @@
 """Train DINO: a student learns from multi-crop views to match a teacher, its moving average.
 
-    accelerate launch dino_train.py                                      # quick start, minutes
-    accelerate launch dino_train.py --data /imagenet --arch dino_vits16
-    accelerate launch dino_train.py --config recipes/NAME.yaml --epochs 50
-    accelerate launch dino_train.py --resume runs/NAME
+    python dino_train.py                                      # quick start, minutes
+    python dino_train.py --data /imagenet --arch dino_vits16
+    python dino_train.py --config recipes/NAME.yaml --data PATH --epochs 50
+    python dino_train.py --resume runs/NAME
+    accelerate launch --config_file launch/one_node.yaml dino_train.py ...   # several GPUs
+
+Start here; every flag stands below, by concern:
+
+    --data PATH        images: a folder, tar or list; without it, textures drawn by code
+    --arch NAME        the network: dino_vits16, resnet50, resnet10_half (small), any of timm's
+    --config NAME      a recipe of recipes/, or a run's config.yaml; flags override it
+    --epochs N         passes over the images
+    --batch-size N     images a step in each process
+    --output-dir PATH  folder for the run's files; without it, a new one in runs/
+    --resume FOLDER    go on with a run that was stopped or killed
+    --dry-run          take a few steps, tell the time and memory of the run, draw its crops
 
 Source: DINO, arXiv 2104.14294. Axes: b batch, v student views, t teacher views, d features,
 k output_dim.
@@ -13,6 +25,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -31,7 +44,7 @@ from harness.command import print_rows, run_command, stop_requests
 from harness.distributed import has_compiler, lay_out, stop_with_launcher
 from harness.fast_backbone import share_drop_path, skip_unread_tokens
 from harness.flags import QUICKSTART, parse_config
-from harness.monitor import Monitor
+from harness.monitor import Monitor, duration
 from harness.online_knn import OnlineKnn
 from harness.outlook import DryRun, introduce
 from harness.run import Run, TrainingState
@@ -306,11 +319,12 @@ def run_loop(
 def train(config: Config) -> dict:
     """Train as `config` says.
 
-    Return folder, checkpoint, step, loss, unreadable_images and, if k-NN was evaluated, knn_top1,
-    knn_step and knn_top1_untrained. Raises ValueError for settings that make no sense, before
-    anything is written; FloatingPointError for a loss that is not finite and RunError for a full
-    disk, a dead worker or too many unreadable images, with the last good checkpoint kept. A run
-    that is stopped by a signal exits with 128 + the signal's number.
+    Return folder, checkpoint, step, loss, unreadable_images, has_labels (which evaluations need)
+    and, if k-NN was evaluated, knn_top1, knn_step and knn_top1_untrained. Raises ValueError for
+    settings that make no sense, before anything is written; FloatingPointError for a loss that is
+    not finite and RunError for a full disk, a dead worker or too many unreadable images, with the
+    last good checkpoint kept. A run that is stopped by a signal exits with 128 + the signal's
+    number.
     """
     with FolderLock() as lock:
         return _train(config, lock)
@@ -346,6 +360,7 @@ def _train(config: Config, lock: FolderLock) -> dict:
         "step": outcome.step,
         "loss": outcome.loss,
         "unreadable_images": len(run.unreadable),
+        "has_labels": run.dataset.labels is not None or config.data.knn_data is not None,
         **outcome.metrics,
     }
 
@@ -356,20 +371,32 @@ def main() -> None:
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     if config.run.config == QUICKSTART:
         console.print("quick start: recipes/quickstart.yaml on embedded data; flags override it")
+    began = time.monotonic()
     result = train(config)
-    if config.run.dry_run:
-        return
+    if not config.run.dry_run:
+        print_rows(console, last_words(config, result, time.monotonic() - began))
+
+
+def last_words(config: Config, result: dict, seconds: float) -> dict[str, str]:
+    """Return what is said at a run's end, by row: what it came to, its files, what to type next."""
     rows = {}
     if "knn_top1" in result:
+        start = "at the start" if config.run.init_from or config.model.pretrained else "untrained"
         before, after = result["knn_top1_untrained"], result["knn_top1"]
-        rows["k-NN top-1"] = f"{before:.1f} % untrained, {after:.1f} % trained, the teacher's"
+        rows["k-NN top-1"] = f"{before:.1f} % {start}, {after:.1f} % trained, the teacher's"
     if result["unreadable_images"]:
         rows["unreadable"] = f"{result['unreadable_images']} images, replaced; log.jsonl names them"
-    checkpoint = shlex.quote(result["checkpoint"])
+    rows["time"] = duration(seconds)
+    rows["curves"] = os.path.join(result["folder"], "curves.png")
     rows["checkpoint"] = result["checkpoint"]
-    rows["next"] = f"python eval_knn.py {checkpoint}"
-    rows[""] = f"python eval_linear.py {checkpoint}"
-    print_rows(console, rows)
+    checkpoint, data = shlex.quote(result["checkpoint"]), shlex.quote(config.data.data)
+    if result["has_labels"]:
+        rows["next"] = f"python eval_knn.py {checkpoint}"
+        rows[""] = f"python eval_linear.py {checkpoint}"
+    else:
+        rows["next"] = f"python visualize.py {checkpoint} {data}"
+        rows[""] = f"python eval_knn.py {checkpoint} --rank-only"
+    return rows
 
 
 if __name__ == "__main__":

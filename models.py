@@ -199,6 +199,16 @@ def _patch_size_of(net: nn.Module) -> int:
     return stride[0] if isinstance(stride, tuple) else stride
 
 
+def _close_names(name: str) -> list[str]:
+    """Return up to six architectures whose names begin alike or are spelled alike."""
+    published = [own for own, of_timm in TIMM_NAMES.items() if of_timm.startswith(name)]
+    # a dict, since torchvision and timm have names in common
+    known = dict.fromkeys([*RESNETS, "resnet10_half", *TIMM_NAMES, *timm.list_models()])
+    longer = sorted((other for other in known if other.startswith(name)), key=len)
+    alike = difflib.get_close_matches(name, known, n=6, cutoff=0.5)
+    return list(dict.fromkeys([*published, *longer[:4], *alike]))[:6]
+
+
 def get_backbone(
     name: str,
     pretrained: bool = False,
@@ -220,9 +230,7 @@ def get_backbone(
     """
     is_resnet = name in RESNETS or name == "resnet10_half"
     if not is_resnet and name not in TIMM_NAMES and not timm.is_model(name):
-        # a dict, since torchvision and timm have names in common
-        known = dict.fromkeys([*RESNETS, "resnet10_half", *TIMM_NAMES, *timm.list_models()])
-        close = ", ".join(difflib.get_close_matches(name, known, n=4, cutoff=0.5)) or "none"
+        close = ", ".join(_close_names(name)) or "none"
         raise ValueError(f"unknown arch {name!r}; close matches: {close}")
     if is_resnet and (drop_path_rate or patch_size):
         given = f"drop_path_rate={drop_path_rate}" if drop_path_rate else f"patch_size={patch_size}"

@@ -44,7 +44,7 @@ def read_flags(kind: type[T], flags: Sequence[str] | None, description: str | No
         kind,
         args=flags,
         description=description,
-        config=(tyro.conf.OmitArgPrefixes,),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName),
         console_outputs=os.environ.get("RANK", "0") == "0",
     )
 

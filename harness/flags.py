@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,21 +44,42 @@ def parse_config(args: Sequence[str], description: str | None = None) -> Config:
     early.add_argument("--resume", nargs="?", const="", default=None)  # with or without a folder
     early.add_argument("--output-dir", "--output_dir", type=Path)
     known, flags = early.parse_known_args(args)
-    recipe, output_dir = known.config, known.output_dir
+    recipe, output_dir = _recipe_file(known.config), known.output_dir
+    names_data = any(flag.split("=")[0] == "--data" for flag in flags)
     if known.resume is not None:
         output_dir = _folder_to_resume(known.resume, known.output_dir, flags)
         recipe = recipe or output_dir / "config.yaml"
         flags = [*flags, "--resume"]
-    elif recipe is None and not any(flag.split("=")[0] == "--data" for flag in flags):
+    elif recipe is None and not names_data:
         recipe = QUICKSTART
     if recipe is not None:
         of_run = recipe_flags(recipe)
+        if "--data" not in of_run and not names_data:
+            of_recipe = _data_of(recipe) or "images of your own"
+            raise ValueError(f"need --data PATH: {recipe} is for {of_recipe}")
         if known.resume is not None and known.config is None:
             of_run += _batch_flags(output_dir / "state.safetensors")
         flags = [*of_run, *flags, "--config", str(recipe)]
     if output_dir is not None:
         flags = [*flags, "--output-dir", str(output_dir)]
     return read_flags(Config, flags, description)
+
+
+def _recipe_file(given: Path | None) -> Path | None:
+    """Return the file of --config, which may be the name alone of one of our recipes."""
+    if given is None or given.exists():
+        return given
+    ours = {file.stem: file for file in sorted(QUICKSTART.parent.glob("*.yaml"))}
+    if given.stem in ours:
+        return ours[given.stem]
+    close = ", ".join(difflib.get_close_matches(given.stem, ours)) or ", ".join(ours)
+    raise ValueError(f"no such recipe: {given}; close matches in {QUICKSTART.parent}: {close}")
+
+
+def _data_of(recipe: Path) -> str:
+    """Return what a recipe's header says of the images that it is for, or nothing."""
+    found = re.search(r"^#\s+data\s+(.+)$", recipe.read_text(), flags=re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _folder_to_resume(given: str, output_dir: Path | None, flags: list[str]) -> Path:

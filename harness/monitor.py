@@ -79,6 +79,24 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def three_digits(number: float) -> str:
+    """Return a number with three digits, from 100 on as a whole one: `0.658`, `34.3`, `1,386`."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as `2 d 03 h`, `3 h 05 min`, `4 min 06 s`, or `7 s`."""
+    seconds = round(seconds)
+    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
+    if days:
+        return f"{days} d {hours:02} h"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    if minutes:
+        return f"{minutes} min {seconds % 60:02} s"
+    return f"{seconds} s"
+
+
 def write_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG whole or not at all. Raises OSError naming it."""
     content = io.BytesIO()
@@ -111,6 +129,10 @@ class Monitor:
             "starting", total=run.total_steps, completed=run.steps_before
         )
         self.losses: dict[int, Tensor] = {}  # by step, not yet read from the device
+        self.first_step: tuple[int, float] | None = None  # of this start, and when it ended
+        self.has_told_time = False
+        self.epochs_told = int(run.epoch(run.steps_before))
+        self.knn = ""  # the last k-NN, in words
         self.failure = ""  # of writing the log, which all processes learn of after a step
         saved = run.saved.collapse
         self.collapse = Collapse(**saved) if saved else None
@@ -133,6 +155,8 @@ class Monitor:
     def add(self, step: int, loss: Tensor) -> None:
         """Note that a step is done, and its loss in this process, which is not read yet."""
         self.losses[step] = loss.detach()
+        if self.first_step is None:
+            self.first_step = step, time.monotonic()
         self.steps_on_clock += 1
         self.progress.update(self.bar, completed=step)
 
@@ -165,6 +189,8 @@ class Monitor:
             except OSError as error:
                 text = f"cannot write {self.run.log_file}: {error.strerror}"
                 self.failure = f"{text}; {self.run.kept()}"
+        if "knn_top1" in values:
+            self.knn = f"k-NN {values['knn_top1']:.1f} %, "
         figures = {name: value for name, value in values.items() if not isinstance(value, list)}
         self.accelerator.log(figures, step=step)
 
@@ -179,9 +205,28 @@ class Monitor:
         if collapse:
             values["collapse"] = collapse
         self.log(step, values)
-        text = f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} images/s"
+        text = f"loss {loss:.3f}  lr {lr:.1e}  {three_digits(speed)} images/s"
         self.progress.update(self.bar, description=text)
+        self._tell_time(step, loss, speed)
         self.restart_clock()
+
+    def _tell_time(self, step: int, loss: float, speed: float) -> None:
+        """Say once how long the run will take; without a terminal, once an epoch how it stands."""
+        run = self.run
+        first, when = self.first_step
+        if step == first:
+            return
+        seconds_a_step = (time.monotonic() - when) / (step - first)  # evaluations in it
+        left = seconds_a_step * (run.total_steps - step)
+        at_speed = f"{three_digits(speed)} images/s"
+        if not self.has_told_time:
+            self.has_told_time = True
+            self.say(f"about {duration(left)} to go, at {at_speed}")
+        epoch = run.epoch(step)
+        if int(epoch) > self.epochs_told and self.progress.disable:
+            self.epochs_told = int(epoch)
+            place = f"step {step:,} of {run.total_steps:,}, epoch {epoch:.4g}"
+            self.say(f"{place}: loss {loss:.3f}, {self.knn}{at_speed}, {duration(left)} to go")
 
     def draw_curves(self) -> None:
         """Draw curves.png anew from the log; a failure is said, and ends nothing."""

@@ -17,7 +17,7 @@ from data import ImageDataset, batch_factors
 from folders import some_of
 from harness.command import print_rows, unused_path
 from harness.distributed import has_compiler, is_compiled
-from harness.monitor import Monitor, peak_memory, write_picture
+from harness.monitor import Monitor, duration, peak_memory, three_digits, write_picture
 from harness.pictures import crop_cells, sheet
 from harness.run import Due, Run, TrainingState
 from harness.run_lock import FolderLock
@@ -36,26 +36,8 @@ def ema_half_life(momentum: float) -> float:
     return math.log(0.5) / math.log(momentum)
 
 
-def three_digits(number: float) -> str:
-    """Return a number with three digits, from 100 on as a whole one: `0.658`, `34.3`, `1,386`."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
 def in_epochs(number: float) -> str:
     return f"{number:g} epoch" if number == 1 else f"{number:g} epochs"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as `2 d 03 h`, `3 h 05 min`, `4 min 06 s`, or `7 s`."""
-    seconds = round(seconds)
-    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
-    if days:
-        return f"{days} d {hours:02} h"
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    if minutes:
-        return f"{minutes} min {seconds % 60:02} s"
-    return f"{seconds} s"
 
 
 # ---------------------------------------------------------------- header
@@ -84,18 +66,17 @@ def header(run: Run, student: nn.Module) -> Table:
     config, num_images = run.config, len(run.dataset)
     output_dim = config.model.projection_output_dim
     rows = {
-        "arch": f"{config.model.arch}: {_sizes_of(student)}",
-        "head": f"K {output_dim:,} prototypes, {three_digits(num_images / output_dim)} images to "
-        "each",
+        "folder": str(run.folder),
+        "network": f"{config.model.arch}, {_sizes_of(student, output_dim)}",
         "data": config.data.data,
         "images": f"{num_images:,} images, {_classes_of(run.dataset)}",
-        "crops": f"{_crops_of(config)} px, of canvases of {config.data.canvas_size} px",
-        "device": f"{_devices_of(run)}, mixed precision: {config.run.mixed_precision}"
-        f"{_compiling_of(config, student)}",
-        "batch": f"{_batch_of(run)}, {run.steps_per_epoch:,} steps an epoch, "
-        f"{in_epochs(config.optim.epochs)}",
+        "crops": f"{_crops_of(config)} px, from images of {config.data.canvas_size} px",
+        "batch": _batch_of(run),
+        "steps": f"{run.total_steps:,}: {in_epochs(config.optim.epochs)} of "
+        f"{run.steps_per_epoch:,} steps",
         "optimizer": _optimizer_of(run),
         "teacher": _teacher_of(run),
+        "device": f"{_devices_of(run)}, {_precision_of(run)}{_compiling_of(config, student)}",
     }
     if config.data.levels is not None:
         low, high = config.data.levels
@@ -115,17 +96,18 @@ def _classes_of(dataset: ImageDataset) -> str:
     return f"{len(dataset.classes):,} classes: {some_of(dataset.classes, 4)}"
 
 
-def _sizes_of(student: nn.Module) -> str:
+def _sizes_of(student: nn.Module, output_dim: int) -> str:
     backbone, head = student.children()
     millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (backbone, head)]
-    return f"{millions[0]:.2f} M parameters, {millions[1]:.2f} M in the head"
+    of_head = f"{millions[1]:.2f} M in its head of {output_dim:,} prototypes"
+    return f"{millions[0]:.2f} M parameters, and {of_head}"
 
 
 def _crops_of(config: Config) -> str:
     crops = config.crops
     text = f"2 of {crops.global_crop_size}"
     if crops.num_local_crops:
-        text += f" + {crops.num_local_crops} of {crops.local_crop_size}"
+        text += f" and {crops.num_local_crops} of {crops.local_crop_size}"
     return text
 
 
@@ -135,6 +117,17 @@ def _devices_of(run: Run) -> str:
     if run.accelerator.is_fsdp2:
         return f"{text} FSDP"
     return f"{text} DDP" if world > 1 else text
+
+
+def _precision_of(run: Run) -> str:
+    """Return the precision of the networks, and one that is faster on this device."""
+    precision = run.config.run.mixed_precision
+    if precision != "no":
+        return precision
+    if run.accelerator.device.type != "cuda":
+        return "float32"
+    faster = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return f"float32 (faster: --mixed-precision {faster})"
 
 
 def _compiling_of(config: Config, student: nn.Module) -> str:
@@ -155,21 +148,20 @@ def _optimizer_of(run: Run) -> str:
     optim = run.config.optim
     images = run.images_per_step
     peak = f"lr {optim.lr * images / 256:.3g} ({optim.lr:g} x {images} / 256)"
-    return f"{optim.optimizer}, {peak}, warm-up of {in_epochs(optim.warmup_epochs)}"
+    warm_up = (
+        f"warm-up of {in_epochs(optim.warmup_epochs)}" if optim.warmup_epochs else "no warm-up"
+    )
+    return f"{optim.optimizer}, {peak}, {warm_up}"
 
 
 def _teacher_of(run: Run) -> str:
     teacher, epochs = run.config.teacher, in_epochs(run.config.optim.epochs)
-    half_life = ema_half_life(teacher.teacher_momentum)
-    half_life_epochs = three_digits(half_life / run.steps_per_epoch)
+    averaged = three_digits(1 / (1 - teacher.teacher_momentum))
     temperature = f"{teacher.teacher_temp:g}"
     if teacher.warmup_teacher_temp_epochs:
         warmup = f"in {teacher.warmup_teacher_temp_epochs} of {epochs}"
         temperature = f"{teacher.warmup_teacher_temp:g} to {teacher.teacher_temp:g} {warmup}"
-    return (
-        f"half of it newer than {three_digits(half_life)} steps at first ({half_life_epochs} "
-        f"epochs), temperature {temperature}"
-    )
+    return f"averages about the last {averaged} steps at first; temperature {temperature}"
 
 
 # ---------------------------------------------------------------- warnings
@@ -183,9 +175,9 @@ def unlikely_settings(run: Run, student: nn.Module) -> list[str]:
     half_life = ema_half_life(config.teacher.teacher_momentum)
     if half_life > run.total_steps:
         lines.append(
-            f"--teacher-momentum {config.teacher.teacher_momentum:g} has a half-life of "
-            f"{three_digits(half_life)} steps, the run {run.total_steps:,}: the teacher stays as "
-            "it is"
+            f"--teacher-momentum {config.teacher.teacher_momentum:g} leaves half of the teacher as "
+            f"it began for {three_digits(half_life)} steps, and the run has {run.total_steps:,}: "
+            "need a lower one, or more --epochs"
         )
     output_dim = config.model.projection_output_dim
     if output_dim > num_images:
@@ -314,8 +306,11 @@ class DryRun(Run):
         for row in range(num_images):
             cells += crop_cells(crops, multi_crop.mean, multi_crop.std, row)
         title = f"crops of {num_images} images, as the network sees them"
-        folder = Path() if self.config.run.output_dir is None else self.folder
+        if self.config.run.output_dir is None:  # beside the folder that the run itself would take
+            folder, name = self.folder.parent, f"{self.folder.name}-crops"
+        else:
+            folder, name = self.folder, "crops"
         folder.mkdir(parents=True, exist_ok=True)
-        file = unused_path(folder, "crops", ".png")
+        file = unused_path(folder, name, ".png")
         write_picture(file, sheet(title, cells, len(crops)))
         return file

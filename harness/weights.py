@@ -6,6 +6,7 @@ original goes on with random weights.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -265,8 +266,23 @@ def load_parts(model: DinoModel, weights: Weights, source: str | Path) -> list[s
     else:
         lines.append(f"projection head: as initialised, since {source} has none")
         tensors |= {key: x for key, x in own.items() if key.startswith("projection_head.")}
+    _require_the_same_network(model, weights.backbone, source)
     _load_all(model, tensors, source)
     return lines
+
+
+def _require_the_same_network(model: DinoModel, backbone: Tensors, source: str | Path) -> None:
+    """Raise ValueError where most of a source's backbone does not fit: it is of another --arch."""
+    own = model.backbone.state_dict()
+    num_fitting = sum(
+        key in backbone and backbone[key].shape == tensor.shape for key, tensor in own.items()
+    )
+    if num_fitting < len(own) / 2:
+        arch = "" if model.config is None else f" --arch {model.config.arch}"
+        text = f"{num_fitting} of {len(own)} tensors fit"
+        with contextlib.suppress(ValueError):  # of no known architecture
+            text += f"; it is {config_of(backbone, source).arch}"
+        raise ValueError(f"{source} holds another network than{arch}: {text}")
 
 
 def _resample_positions(tensors: Tensors, net: nn.Module) -> list[str]:
@@ -320,8 +336,8 @@ def _load_all(model: nn.Module, tensors: Tensors, source: str | Path) -> None:
     texts: list[str] = []
     for kind, keys in problems.items():
         if keys:
-            more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
-            texts.append(f"{len(keys)} {kind}: {', '.join(keys[:10])}{more}")
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            texts.append(f"{len(keys)} {kind}: {', '.join(keys[:3])}{more}")
     if texts:
         all_keys = [key for keys in problems.values() for key in keys]
         if all(key.startswith("projection_head.") for key in all_keys):

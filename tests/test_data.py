@@ -61,7 +61,7 @@ def test_ranks_cut_one_global_order() -> None:
 
 
 def test_batch_larger_than_the_data_is_named() -> None:
-    with pytest.raises(ValueError, match="need a batch of at most 10 images, the data; got 6 x 2"):
+    with pytest.raises(ValueError, match="has 10 images, fewer than a batch of 6 x 2"):
         StepSampler(10, 6, 0, 0, 2, range(1))
 
 

@@ -403,7 +403,7 @@ def test_bf16_trains_with_a_float32_loss(tmp_path: Path, tiny_flags: list[str]) 
     command = [*script, *tiny_flags, *flags, "--output-dir", str(tmp_path / "bf16")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "mixed precision: bf16" in result.stdout
+    assert "1 x cpu, bf16" in result.stdout
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "bf16").values())
     state = load_file(tmp_path / "bf16" / "state.safetensors")
     assert {x.dtype for x in state.values()} == {torch.float32, torch.int64}
@@ -415,8 +415,11 @@ def test_output_is_plain_and_has_no_progress_bar_where_it_is_no_terminal(
     result = script("dino_train", *tiny_flags, "--output-dir", tmp_path / "run")
     assert "\x1b" not in result.stdout
     assert "ETA" not in result.stdout
-    for said in ("resnet10_half", "1 x cpu", "8 images, 10 steps", "k-NN top-1", "eval_knn.py"):
+    for said in ("resnet10_half", "1 x cpu", "2 epochs of 10 steps", "eval_knn.py", "curves.png"):
         assert said in result.stdout
+    for said in ("step 10 of 20, epoch 1: loss ", "step 20 of 20, epoch 2: loss "):
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith(said)]
+        assert "k-NN " in line and line.endswith(" s to go")
 
 
 # ---------------------------------------------------------------- configuration
@@ -435,7 +438,8 @@ def test_quick_start_applies_without_data_and_config_only(tmp_path: Path) -> Non
     for args in (["--data", "patterns"], ["--data=patterns"]):
         config = parse_config(args)
         assert (config.model, config.optim, config.crops) == (plain.model, plain.optim, plain.crops)
-    assert parse_config(["--config", str(tmp_path / "c.yaml")]).model == plain.model
+    of_file = parse_config(["--config", str(tmp_path / "c.yaml"), "--data", "patterns"])
+    assert of_file.model == plain.model
 
 
 def test_yaml_gives_the_config_and_flags_override_it(tmp_path: Path) -> None:
@@ -445,7 +449,8 @@ def test_yaml_gives_the_config_and_flags_override_it(tmp_path: Path) -> None:
         "  projection_output_dim: 4096\n  use_weight_norm: true\n  norm_last_layer: false\n"
         "optim:\n  lr: 1e-3\ncrops:\n  global_crop_scale: [0.25, 1]\n  local_crop_size: null\n"
     )
-    config = parse_config(["--config", str(path), "--projection-output-dim", "2048"])
+    flags = ["--data", "patterns", "--projection-output-dim", "2048"]
+    config = parse_config(["--config", str(path), *flags])
     assert config.model.projection_hidden_dim == 1024
     assert config.model.projection_bottleneck_dim == 256
     assert config.model.projection_output_dim == 2048
@@ -489,7 +494,10 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture, monkeypatch) ->
         (["--data", "no/such/folder"], "no such data 'no/such/folder'"),
         (["--data", "EMPTY"], "no images in"),
         (["--arch", "dino_vits16", "--global-crop-size", "50"], "patch of 16 px divides, got 50"),
-        (["--batch-size", "81"], "need a batch of at most 80 images, the data; got 81"),
+        (
+            ["--batch-size", "81"],
+            "80 images, fewer than a batch of 81: need a smaller --batch",
+        ),
         (["--batch-size", "0"], "need --batch-size > 0, got 0"),
         (["--epochs", "-1"], "need --epochs > 0, got -1"),
         (["--local-crop-size", "-96"], "need --local-crop-size > 0, got -96"),
@@ -509,7 +517,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture, monkeypatch) ->
         (["--global-crop-scale", "0.9", "0.2"], "need crop scales 0 < low <= high <= 1"),
         (["--eval-resize", "9"], "need --eval-resize >= the crop of 16 px, got 9"),
         (["--log-with", "wandb"], "--log-with wandb needs that package"),
-        (["--config", "none.yaml"], "cannot read none.yaml"),
+        (["--config", "none.yaml"], "no such recipe: none.yaml"),
         (["--config", "UNKNOWN"], "unknown key 'archh'; close matches: arch"),
         (["--config", "SECTION"], "unknown key 'modle'; close matches: model"),
         (["--config", "LIST"], "need sections model, data, crops"),
@@ -778,6 +786,9 @@ def test_weights_that_do_not_fit_are_named(
         assert result.returncode == 2 and said in result.stderr
         assert result.stderr.count("\n") == 1
     checkpoint = tiny_run / "ckpt.safetensors"
+    result = script("dino_train", *flags, checkpoint, "--arch", "resnet18")
+    said = f"{checkpoint} holds another network than --arch resnet18: "
+    assert result.returncode == 2 and said in result.stderr and len(result.stderr) < 300
     result = script("dino_train", *flags, checkpoint, "--projection-output-dim", 32)
     assert result.returncode == 2 and "(16, 8) for (32, 8)" in result.stderr
     result = script("dino_train", *flags, checkpoint, "--pretrained")

@@ -1,10 +1,12 @@
 """Settings that mean nothing, and YAML that is more than plain values: one line each."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from harness.flags import check_values, parse_config
+import dino_train
+from harness.flags import QUICKSTART, check_values, parse_config
 
 
 @pytest.mark.parametrize(
@@ -56,3 +58,27 @@ def test_yaml_that_is_more_than_values_is_refused(text: str, said: str, tmp_path
     assert said in str(raised.value)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_recipe_is_found_by_its_name_alone() -> None:
+    recipe = QUICKSTART.parent / "cifar10_resnet18.yaml"
+    assert parse_config(["--config", "cifar10_resnet18"]) == parse_config(["--config", str(recipe)])
+    with pytest.raises(ValueError, match=r"no such recipe: cifar10_resnet81; .*cifar10_resnet18"):
+        parse_config(["--config", "cifar10_resnet81"])
+
+
+def test_recipe_without_data_names_what_it_is_for() -> None:
+    with pytest.raises(ValueError, match=r"need --data PATH: .*vits16_100ep.yaml is for ImageNet"):
+        parse_config(["--config", "vits16_100ep"])
+    assert parse_config(["--config", "vits16_100ep", "--data", "x"]).data.data == "x"
+
+
+def test_help_begins_with_flags_that_there_are(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--help"], dino_train.__doc__)
+    assert stop.value.code == 0
+    start, options = capsys.readouterr().out.split("Start here")[1].split("Source: DINO")
+    flags = re.findall(r"^ +(--[a-z-]+)", start, flags=re.MULTILINE)
+    assert len(flags) == 8
+    for flag in flags:
+        assert re.search(rf"{flag}\b", options), flag

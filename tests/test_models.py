@@ -90,6 +90,10 @@ def test_small_images_are_not_reduced_to_a_point(image_size: int, last_side: int
 
 
 def test_unknown_arch_names_close_matches() -> None:
+    with pytest.raises(ValueError, match="unknown arch 'vit_small'") as raised:
+        get_backbone("vit_small")
+    names = str(raised.value).split("matches: ")[1].split(", ")
+    assert {"dino_vits16", "vit_small_patch16_224"} <= set(names) and len(names) == len(set(names))
     with pytest.raises(ValueError, match=r"unknown arch 'resnet51'; close matches: .*resnet50"):
         get_backbone("resnet51")
     with pytest.raises(ValueError, match="dino_vits16"):

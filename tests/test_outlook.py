@@ -15,8 +15,8 @@ from torch import nn
 from dino_train import train
 from harness import outlook
 from harness.flags import parse_config
-from harness.monitor import collapse_of
-from harness.outlook import duration, ema_half_life
+from harness.monitor import collapse_of, duration
+from harness.outlook import ema_half_life
 from harness.run import Run
 
 UNIFORM = """
@@ -60,7 +60,10 @@ def test_what_cannot_be_meant_is_a_warning_that_names_the_flag(
         "--freeze-last-layer-epochs 1 covers",
     ):
         assert sum(flag in line for line in warned) == 1, flag
-    assert "half-life of 1,386 steps, the run 10" in result.stdout
+    assert (
+        "leaves half of the teacher as it began for 1,386 steps, and the run has 10"
+        in result.stdout
+    )
 
 
 def test_header_says_whether_blocks_are_compiled_and_what_is_missing(
@@ -75,9 +78,9 @@ def test_header_says_whether_blocks_are_compiled_and_what_is_missing(
         return re.sub(" *\n", "\n", console.file.getvalue())
 
     student = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))  # backbone and head
-    assert "mixed precision: no, blocks not compiled\n" in header_of(student)
+    assert "1 x cpu, float32, blocks not compiled\n" in header_of(student)
     student[0].compile()
-    assert "mixed precision: no, blocks compiled\n" in header_of(student)
+    assert "1 x cpu, float32, blocks compiled\n" in header_of(student)
     missing = "--compile needs a C compiler and Python's headers, which were not found"
     for found in (False, True):
         monkeypatch.setattr(outlook, "has_compiler", lambda found=found: found)
@@ -90,13 +93,13 @@ def test_header_shows_the_arithmetic(tiny_run: Path, tiny_flags, tmp_path: Path,
     flags += ("--output-dir", tmp_path / "run", "--teacher-momentum", "0.9")
     result = script("dino_train", *tiny_flags, *flags)
     said = " ".join(result.stdout.split())
-    half_life = math.log(2) / -math.log(0.9)
     for text in (
-        "K 16 prototypes, 5 images to each",
-        "batch 8 images, 10 steps an epoch, 2 epochs",
+        f"folder {tmp_path}/run network",
+        "M in its head of 16 prototypes",
+        "batch 8 images steps 20: 2 epochs of 10 steps",
         "lr 0.000313 (0.01 x 8 / 256)",
         "0.04 to 0.07 in 1 of 2 epochs",
-        f"newer than {half_life:.3g} steps at first (0.658 epochs)",
+        "averages about the last 10 steps at first",
     ):
         assert text in said, said
 

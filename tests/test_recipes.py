@@ -26,7 +26,7 @@ PUBLISHED = {
 
 
 def load(path: Path, *flags: str) -> Config:
-    return parse_config(["--config", str(path), *flags])
+    return parse_config(["--config", str(path), "--data", "images", *flags])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
