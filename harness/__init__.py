@@ -11,6 +11,7 @@ weights        weights from elsewhere: read, matched, loaded
 flags          recipes, checks of settings, what follows from data and machine
 run            a run's folder: what is saved, when, and how it goes on
 monitor        progress, log, curves, unreadable images, collapse
+estimate       what a step will take on this machine, before the first
 outlook        header, warnings, dry run
 evaluation     a frozen backbone: opened, its images prepared, its features
 online_knn     the teacher's k-NN during training

@@ -17,6 +17,7 @@ from data import ImageDataset, batch_factors
 from folders import some_of
 from harness.command import print_rows, unused_path
 from harness.distributed import has_compiler, is_compiled
+from harness.estimate import flops_per_second, memory_of_machine, step_cost
 from harness.monitor import Monitor, duration, peak_memory, three_digits, write_picture
 from harness.pictures import crop_cells, sheet
 from harness.run import Due, Run, TrainingState
@@ -202,9 +203,36 @@ def unlikely_settings(run: Run, student: nn.Module) -> list[str]:
         is_on_gpus = run.accelerator.device.type == "cuda"
         reason = "--no-sync-bn" if is_on_gpus else "only GPUs share them"
         lines.append(f"BatchNorm sees {config.optim.batch_size} images at a time: {reason}")
+    if run.accelerator.device.type == "cpu":
+        lines += _too_much_for_a_cpu(run)
     if config.run.compile and not has_compiler():
         lines.append("--compile needs a C compiler and Python's headers, which were not found")
     return lines
+
+
+SLOW_STEP = 5.0  # seconds, from which on a step is said to be slow
+MUCH_MEMORY = 0.7  # of the machine's
+
+
+def _too_much_for_a_cpu(run: Run) -> list[str]:
+    """Return a line where a step will be slow, or take most of the machine's memory."""
+    config, crops = run.config, run.config.crops
+    sizes = [crops.global_crop_size] * 2 + [crops.local_crop_size] * crops.num_local_crops
+    cost = step_cost(config.model, sizes, config.optim.batch_size)
+    seconds = config.optim.accumulation_steps * cost.flops / flops_per_second()
+    own_bytes, all_bytes = cost.num_bytes * run.accelerator.num_processes, memory_of_machine()
+    is_large = all_bytes is not None and own_bytes > MUCH_MEMORY * all_bytes
+    if seconds < SLOW_STEP and not is_large:
+        return []
+    memory = f"{own_bytes / 2**30:.1f} GiB"
+    if all_bytes is not None:
+        memory += f" of this machine's {all_bytes / 2**30:.1f}"
+    whole = duration(seconds * (run.total_steps - run.steps_before))
+    flags = "--batch-size, --num-local-crops, the crop sizes or --arch"
+    return [
+        f"a step will take about {duration(seconds)} on this CPU and {memory}, the run about "
+        f"{whole}: smaller {flags} help; --dry-run measures it"
+    ]
 
 
 def _has_plain_batch_norm(network: nn.Module) -> bool:
@@ -294,7 +322,7 @@ class DryRun(Run):
             "speed": f"{speed:.3g} images/s, {seconds_a_step:.3g} s a step, over {num_steps}",
             "waiting": f"{waited / seconds:.0%} of the time, for data",
             "memory": f"{peak_memory():.2f} GiB at most, of the {memory_of}",
-            "whole run": f"{whole_run} for {self.total_steps:,} steps, less k-NN and saving",
+            "whole run": f"{whole_run} for {self.total_steps:,} steps, without k-NN and saving",
             "crops": str(file),
         }
         print_rows(console, rows)
