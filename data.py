@@ -450,6 +450,9 @@ def _require_source(data: str, flag: str) -> None:
     path = Path(data)
     if path.is_dir() or is_list(path) or (path.suffix == ".tar" and path.is_file()):
         return
+    if path.is_absolute() and not path.exists():  # as runs and checkpoints keep it
+        text = f"need {flag} NEW with their place, if the images were moved"
+        raise ValueError(f"no such folder or file: {data}; {text}")
     known = ["patterns", *TORCHVISION_SETS]
     close = difflib.get_close_matches(data, known, n=2)
     hint = f" (close: {', '.join(close)})" if close else ""
