@@ -163,9 +163,11 @@ def main() -> None:
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     if num_classes > 5:  # else any guess is among the five
         table.add_column("top-5 %")
+    num_train = len(train_features)
     for k, (top1, top5) in accuracies.items():
-        cells = (f"{top1:.2f}", f"{top5:.2f}")
-        table.add_row(str(k), *cells[: len(table.columns) - 1])
+        if k <= num_train or k == min(accuracies):  # more neighbours than images are all of them
+            cells = (f"{top1:.2f}", f"{top5:.2f}")
+            table.add_row(str(k), *cells[: len(table.columns) - 1])
     results = {
         "temperature": options.temperature,
         "knn": {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracies.items()},

@@ -301,6 +301,9 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbo
         "step": step,
         "data": preparation.data,
     }
+    metrics = network.metadata.get("metrics") or {}
+    if options.data is None and options.val is None and "knn_top1_untrained" in metrics:
+        facts["knn_top1_untrained"] = metrics["knn_top1_untrained"]  # measured by the run itself
     backbone = network.model.backbone.to(accelerator.device).eval()
     return FrozenBackbone(backbone, preparation, facts)
 
@@ -529,5 +532,10 @@ def report(facts: dict, table: Table | None, results: dict, json_out: Path | Non
         leading = facts["variance_share"].items()
         shares = ", ".join(f"{100 * share:.0f} % in {k}" for k, share in leading)
         console.print(f"RankMe {facts['rankme']:.1f}; variance by components: {shares}")
+    if "knn_top1_untrained" in facts:
+        before = facts["knn_top1_untrained"]
+        console.print(
+            f"before training its k-NN was {before:.2f} % with k 20, by the run's own log"
+        )
     if table is not None:
         console.print(table)

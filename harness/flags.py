@@ -345,7 +345,7 @@ def _absolute(data: str | None) -> str | None:
     return os.path.abspath(data) if data is not None and os.path.exists(data) else data
 
 
-CANVAS_SIZES = (256, 384, 512)  # pixels; README tells what each keeps, and its speed
+CANVAS_SIZES = (256, 384, 512)  # pixels; docs/data.md tells what each keeps, and its speed
 
 
 def _canvas_for(longer_side: int) -> int:

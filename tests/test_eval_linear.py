@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from torch import nn
 
 import eval_linear
-from data import PATTERNS, StepSampler, build_dataset, held_out
+from data import PATTERNS, StepSampler, build_dataset, held_out, permutation
 from eval_linear import (
     LinearConfig,
     Probes,
     by_class,
+    chosen_lr,
     confusion_matrix,
     linear_accuracy,
     train_on_crops,
@@ -79,7 +80,13 @@ def test_table_and_json_report_the_best_rate(tmp_path: Path, tiny_run: Path, scr
     report = json.loads(out.read_text())
     assert len(report["linear"]) == 8
     assert report["best_top1"] == max(row["top1"] for row in report["linear"])
-    assert f"{report['best_top1']:.2f} best" in result.stdout
+    said = " ".join(result.stdout.split())
+    best = (
+        f"best: {report['best_top1']:.2f} % with {report['best_lr']:g}, chosen on the test images"
+    )
+    assert best in said
+    assert f"with {report['chosen_lr']:g}, chosen on a tenth of the training images" in said
+    assert "top-5" not in said  # of two classes
     assert report["linear"][0]["top5"] == 100  # two classes
     # the best probe's mistakes, as its accuracy counts them
     confusion = torch.tensor(report["confusion"])
@@ -87,6 +94,19 @@ def test_table_and_json_report_the_best_rate(tmp_path: Path, tiny_run: Path, scr
     right = 100 * confusion.diag().sum().item() / report["num_test"]
     assert right == pytest.approx(report["best_top1"])
     assert list(report["per_class_top1"]) == ["checks", "stripes"]
+
+
+def test_rate_is_chosen_without_the_test_images() -> None:
+    features, labels = torch.randn(200, 6), torch.randint(3, (200,))
+    features[:, 0] += 2 * labels
+    settings = config(epochs=3, lrs=(0.001, 0.1, 3.0))
+    order = permutation(200, settings.seed).tolist()
+    held_out, rest = order[:20], order[20:]
+    parts = features[rest], labels[rest], features[held_out], labels[held_out]
+    accuracies = linear_accuracy(*parts, settings)
+    assert len({top1 for top1, _ in accuracies.values()}) > 1
+    chosen = chosen_lr(features, labels, settings)
+    assert accuracies[chosen][0] == max(top1 for top1, _ in accuracies.values())
 
 
 def test_confusion_counts_pairs_of_classes() -> None:

@@ -200,9 +200,9 @@ USES = {
 
 
 def copyable_files() -> dict[str, list[str]]:
-    """Return the files that the README calls copyable, and what it says to copy with each."""
+    """Return the files that docs/code.md calls copyable, and what it says to copy with each."""
     rows = re.findall(
-        r"^\| `([\w/]+\.py)` \|.*\| yes(.*?) \|$", (ROOT / "README.md").read_text(), re.M
+        r"^\| `([\w/]+\.py)` \|.*\| yes(.*?) \|$", (ROOT / "docs" / "code.md").read_text(), re.M
     )
     return {file: re.findall(r"`([\w/]+\.py)`", companions) for file, companions in rows}
 

@@ -1,0 +1,95 @@
+"""What the README and docs/ say to type is typed here: code runs, command lines are read."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import eval_knn
+import eval_linear
+import export
+import visualize
+from harness.command import read_flags
+from harness.flags import check_values, parse_config
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)
+CODE = [block for language, block in BLOCKS if language == "python"]
+
+
+def _train(flags: list[str]) -> None:
+    if "--resume" in flags:
+        return  # which reads the run's folder: tests/test_dino_train.py
+    check_values(parse_config(flags))
+
+
+def _reader(kind: type) -> Callable[[list[str]], object]:
+    return lambda flags: read_flags(kind, flags, None)
+
+
+READERS = {
+    "dino_train.py": _train,
+    "eval_knn.py": _reader(eval_knn.KnnConfig),
+    "eval_linear.py": _reader(eval_linear.LinearConfig),
+    "export.py": _reader(export.ExportConfig),
+    "visualize.py": _reader(visualize.VisualizeConfig),
+}
+SCRIPT = re.compile(rf"(?<![\w/-])({'|'.join(map(re.escape, READERS))})([^`|&]*)")
+
+
+def commands() -> list[tuple[str, str]]:
+    """Return each script and its flags, of fenced blocks and of `code` within a line."""
+    pieces = [block for language, block in BLOCKS if not language]
+    pieces += re.findall(r"`((?:python|accelerate|torchrun)[^`\n]*)`", TEXT)
+    found: list[tuple[str, str]] = []
+    for line in "\n".join(pieces).splitlines():
+        found += [(name, rest.split("#")[0].strip()) for name, rest in SCRIPT.findall(line)]
+    return sorted(set(found))
+
+
+COMMANDS = commands()
+
+
+def test_there_are_code_and_commands() -> None:
+    assert len(CODE) >= 1
+    assert {name for name, _ in COMMANDS} == set(READERS)
+
+
+@pytest.mark.parametrize("code", CODE, ids=range(len(CODE)))
+def test_code_runs_as_it_is_pasted(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize(("name", "flags"), COMMANDS, ids=[" ".join(each) for each in COMMANDS])
+def test_command_line_is_understood(name: str, flags: str) -> None:
+    words = [word for word in shlex.split(flags) if word != "..."]
+    if words[:1] == ["--help"]:
+        return
+    needs_more = flags.endswith("...") or not words
+    if needs_more and name != "dino_train.py":  # the line shows how to launch it alone
+        words = ["CHECKPOINT", *words]
+    words = [
+        word.replace("NAME", "vits16_100ep") if name == "dino_train.py" else word for word in words
+    ]
+    READERS[name](words)
+
+
+def test_links_lead_to_files() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), (page.name, link)
+
+
+def test_contents_lead_to_headings() -> None:
+    text = (ROOT / "README.md").read_text()
+    headings = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(#([\w-]+)\)", text)
+    assert len(links) >= 8 and set(links) <= anchors
