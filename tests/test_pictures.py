@@ -5,7 +5,21 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from harness.pictures import LINES, WIDTH, clipped, crop_cells, curves, panel, sheet, ticks
+from harness.pictures import (
+    CLASS_COLOURS,
+    LABEL_LINE,
+    LINES,
+    MOST_LINES,
+    WIDTH,
+    clipped,
+    crop_cells,
+    curves,
+    panel,
+    scatter,
+    sheet,
+    ticks,
+    wrapped,
+)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-0.3, 6.9), (28.1, 86.3), (0, 0.0075), (0, 800)])
@@ -66,9 +80,35 @@ def test_text_is_shortened_to_its_width() -> None:
     assert clipped("x" * 9, font, 3) == "…"
 
 
+def test_text_takes_the_lines_that_it_needs() -> None:
+    font = ImageFont.load_default(14)
+    assert wrapped("", font, 100) == []
+    assert wrapped("cat\nof\n\nmine", font, 100) == ["cat", "of", "mine"]
+    for text in ("a name of some words that is far too long", "x" * 40):
+        lines = wrapped(text, font, 120)
+        assert len(lines) > 1 and all(font.getlength(line) <= 120 for line in lines)
+        assert "".join(lines) == text.replace(" ", "") or " ".join(lines) == text
+    endless = wrapped("x" * 400, font, 120)
+    assert len(endless) == MOST_LINES and endless[-1].endswith("…")
+
+
+def test_sheet_is_as_high_as_its_longest_label_needs() -> None:
+    picture = Image.new("RGB", (150, 50), "red")
+    low, high = (sheet("", [(picture, "a"), (picture, label)], 2) for label in ("a", "a\nb\nc"))
+    assert high.height == low.height + 2 * LABEL_LINE
+
+
 def test_sheet_holds_its_pictures() -> None:
     cells = [(Image.new("RGB", (150, 40 + 10 * i), "red"), f"label {i}") for i in range(5)]
     card = np.asarray(sheet("title", cells, 2))
     red = (card == (255, 0, 0)).all(axis=-1)
     assert red.sum() == sum(picture.width * picture.height for picture, _ in cells)
     assert card.shape[1] == 2 * 150 + 3 * 8
+
+
+def test_points_have_a_legend_and_room_for_the_axes_on_any_scale() -> None:
+    for spread in ((1.0, 0.01), (0.01, 1.0), (0.0, 0.0)):
+        points = torch.randn(9, 2) * torch.tensor(spread)
+        card = scatter("title", points, ["cat"] * 5 + ["dog"] * 4, ("component 1", "component 2"))
+        assert min(card.size) > 240
+        assert all(colour(card, CLASS_COLOURS[i]) for i in range(2))
