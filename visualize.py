@@ -13,11 +13,13 @@ Axes: b batch, n images, d features, p tokens, c h w image or map.
 
 import html
 import itertools
+import math
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 from urllib.parse import quote
@@ -78,6 +80,8 @@ FEATURE_BATCH = 64  # images
 SAMPLED_FRAMES = 16  # frames of a video that fix the scale of its colours
 NUM_QUERIES = 6
 NUM_NEIGHBOURS = 8
+MIN_CELLS = 14  # on the shorter side of a map: fewer show no shape
+COARSEST = 64  # pixels, the largest cell that images are enlarged for
 TILE = 240  # pixels
 VIDEO_TILE = 320  # pixels
 FRAME = "{:06}.png"  # a file in a folder of frames
@@ -125,7 +129,7 @@ class VisualizeConfig:
     # folder for the pictures; None: pictures/IMAGES beside the checkpoint
     output_dir: Path | None = None
     # pixels, shorter side of what attention and pca see; None: 480 for photographs, as the
-    # original, and the training crop's for small images
+    # original; small images are enlarged from the training crop's until 14 cells lie on it
     size: int | None = None
     # images of a folder, evenly spaced, for attention, pca and crops
     num_images: int = 8
@@ -154,7 +158,40 @@ class Observer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone = network.model.backbone.to(self.device)
         crop_size = self.preparation.size
-        self.size = size or (480 if crop_size >= 192 else crop_size)
+        self.usual_size = 480 if crop_size >= 192 else crop_size
+        self.given_size = size
+
+    @cached_property
+    def size(self) -> int:
+        """The shorter side of what maps are made of, in pixels: as given, or with MIN_CELLS cells.
+
+        The usual size where the network takes no other.
+        """
+        if self.given_size:
+            return self.given_size
+        size = self.usual_size
+        try:
+            while (num_cells := self._num_cells(size)) < MIN_CELLS:
+                size = math.ceil(size * MIN_CELLS / num_cells)
+                if size > MIN_CELLS * COARSEST:
+                    return self.usual_size
+        except ValueError:
+            return self.usual_size
+        return size
+
+    def _num_cells(self, size: int) -> int:
+        """Return the cells of a feature map on a side of a square image."""
+        blank = torch.zeros(3, size, size, dtype=torch.uint8)
+        blank = fit_patches(blank, size, self.backbone.patch_size)
+        return self.map_of("pca", blank).shape[-1]
+
+    @property
+    def said_size(self) -> str:
+        """How large the images are that maps are made of, and why they were enlarged."""
+        if self.given_size or self.size == self.usual_size:
+            return f"images of {self.size} px"
+        factor = f"{self.size / self.preparation.size:.2g} x the training crop"
+        return f"images enlarged to {self.size} px, {factor}, for {MIN_CELLS} cells"
 
     def fit(self, image: Tensor) -> Tensor:
         """Return (3, h, w) uint8 in the size that attention and feature maps are made of."""
@@ -248,7 +285,7 @@ def read(images: ImageDataset, rows: Sequence[int]) -> Iterator[tuple[int, Tenso
 # ---------------------------------------------------------------- drawing
 
 
-def attention_sheet(image: Tensor, attention: Tensor, mass: float, label: str) -> Image.Image:
+def attention_sheet(image: Tensor, attention: Tensor, mass: float, title: str) -> Image.Image:
     """Draw an image, the mean of its attention (head, h, w) beside and over it, and each head.
 
     Each heat map has its own scale: a patch's share of the attention to all patches.
@@ -266,7 +303,7 @@ def attention_sheet(image: Tensor, attention: Tensor, mass: float, label: str) -
     ]
     for head, values in enumerate(attention, start=1):
         cells.append((_scaled_heat(picture, values), f"head {head} of {len(attention)}"))
-    return sheet(f"attention of the class token: {label}", cells, 4)
+    return sheet(title, cells, 4)
 
 
 def _scaled_heat(picture: Image.Image, attention: Tensor) -> Image.Image:
@@ -285,7 +322,8 @@ def draw_attention(
         attention = observer.map_of("attention", image)
         safe_label = re.sub(r"[^0-9A-Za-z._-]+", "-", label)[:80]
         name = f"attention-{number:02}-{safe_label}.png"
-        title = ", ".join(label_of(images, row).split("\n"))
+        named = ", ".join(label_of(images, row).split("\n"))
+        title = f"the class token's attention in the last block: {named}; {observer.said_size}"
         pictures[name] = attention_sheet(image, attention, mass, title)
     return pictures
 
@@ -300,7 +338,9 @@ def pca_sheet(observer: Observer, images: ImageDataset, fitted: dict[int, Tensor
         drawn = enlarged(pca.colours(features), picture)
         cells.append((picture, label_of(images, row)))
         cells.append((drawn, f"{features.shape[2]} x {features.shape[1]} cells"))
-    return sheet(f"PCA as RGB: {sum(pca.shares):.0%} of variance", cells, 4)
+    shares = f"{sum(pca.shares):.0%} of variance"
+    title = f"PCA of the last layer as RGB: {shares}; {observer.said_size}"
+    return sheet(title, cells, 4)
 
 
 def crops_sheet(
@@ -470,7 +510,10 @@ def draw_pictures(options: VisualizeConfig) -> Pictures:
     if {"attention", "pca", "crops"} & set(kinds):
         chosen = dict(read(images, spread(images, options.num_images)))
         print(f"{len(chosen)} of {len(images):,} images drawn one by one")
-        fitted = {row: observer.fit(image) for row, image in chosen.items()}
+        fitted = {}
+        if {"attention", "pca"} & set(kinds):
+            print(f"maps of the last layer: {observer.said_size}")
+            fitted = {row: observer.fit(image) for row, image in chosen.items()}
         if "attention" in kinds:
             pictures |= draw_attention(observer, images, fitted, options.mass)
         if "pca" in kinds:

@@ -66,10 +66,10 @@ def test_a_photo_gives_every_picture_of_its_kind(
     ]
     sizes = {name: Image.open(tmp_path / name).size for name in drawn}
     scale = 6 + 12 + 5 + 48  # the bar of colours and its text
+    width = 3 * (248 + scale) + 248 + 8  # the column of the mask has none
     # 2:1 is kept; the label of the mask has two lines
-    width = 3 * (248 + scale) + 248 + 8  # the mask alone has none
     assert sizes["attention-01-wide.png"] == (width, 40 + 2 * (120 + 30) + 17)
-    assert sizes["pca.png"] == (2 * 248 + 8, 40 + 150)
+    assert sizes["pca.png"] == (2 * 248 + 8, 40 + 22 + 150)  # two lines of title
     assert sizes["crops.png"] == (5 * 128 + 8, 40 + 150)
 
 
@@ -167,7 +167,7 @@ def test_heat_maps_have_a_scale_and_heads_a_name(
 ) -> None:
     draw_pictures(VisualizeConfig(str(vit), str(photo), ("attention",)))
     title, cells, _ = drawn_sheets[0]
-    assert title.endswith("wide.png")
+    assert "wide.png" in title
     assert [label for _, label in cells[4:]] == ["head 1 of 3", "head 2 of 3", "head 3 of 3"]
     for picture, _ in [cells[1], *cells[4:]]:
         bar = np.asarray(picture)[:, cells[0][0].width + 6 + 4].astype(int).sum(axis=-1)
@@ -176,6 +176,33 @@ def test_heat_maps_have_a_scale_and_heads_a_name(
     grey = np.asarray(cells[0][0].convert("L")).ravel()
     over = np.asarray(cells[2][0].convert("L")).ravel()
     assert np.corrcoef(grey, over)[0, 1] > 0.5
+
+
+@pytest.mark.parametrize("kind", ["attention", "pca"])
+def test_maps_of_small_images_have_cells_enough_to_show_a_shape(
+    kind: str, drawn_sheets: list, vit: Path, tiny_run: Path, photo: Path
+) -> None:
+    """The title says how; a size that is asked for is taken as it is."""
+    checkpoint = vit if kind == "attention" else tiny_run / "ckpt.safetensors"
+    draw_pictures(VisualizeConfig(str(checkpoint), str(photo), (kind,)))
+    draw_pictures(VisualizeConfig(str(checkpoint), str(photo), (kind,), size=32))
+    (title, cells, _), (small_title, small_cells, _) = drawn_sheets
+    factor = "3.5" if kind == "attention" else "7"  # crops of 32 and 16 px, cells of 8 px
+    assert title.endswith(f"images enlarged to 112 px, {factor} x the training crop, for 14 cells")
+    assert "28 x 14 cells" in cells[1][1]
+    assert small_title.endswith("images of 32 px") and "8 x 4 cells" in small_cells[1][1]
+
+
+def test_photographs_are_not_enlarged_further(vit: Path, tmp_path: Path) -> None:
+    """A network that takes one size only keeps the usual one, and says that it has no map of it."""
+    import visualize
+
+    for arch in ("resnet10_half", "pit_ti_224"):
+        checkpoint = write_checkpoint(tmp_path / f"{arch}.safetensors", arch, size=224)
+        observer = visualize.Observer(str(checkpoint), None)
+        assert observer.size == 480 and observer.said_size == "images of 480 px"
+    with pytest.raises(ValueError, match="no map of pit_ti_224 at 480 x 480 px"):
+        observer.map_of("pca", torch.zeros(3, 480, 480, dtype=torch.uint8))
 
 
 def test_index_shows_all_pictures_and_escapes_their_names(
