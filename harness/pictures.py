@@ -196,8 +196,13 @@ class _Axes:
         return x, y
 
 
-def panel(title: str, curves: Sequence[Curve], guides: dict[str, float]) -> Image.Image:
-    """Draw curves over epochs, with dashed guides by name."""
+def panel(
+    title: str,
+    curves: Sequence[Curve],
+    guides: dict[str, float],
+    without_values: str = "nothing yet",
+) -> Image.Image:
+    """Draw curves over epochs, with dashed guides by name; a text where there are no values."""
     font = ImageFont.load_default(26)
     card = Image.new("RGB", (2 * WIDTH, 2 * HEIGHT), PLOT)
     draw = ImageDraw.Draw(card)
@@ -210,7 +215,7 @@ def panel(title: str, curves: Sequence[Curve], guides: dict[str, float]) -> Imag
                 epochs.append(epoch)
                 values.append(value)
     if not epochs:
-        draw.text((WIDTH, HEIGHT), "nothing yet", OTHER, font, anchor="mm")
+        draw.text((WIDTH, HEIGHT), without_values, OTHER, font, anchor="mm")
         return card.reduce(2)
     axes = _Axes(max(epochs) or 1.0, values)
     _draw_grid(draw, axes, font)
@@ -237,7 +242,8 @@ def _draw_grid(draw: ImageDraw.ImageDraw, axes: _Axes, font: ImageFont.FreeTypeF
 def _draw_curve(draw: ImageDraw.ImageDraw, axes: _Axes, curve: Curve, colour: str) -> None:
     _, epochs, values = curve
     every = math.ceil(len(epochs) / MOST_POINTS) or 1
-    line = [axes.place(x, y) for x, y in zip(epochs[::every], values[::every], strict=True)]
+    points = zip(epochs[::every], values[::every], strict=True)
+    line = [axes.place(x, y) for x, y in points if math.isfinite(y)]
     draw.line(line, colour, 4, joint="curve")
     if len(line) <= 30:  # so few that their places can be told
         for spot in line:
@@ -258,24 +264,32 @@ def _draw_guide(
 
 
 def curves(log: Sequence[dict], output_dim: int) -> Image.Image:
-    """Draw a run's lines of log.jsonl: loss, k-NN, entropy with KL, and learning rate."""
+    """Draw a run's lines of log.jsonl: what was measured above, how it is trained below."""
 
     def curve(key: str, name: str) -> Curve:
         rows = [row for row in log if key in row]
         return name, [row["epoch"] for row in rows], [row[key] for row in rows]
 
-    knn = curve("knn_top1", "")
-    untrained = {"untrained": knn[2][0]} if len(knn[2]) > 1 else {}
+    def untrained(curve: Curve) -> dict[str, float]:
+        _, epochs, values = curve
+        # not of a run whose first lines were written before RankMe was measured
+        is_known = len(values) > 1 and epochs[0] == 0 and math.isfinite(values[0])
+        return {"untrained": values[0]} if is_known else {}
+
+    knn, rankme = curve("knn_top1", ""), curve("rankme", "")
+    without_knn = "no k-NN: RankMe alone" if rankme[2] else "nothing yet"
     uniform = {f"ln K = {math.log(output_dim):.2f}: uniform": math.log(output_dim)}
     entropies = [curve("teacher_entropy", "entropy"), curve("kl", "KL")]
     panels = [
         panel("loss", [curve("loss", "")], {}),
-        panel("k-NN top-1, %", [knn], untrained),
+        panel("k-NN top-1, %", [knn], untrained(knn), without_knn),
+        panel("RankMe: dimensions in use", [rankme], untrained(rankme)),
         panel("teacher entropy and KL", entropies, uniform),
+        panel("feature spread", [curve("feature_spread", "")], {}),
         panel("learning rate", [curve("lr", "")], {}),
     ]
     epoch = max((row["epoch"] for row in log), default=0)
-    return sheet(f"by epoch, up to {epoch:g}", [(picture, "") for picture in panels], 2)
+    return sheet(f"by epoch, up to {epoch:g}", [(picture, "") for picture in panels], 3)
 
 
 # ---------------------------------------------------------------- images, maps and points

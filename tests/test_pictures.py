@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
+from harness import pictures
 from harness.pictures import (
     CLASS_COLOURS,
     LABEL_LINE,
@@ -58,6 +59,33 @@ def test_rising_curve_rises_from_left_to_right() -> None:
 )
 def test_curves_of_any_log_have_one_size(log: list[dict]) -> None:
     assert curves(log, 1024).size == curves([], 1024).size
+
+
+def test_rank_is_drawn_beside_knn_and_alone_without_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its first value is a guide only where it is the untrained network's."""
+    drawn: list = []
+    monkeypatch.setattr(
+        pictures, "panel", lambda *args: drawn.append(args) or Image.new("RGB", (9, 9))
+    )
+    log = [{"epoch": i, "knn_top1": 30.0 + i, "rankme": 5.0 + i} for i in range(3)]
+    curves(log, 1024)
+    knn, rank = drawn[1:3]
+    assert knn[:3] == ("k-NN top-1, %", [("", [0, 1, 2], [30, 31, 32])], {"untrained": 30})
+    assert rank[1:3] == ([("", [0, 1, 2], [5, 6, 7])], {"untrained": 5})
+    drawn.clear()
+    curves([{"epoch": i, "rankme": 5.0 + i} for i in (1, 2)], 1024)
+    knn, rank = drawn[1:3]
+    assert knn[1:] == ([("", [], [])], {}, "no k-NN: RankMe alone")
+    assert rank[1:3] == ([("", [1, 2], [6, 7])], {})
+
+
+def test_curve_leaves_out_what_is_no_number() -> None:
+    epochs = [0.0, 1.0, 2.0, 3.0]
+    with_nan = panel("RankMe", [("", epochs, [1.0, math.nan, 3.0, 4.0])], {})
+    without = panel("RankMe", [("", [0.0, 2.0, 3.0], [1.0, 3.0, 4.0])], {})
+    assert with_nan.tobytes() == without.tobytes()
 
 
 def test_crops_are_shown_as_they_were_before_normalisation() -> None:
