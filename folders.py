@@ -169,7 +169,7 @@ class _Walk:
             self.no_files.append(name)
         elif suffix == ".tar":
             self.tars.append(name)
-        elif DRAWN.fullmatch(entry.name) and _was_drawn_here(entry.path):
+        elif DRAWN.fullmatch(entry.name) and was_drawn_here(entry.path):
             self.drawn.append(name)
         else:
             self.images.append(name)
@@ -196,7 +196,8 @@ def _identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _was_drawn_here(path: str) -> bool:
+def was_drawn_here(path: str) -> bool:
+    """Tell whether a picture was drawn by this project: it is no data."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         return DRAWN_MARK in file.read(2048)
     return False

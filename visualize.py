@@ -6,18 +6,23 @@
 
 attention: the class token's, in a ViT's last block; pca: components of the last feature map as
 colours, common to all images; crops: what training sees; neighbours: the most similar images;
-scatter: features by class. Source: DINO, arXiv 2104.14294. Pillow draws everything.
+scatter: features by class. index.html shows them all. Source: DINO, arXiv 2104.14294. Pillow
+draws everything.
 Axes: b batch, n images, d features, p tokens, c h w image or map.
 """
 
+import html
 import itertools
+import math
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
+from urllib.parse import quote
 
 import torch
 import tyro
@@ -33,8 +38,8 @@ from data import (
     decode,
     to_canvas,
 )
-from folders import is_list
-from harness.command import read_flags, run_command
+from folders import is_list, was_drawn_here
+from harness.command import read_flags, run_command, write_whole
 from harness.evaluation import evenly, normalized, open_network, require_preparation
 from harness.feature_maps import (
     PCA,
@@ -48,31 +53,68 @@ from harness.feature_maps import (
 )
 from harness.pictures import (
     CARD,
+    INK,
     MARK,
     SMALL_TILE,
+    WRONG,
     Cell,
     crop_cells,
+    divider,
     enlarged,
+    framed,
     heat,
+    overlay,
     png_mark,
     scatter,
     sheet,
     tile,
+    with_scale,
 )
 from harness.terminal import printable
 from harness.weights import as_file
 from multicrop import MultiCrop, hash_keys
+from tar_shards import TarMember
 
 MOST_FEATURES = 2000  # images that are compared and scattered
 FEATURE_BATCH = 64  # images
 SAMPLED_FRAMES = 16  # frames of a video that fix the scale of its colours
 NUM_QUERIES = 6
 NUM_NEIGHBOURS = 8
+MIN_CELLS = 14  # on the shorter side of a map: fewer show no shape
+COARSEST = 64  # pixels, the largest cell that images are enlarged for
 TILE = 240  # pixels
 VIDEO_TILE = 320  # pixels
+FRAME = "{:06}.png"  # a file in a folder of frames
+FIRST_FRAME = FRAME.format(1)
 
 Kind = Literal["attention", "pca", "crops", "neighbours", "scatter"]
 KINDS = get_args(Kind)
+MEANINGS = {
+    "attention": "Where the class token looks, in the last block: bright is much. Each map has its "
+    "own scale, in % of the attention to all patches.",
+    "pca": "Features of the last layer as colours. What has one colour is alike to the network, in "
+    "all images.",
+    "crops": "What training sees of an image: the teacher the global crops, the student all.",
+    "neighbours": "The images that are most alike to the network, with cosine similarity. A red "
+    "frame is of another class than the query's.",
+    "scatter": "All images on the two components of their features that vary most.",
+}
+PAGE_HEAD = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="generator" content="{MARK.decode()}">
+<meta name="viewport" content="width=device-width">
+<title>what the backbone sees</title>
+<style>
+body {{ background: {CARD}; color: {INK}; font-family: sans-serif; margin: 2em; }}
+figure {{ margin: 0 0 2em; }}
+img {{ max-width: 100%; height: auto; }}
+figcaption {{ overflow-wrap: anywhere; }}
+</style>
+</head>
+<body>"""
+
 Pictures = dict[str, Image.Image | Iterator[Image.Image]]  # by file name; a video's frames
 
 
@@ -87,7 +129,7 @@ class VisualizeConfig:
     # folder for the pictures; None: pictures/IMAGES beside the checkpoint
     output_dir: Path | None = None
     # pixels, shorter side of what attention and pca see; None: 480 for photographs, as the
-    # original, and the training crop's for small images
+    # original; small images are enlarged from the training crop's until 14 cells lie on it
     size: int | None = None
     # images of a folder, evenly spaced, for attention, pca and crops
     num_images: int = 8
@@ -116,7 +158,40 @@ class Observer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone = network.model.backbone.to(self.device)
         crop_size = self.preparation.size
-        self.size = size or (480 if crop_size >= 192 else crop_size)
+        self.usual_size = 480 if crop_size >= 192 else crop_size
+        self.given_size = size
+
+    @cached_property
+    def size(self) -> int:
+        """The shorter side of what maps are made of, in pixels: as given, or with MIN_CELLS cells.
+
+        The usual size where the network takes no other.
+        """
+        if self.given_size:
+            return self.given_size
+        size = self.usual_size
+        try:
+            while (num_cells := self._num_cells(size)) < MIN_CELLS:
+                size = math.ceil(size * MIN_CELLS / num_cells)
+                if size > MIN_CELLS * COARSEST:
+                    return self.usual_size
+        except ValueError:
+            return self.usual_size
+        return size
+
+    def _num_cells(self, size: int) -> int:
+        """Return the cells of a feature map on a side of a square image."""
+        blank = torch.zeros(3, size, size, dtype=torch.uint8)
+        blank = fit_patches(blank, size, self.backbone.patch_size)
+        return self.map_of("pca", blank).shape[-1]
+
+    @property
+    def said_size(self) -> str:
+        """How large the images are that maps are made of, and why they were enlarged."""
+        if self.given_size or self.size == self.usual_size:
+            return f"images of {self.size} px"
+        factor = f"{self.size / self.preparation.size:.2g} x the training crop"
+        return f"images enlarged to {self.size} px, {factor}, for {MIN_CELLS} cells"
 
     def fit(self, image: Tensor) -> Tensor:
         """Return (3, h, w) uint8 in the size that attention and feature maps are made of."""
@@ -161,13 +236,25 @@ def open_images(source: str) -> ImageDataset:
     return images
 
 
+def class_of(images: ImageDataset, row: int) -> str:
+    """Return the name of an image's class, or nothing without classes."""
+    if images.labels is None:
+        return ""
+    label = images.labels[row]
+    return images.classes[label] if images.classes else f"class {label}"
+
+
+def file_name_of(images: ImageDataset, row: int) -> str:
+    """Return the name of an image's file, of a member in a tar, or its number in a data set."""
+    image = images.images[row]
+    if isinstance(image, bytes):
+        return Path(os.fsdecode(image)).name
+    return PurePosixPath(image.name).name if isinstance(image, TarMember) else f"image {row}"
+
+
 def label_of(images: ImageDataset, row: int) -> str:
-    """Return the name of an image's class, or its own without classes."""
-    if images.labels is not None:
-        label = images.labels[row]
-        return images.classes[label] if images.classes else f"class {label}"
-    path = images.images[row]
-    return Path(os.fsdecode(path)).stem if isinstance(path, bytes) else f"image {row}"
+    """Return an image's class, where there is one, and its name, a line each."""
+    return "\n".join(filter(None, (class_of(images, row), file_name_of(images, row))))
 
 
 def spread(images: ImageDataset, most: int) -> list[int]:
@@ -198,19 +285,31 @@ def read(images: ImageDataset, rows: Sequence[int]) -> Iterator[tuple[int, Tenso
 # ---------------------------------------------------------------- drawing
 
 
-def attention_sheet(image: Tensor, attention: Tensor, mass: float, label: str) -> Image.Image:
-    """Draw an image, the mean of its attention (head, h, w), the mean's mask, and each head."""
+def attention_sheet(image: Tensor, attention: Tensor, mass: float, title: str) -> Image.Image:
+    """Draw an image, the mean of its attention (head, h, w) beside and over it, and each head.
+
+    Each heat map has its own scale: a patch's share of the attention to all patches.
+    """
     picture, mean = tile(image, TILE), attention.mean(0)
     mask = mass_mask(mean, mass)
     dark = Image.blend(picture, Image.new("RGB", picture.size), 0.85)
     kept = Image.composite(picture, dark, enlarged(255 * mask.byte().numpy(), picture))
-    cells = [(picture, f"{image.shape[2]} x {image.shape[1]} px")]
-    cells.append((heat(picture, mean, peak(mean)), "mean of heads"))
-    cells.append((kept, f"{mass:.0%} in {mask.double().mean():.0%} of area"))
+    num_cells = f"{mean.shape[1]} x {mean.shape[0]} cells"
+    cells = [
+        (picture, f"{image.shape[2]} x {image.shape[1]} px"),
+        (_scaled_heat(picture, mean), f"mean of {len(attention)} heads, {num_cells}"),
+        (overlay(picture, mean, peak(mean)), "mean, over the image"),
+        (kept, f"{mass:.0%} of the attention in {mask.double().mean():.0%} of the area"),
+    ]
     for head, values in enumerate(attention, start=1):
-        cells.append((heat(picture, values, peak(values)), f"head {head}"))
-    num_columns = 3 if len(cells) <= 9 else 5
-    return sheet(f"attention of the class token: {label}", cells, num_columns)
+        cells.append((_scaled_heat(picture, values), f"head {head} of {len(attention)}"))
+    return sheet(title, cells, 4)
+
+
+def _scaled_heat(picture: Image.Image, attention: Tensor) -> Image.Image:
+    """Draw attention (h, w) with its scale, in % of all that patches get."""
+    shares = attention / attention.sum()
+    return with_scale(heat(picture, shares, peak(shares)), f"{100 * peak(shares):.2g} %")
 
 
 def draw_attention(
@@ -219,11 +318,13 @@ def draw_attention(
     """Draw the attention of each fitted image, by its row, in a picture of its own."""
     pictures: Pictures = {}
     for number, (row, image) in enumerate(fitted.items(), start=1):
-        label = label_of(images, row)
+        label = class_of(images, row) or Path(file_name_of(images, row)).stem
         attention = observer.map_of("attention", image)
         safe_label = re.sub(r"[^0-9A-Za-z._-]+", "-", label)[:80]
         name = f"attention-{number:02}-{safe_label}.png"
-        pictures[name] = attention_sheet(image, attention, mass, label)
+        named = ", ".join(label_of(images, row).split("\n"))
+        title = f"the class token's attention in the last block: {named}; {observer.said_size}"
+        pictures[name] = attention_sheet(image, attention, mass, title)
     return pictures
 
 
@@ -237,7 +338,9 @@ def pca_sheet(observer: Observer, images: ImageDataset, fitted: dict[int, Tensor
         drawn = enlarged(pca.colours(features), picture)
         cells.append((picture, label_of(images, row)))
         cells.append((drawn, f"{features.shape[2]} x {features.shape[1]} cells"))
-    return sheet(f"PCA as RGB: {sum(pca.shares):.0%} of variance", cells, 4)
+    shares = f"{sum(pca.shares):.0%} of variance"
+    title = f"PCA of the last layer as RGB: {shares}; {observer.said_size}"
+    return sheet(title, cells, 4)
 
 
 def crops_sheet(
@@ -277,32 +380,49 @@ def neighbours_sheet(
     query: str | None,
 ) -> Image.Image:
     """Draw each query and the images of most similar features (n, d); none is its own neighbour."""
-    if query is None:
-        own_rows = evenly(len(rows), NUM_QUERIES).tolist()
-        queries = [(images.images[rows[i]], label_of(images, rows[i]), i) for i in own_rows]
-    else:
-        queries = [(os.fsencode(query), Path(query).stem, None)]
-    cells: list[Cell] = []
-    num_others = len(rows) if query is not None else len(rows) - 1
+    own_places = _own_places(images, rows, query)
+    num_others = min(len(rows) - (own is not None) for own in own_places)
     num_neighbours = min(NUM_NEIGHBOURS, num_others)
-    for source, query_label, own in queries:
+    cells: list[Cell] = []
+    for own in own_places:
+        if own is None:  # a photo from elsewhere, whose class is not known
+            source, query_class, query_label = os.fsencode(query), "", Path(query).name
+        else:
+            row = rows[own]
+            source, query_class = images.images[row], class_of(images, row)
+            query_label = label_of(images, row)
         query_crop = observer.crop(decode(source, images.levels))
         similarity = features @ observer.features([query_crop])[0]
         order = [i for i in similarity.argsort(descending=True).tolist() if i != own]
-        cells.append((tile(query_crop, SMALL_TILE), query_label))
+        cells.append((framed(tile(query_crop, SMALL_TILE), INK), f"query\n{query_label}"))
+        cells.append((divider(SMALL_TILE), ""))
         for i in order[:num_neighbours]:
-            crop = observer.crop(decode(images.images[rows[i]], images.levels))
-            label = f"{similarity[i]:.2f} {label_of(images, rows[i])}"
-            cells.append((tile(crop, SMALL_TILE), label))
-    title = f"query and neighbours, with cosine similarity, of {len(rows):,} images"
-    return sheet(title, cells, 1 + num_neighbours)
+            picture = tile(observer.crop(decode(images.images[rows[i]], images.levels)), SMALL_TILE)
+            if query_class and class_of(images, rows[i]) != query_class:
+                picture = framed(picture, WRONG)
+            cells.append((picture, f"{similarity[i]:.2f} {label_of(images, rows[i])}"))
+    title = f"query | nearest of {len(rows):,} images, with cosine similarity"
+    if images.labels is not None:
+        title += "; red: of another class"
+    return sheet(title, cells, 2 + num_neighbours)
+
+
+def _own_places(images: ImageDataset, rows: list[int], query: str | None) -> list[int | None]:
+    """Return where in `rows` each query stands; None for a photo that is none of the images."""
+    if query is None:
+        return evenly(len(rows), NUM_QUERIES).tolist()
+    sources = [images.images[row] for row in rows]
+    for place, source in enumerate(sources):
+        if isinstance(source, bytes) and os.path.samefile(source, query):
+            return [place]
+    return [None]
 
 
 def scatter_sheet(features: Tensor, classes: list[str]) -> Image.Image:
     """Draw features (n, d) on their first two components."""
     pca = PCA.fit(features, 2)
-    across, up = pca.shares
-    axes = f"across: component 1, {across:.0%} of the variance; up: component 2, {up:.0%}"
+    of_first, of_second = (f"{share:.0%} of the variance" for share in pca.shares)
+    axes = (f"component 1, {of_first}", f"component 2, {of_second}")
     points = (features - pca.mean) @ pca.axes.T
     return scatter(f"features of {len(features):,} images", points, classes, axes)
 
@@ -328,7 +448,7 @@ def video_frames(observer: Observer, images: ImageDataset, kind: str) -> Iterato
         if pca:
             drawn = enlarged(pca.colours(values), picture)
         else:
-            drawn = heat(picture, values.mean(0), brightest)
+            drawn = overlay(picture, values.mean(0), brightest)
         card = sheet("", [(picture, ""), (drawn, "")], 2)
         size = size or card.size  # the first frame's: a GIF has one size
         yield card if card.size == size else ImageOps.pad(card, size, color=CARD)
@@ -390,7 +510,10 @@ def draw_pictures(options: VisualizeConfig) -> Pictures:
     if {"attention", "pca", "crops"} & set(kinds):
         chosen = dict(read(images, spread(images, options.num_images)))
         print(f"{len(chosen)} of {len(images):,} images drawn one by one")
-        fitted = {row: observer.fit(image) for row, image in chosen.items()}
+        fitted = {}
+        if {"attention", "pca"} & set(kinds):
+            print(f"maps of the last layer: {observer.said_size}")
+            fitted = {row: observer.fit(image) for row, image in chosen.items()}
         if "attention" in kinds:
             pictures |= draw_attention(observer, images, fitted, options.mass)
         if "pca" in kinds:
@@ -404,7 +527,7 @@ def draw_pictures(options: VisualizeConfig) -> Pictures:
             picture = neighbours_sheet(observer, images, rows, features, options.query)
             pictures["neighbours.png"] = picture
         if "scatter" in kinds:
-            classes = [label_of(images, row) for row in rows]
+            classes = [class_of(images, row) for row in rows]
             pictures["scatter.png"] = scatter_sheet(features, classes)
     return pictures
 
@@ -435,10 +558,59 @@ def write_pictures(folder: Path, pictures: Pictures) -> None:
             else:
                 path.mkdir()
                 for number, frame in enumerate(picture, start=1):
-                    frame.save(path / f"{number:06}.png", pnginfo=png_mark())
+                    frame.save(path / FRAME.format(number), pnginfo=png_mark())
         for name in pictures:
             os.replace(Path(staging, name), folder / name)
             print(folder / name)
+
+
+# ---------------------------------------------------------------- index.html
+
+
+def index_page(root: Path, folders: Sequence[Path]) -> str:
+    """Return a page that shows all pictures that were drawn into folders in `root`."""
+    parts = [PAGE_HEAD]
+    for folder in folders:
+        files = [x for x in sorted(folder.iterdir()) if was_drawn_here(os.fspath(x))]
+        frames = [x for x in sorted(folder.iterdir()) if was_drawn_here(f"{x / FIRST_FRAME}")]
+        if not files and not frames:
+            continue
+        parts.append(f"<h1>{_escaped(folder.resolve().name)}</h1>")
+        for kind, meaning in MEANINGS.items():
+            of_kind = [x for x in files if x.name.startswith(kind)]
+            of_kind += [x / FIRST_FRAME for x in frames if x.name.startswith(kind)]
+            if of_kind:
+                parts.append(f"<h2>{kind}</h2>\n<p>{meaning}</p>")
+            parts += [_figure(path.relative_to(root)) for path in of_kind]
+    return "\n".join(parts) + "\n</body>\n</html>\n"
+
+
+def _figure(path: Path) -> str:
+    """Return a picture that leads to its file, or its folder of frames."""
+    picture = quote(os.fsencode(path))
+    shown, name = path, path.name
+    if path.name == FIRST_FRAME:
+        shown, name = path.parent, f"{path.parent.name}, the first frame"
+    caption = f"<figcaption>{_escaped(name)}</figcaption>"
+    image = f'<img src="{picture}" alt="{_escaped(name)}">'
+    return f'<figure><a href="{quote(os.fsencode(shown))}">{image}</a>{caption}</figure>'
+
+
+def _escaped(name: str) -> str:
+    return html.escape(printable(os.fsencode(name).decode("utf-8", "replace")))
+
+
+def write_index(root: Path, folders: Sequence[Path]) -> None:
+    """Write index.html anew and print its name; a page that is not ours is left as it is."""
+    page = root / "index.html"
+    if page.exists() and MARK not in page.read_bytes()[:400]:
+        print(f"left as it is: {page}, not written by visualize.py")
+        return
+    write_whole(page, index_page(root, folders).encode())
+    print(page)
+
+
+# ---------------------------------------------------------------- main
 
 
 def check_options(options: VisualizeConfig) -> None:
@@ -455,12 +627,18 @@ def check_options(options: VisualizeConfig) -> None:
 def main() -> None:
     options = read_flags(VisualizeConfig, None, __doc__)
     check_options(options)
-    name = Path(options.images).resolve().stem
     source = as_file(options.checkpoint) or Path(options.checkpoint)
-    folder = options.output_dir or source.parent / "pictures" / name
+    images = Path(options.images).resolve()
+    name = images.name if images.is_dir() else images.stem  # a folder may be called a.b
+    pictures = source.parent / "pictures"
+    folder = options.output_dir or pictures / name
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"need a folder for --output-dir, got {folder}")
     write_pictures(folder, draw_pictures(options))
+    if options.output_dir:
+        write_index(folder, [folder])
+    else:
+        write_index(pictures, sorted(x for x in pictures.iterdir() if x.is_dir()))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ monitor        progress, log, curves, unreadable images, collapse
 estimate       what a step will take on this machine, before the first
 outlook        header, warnings, dry run
 evaluation     a frozen backbone: opened, its images prepared, its features
-online_knn     the teacher's k-NN during training
+online_knn     the teacher's k-NN and RankMe during training
 
 A file imports only those listed above it, and the top level's models.py, losses.py, multicrop.py,
 data.py, tar_shards.py, optimizers.py and config.py. None imports a script.

@@ -7,6 +7,7 @@ Source: DINO, arXiv 2104.14294, appendix F. Axes: n images, d features, b batch.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -487,20 +488,39 @@ def evenly(num: int, most: int = RANKME_IMAGES) -> Tensor:
     return torch.linspace(0, num - 1, min(num, most), dtype=torch.float64).long()
 
 
+def _some_in_float64(features: Tensor) -> Tensor:
+    """Return at most RANKME_IMAGES of features (n, d), evenly spaced."""
+    features = features[evenly(len(features)).to(features.device)]
+    # Apple's GPUs know no float64
+    return features.cpu().double() if features.device.type == "mps" else features.double()
+
+
+@torch.no_grad()
+def rank_me(features: Tensor) -> float:
+    """Return RankMe of features (n, d), of at most RANKME_IMAGES; nan if they are not finite.
+
+    RankMe (Garrido et al., arXiv 2210.02885) is exp of the entropy of the singular values' shares:
+    the number of dimensions in use, 1 for a collapsed network.
+    """
+    features = _some_in_float64(features)
+    if not features.isfinite().all():  # of which there are no singular values
+        return math.nan
+    values = torch.linalg.svdvals(features)
+    shares = values / values.sum().clamp(min=1e-300) + 1e-7
+    return (-(shares * shares.log()).sum()).exp().item()
+
+
 @torch.no_grad()
 def feature_quality(features: Tensor) -> dict[str, object]:
     """Judge features (n, d) without labels: RankMe and the leading components' share of variance.
 
-    RankMe (Garrido et al., arXiv 2210.02885) is exp of the entropy of the singular values' shares:
-    the number of dimensions in use, 1 for a collapsed network. Of at most RANKME_IMAGES.
+    Of at most RANKME_IMAGES.
     """
-    features = features[evenly(len(features)).to(features.device)].double()
-    values = torch.linalg.svdvals(features)
-    shares = values / values.sum().clamp(min=1e-300) + 1e-7
+    rankme = rank_me(features)
+    features = _some_in_float64(features)
     variances = torch.linalg.svdvals(features - features.mean(dim=0)).square()
     variances = variances.cumsum(dim=0) / variances.sum().clamp(min=1e-300)
     leading = {k: variances[k - 1].item() for k in (1, 10, 100) if k <= len(variances)}
-    rankme = (-(shares * shares.log()).sum()).exp().item()
     return {"rankme": rankme, "variance_share": leading}
 
 

@@ -1,15 +1,23 @@
-"""The teacher's k-NN during training: it shows what the loss does not."""
+"""The teacher's k-NN and RankMe during training: they show what the loss does not."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from data import permutation
-from harness.evaluation import Preparation, evaluation_splits, features_of_splits
+from harness.evaluation import (
+    RANKME_IMAGES,
+    Preparation,
+    evaluation_splits,
+    features_of_splits,
+    open_split,
+    rank_me,
+)
 from harness.monitor import Monitor
 from harness.run import Run
 
@@ -25,9 +33,10 @@ def copy_buffers_of_main(module: nn.Module) -> None:
 
 
 class OnlineKnn:
-    """Evaluate the teacher by k-NN after the steps where that is due; `why_not` says why never.
+    """Evaluate the teacher by k-NN and RankMe after the steps where that is due.
 
-    `knn_accuracy` is eval_knn's. All processes have to build it, together.
+    `why_not` says why there is no k-NN; images without classes have RankMe alone. `knn_accuracy`
+    is eval_knn's. All processes have to build it, together.
     """
 
     def __init__(self, run: Run, knn_accuracy: Callable[..., dict]) -> None:
@@ -36,7 +45,7 @@ class OnlineKnn:
         self.interval = run.config.run.knn_every * run.steps_per_epoch  # steps
         self.metrics = run.saved.metrics  # of the last evaluation
         self.preparation = Preparation.of_run(run.config)
-        self.splits: tuple[Dataset, Dataset] | None = None
+        self.splits: tuple[Dataset, ...] = ()  # memory and test; the memory alone without classes
         self.why_not = ""
         if run.config.run.dry_run:
             self.why_not = "--dry-run"
@@ -47,16 +56,27 @@ class OnlineKnn:
                 self.splits = self._open_splits()
             except ValueError as error:
                 self.why_not = str(error)
-        sizes = None if self.splits is None else [len(split) for split in self.splits]
+                with contextlib.suppress(ValueError):  # which would be the same again
+                    self.splits = self._open_without_classes()
+                    self.why_not += "; RankMe alone"
+        sizes = [len(split) for split in self.splits]
         run.agreement.require_same(sizes, "images to evaluate with")
 
     def _open_splits(self) -> tuple[Dataset, Dataset]:
         memory, test = evaluation_splits(self.preparation)
-        some = permutation(len(memory), 0)[: self.run.config.run.knn_images]
-        return Subset(memory, some.tolist()), test
+        return self._some_of(memory, self.run.config.run.knn_images), test
+
+    def _open_without_classes(self) -> tuple[Dataset]:
+        images = open_split(self.preparation, "train")
+        if images.levels is None:
+            images.levels = images.measure_levels()
+        return (self._some_of(images, min(RANKME_IMAGES, self.run.config.run.knn_images)),)
+
+    def _some_of(self, images: Dataset, most: int) -> Dataset:
+        return Subset(images, permutation(len(images), 0)[:most].tolist())
 
     def is_due(self, step: int) -> bool:
-        if self.splits is None:
+        if not self.splits:
             return False
         return step == self.run.total_steps or step % self.interval == 0
 
@@ -70,15 +90,25 @@ class OnlineKnn:
     def evaluate(self, step: int, model: nn.Module, monitor: Monitor) -> dict:
         """Measure the teacher after a step, log and print it, and return the run's metrics."""
         copy_buffers_of_main(model)
-        top1 = self._top1(model)
-        untrained = self.metrics.get("knn_top1_untrained", top1)
-        self.metrics = {"knn_top1": top1, "knn_step": step, "knn_top1_untrained": untrained}
-        monitor.log(step, {"knn_top1": top1})
-        monitor.say(f"step {step:,}: the teacher's k-NN top-1 {top1:.1f} %")
+        features, *labels_and_test = self._features(model)
+        measured = {"rankme": rank_me(features)}
+        said = f"RankMe {measured['rankme']:.1f}"
+        kept = {}
+        if labels_and_test:
+            top1 = self.knn_accuracy(features, *labels_and_test, ks=(20,))[20][0]
+            measured = {"knn_top1": top1} | measured
+            said = f"k-NN top-1 {top1:.1f} %, {said}"
+            kept["knn_top1_untrained"] = self.metrics.get("knn_top1_untrained", top1)
+        self.metrics = measured | {"knn_step": step} | kept
+        monitor.log(step, measured)
+        monitor.say(f"step {step:,}: the teacher's {said}")
         return self.metrics
 
-    def _top1(self, model: nn.Module) -> float:
-        """Return the teacher's k-NN top-1 in % (k 20), in eval mode meanwhile. A collective."""
+    def _features(self, model: nn.Module) -> list[Tensor]:
+        """Return the teacher's features of the memory and, with classes, what else k-NN takes.
+
+        In eval mode meanwhile. A collective.
+        """
         accelerator = self.run.accelerator
         teacher_features = partial(model, features_only=True)
         model.eval()
@@ -93,4 +123,4 @@ class OnlineKnn:
                 num_workers=self.run.config.data.num_workers,
             )
         model.train()
-        return self.knn_accuracy(*tensors, ks=(20,))[20][0]
+        return tensors if len(self.splits) == 2 else tensors[:1]  # less labels that say nothing

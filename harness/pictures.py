@@ -22,6 +22,7 @@ INK = "#e4e6e9"  # its texts
 PLOT = "#141518"  # background of curves and points
 GRID = "#303338"  # lines behind curves
 OTHER = "#70747a"  # what has no colour of its own
+WRONG = "#e6454a"  # frame of what is of another class
 # from no attention to the most, in red, green and blue
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 CLASS_COLOURS = (
@@ -49,8 +50,12 @@ CLASS_COLOURS = (
 LINES = ("#5b86f5", "#f58b3c")  # colours of a panel's curves
 
 GAP = 8  # pixels between pictures
-TITLE_HEIGHT = 40  # pixels
-LABEL_HEIGHT = 22  # pixels
+TITLE_HEIGHT = 40  # pixels of one line
+TITLE_LINE = 22  # pixels of each further line
+LABEL_HEIGHT = 22  # pixels of one line
+LABEL_LINE = 17  # pixels of each further line
+MOST_LINES = 5  # of a label: a file name may be longer than its picture is wide
+SCALE_TEXT = 48  # pixels beside a bar of colours
 SMALL_TILE = 120  # pixels, the least width of a column that has labels
 WIDTH = 400  # pixels of a panel of curves
 HEIGHT = 240  # pixels of a panel of curves
@@ -75,7 +80,7 @@ def tile(image: Tensor, side: int) -> Image.Image:
     return TF.to_pil_image(image).resize((width, height), resample)
 
 
-def clipped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def clipped(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """Return a text as one line of at most `width` pixels, shortened by an ellipsis."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())
     if font.getlength(text) <= width:
@@ -85,32 +90,70 @@ def clipped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return text + "…"
 
 
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Return a text's lines, broken to at most `width` pixels, even within a word.
+
+    A text that needs more than MOST_LINES ends in an ellipsis.
+    """
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        rest = clipped(paragraph, font, math.inf)
+        while rest:
+            lengths = range(len(rest), 0, -1)
+            fits = next((n for n in lengths if font.getlength(rest[:n]) <= width), 1)
+            if len(lines) == MOST_LINES - 1 or fits >= len(rest):
+                lines.append(clipped(rest, font, width))
+                break
+            space = rest.rfind(" ", 0, fits + 1)
+            end = space if space > 0 else fits
+            lines.append(rest[:end])
+            rest = rest[end:].lstrip()
+    return lines[:MOST_LINES]
+
+
 def sheet(title: str, cells: Sequence[Cell], num_columns: int) -> Image.Image:
-    """Lay out pictures in rows, each with its label below, under a title. Sizes follow theirs."""
+    """Lay out pictures in rows, each with its label below, under a title. Sizes follow theirs.
+
+    Labels and title take as many lines as they need.
+    """
     title_font, label_font = ImageFont.load_default(17), ImageFont.load_default(14)
-    rows = [cells[i : i + num_columns] for i in range(0, len(cells), num_columns)]
     columns = [cells[i::num_columns] for i in range(min(num_columns, len(cells)))]
     column_widths = [_column_width(column) for column in columns]
-    below = GAP  # a picture
-    if any(label for _, label in cells):
-        below += LABEL_HEIGHT
-    row_heights = [max(picture.height for picture, _ in row) + below for row in rows]
     width = sum(column_widths) + GAP * (len(column_widths) + 1)
-    top = TITLE_HEIGHT if title else GAP
-    card = Image.new("RGB", (width, top + sum(row_heights)), CARD)
+    labels = [
+        wrapped(label, label_font, column_widths[i % num_columns])
+        for i, (_, label) in enumerate(cells)
+    ]
+    title_lines = wrapped(title, title_font, width - 2 * GAP)
+    top = TITLE_HEIGHT + TITLE_LINE * (len(title_lines) - 1) if title_lines else GAP
+    row_starts = range(0, len(cells), num_columns)
+    rows = [list(zip(cells, labels, strict=True))[i : i + num_columns] for i in row_starts]
+    row_sizes = [_row_size(row) for row in rows]
+    height = sum(picture_height + below for picture_height, below in row_sizes)
+    card = Image.new("RGB", (width, top + height), CARD)
     draw = ImageDraw.Draw(card)
-    draw.text((GAP, 10), clipped(title, title_font, width - 2 * GAP), INK, title_font)
-    for row, row_height in zip(rows, row_heights, strict=True):
-        label_top = top + row_height - below
+    for i, line in enumerate(title_lines):
+        draw.text((GAP, 10 + TITLE_LINE * i), line, INK, title_font)
+    for row, (picture_height, below) in zip(rows, row_sizes, strict=True):
+        label_top = top + picture_height
         left = GAP
-        for (picture, label), column_width in zip(row, column_widths, strict=False):
+        for ((picture, _), lines), column_width in zip(row, column_widths, strict=False):
             middle = left + column_width // 2
             card.paste(picture, (middle - picture.width // 2, label_top - picture.height))
-            text = clipped(label, label_font, column_width)
-            draw.text((middle, label_top + 3), text, INK, label_font, anchor="ma")
+            for i, line in enumerate(lines):
+                line_top = label_top + 3 + LABEL_LINE * i
+                draw.text((middle, line_top), line, INK, label_font, anchor="ma")
             left += column_width + GAP
-        top += row_height
+        top = label_top + below
     return card
+
+
+def _row_size(row: Sequence[tuple[Cell, list[str]]]) -> tuple[int, int]:
+    """Return the heights of a row's pictures and of what is below them."""
+    picture_height = max(picture.height for (picture, _), _ in row)
+    num_lines = max(len(lines) for _, lines in row)
+    below = LABEL_HEIGHT + LABEL_LINE * (num_lines - 1) if num_lines else 0
+    return picture_height, below + GAP
 
 
 def _column_width(column: Sequence[Cell]) -> int:
@@ -153,8 +196,13 @@ class _Axes:
         return x, y
 
 
-def panel(title: str, curves: Sequence[Curve], guides: dict[str, float]) -> Image.Image:
-    """Draw curves over epochs, with dashed guides by name."""
+def panel(
+    title: str,
+    curves: Sequence[Curve],
+    guides: dict[str, float],
+    without_values: str = "nothing yet",
+) -> Image.Image:
+    """Draw curves over epochs, with dashed guides by name; a text where there are no values."""
     font = ImageFont.load_default(26)
     card = Image.new("RGB", (2 * WIDTH, 2 * HEIGHT), PLOT)
     draw = ImageDraw.Draw(card)
@@ -167,7 +215,7 @@ def panel(title: str, curves: Sequence[Curve], guides: dict[str, float]) -> Imag
                 epochs.append(epoch)
                 values.append(value)
     if not epochs:
-        draw.text((WIDTH, HEIGHT), "nothing yet", OTHER, font, anchor="mm")
+        draw.text((WIDTH, HEIGHT), without_values, OTHER, font, anchor="mm")
         return card.reduce(2)
     axes = _Axes(max(epochs) or 1.0, values)
     _draw_grid(draw, axes, font)
@@ -194,7 +242,8 @@ def _draw_grid(draw: ImageDraw.ImageDraw, axes: _Axes, font: ImageFont.FreeTypeF
 def _draw_curve(draw: ImageDraw.ImageDraw, axes: _Axes, curve: Curve, colour: str) -> None:
     _, epochs, values = curve
     every = math.ceil(len(epochs) / MOST_POINTS) or 1
-    line = [axes.place(x, y) for x, y in zip(epochs[::every], values[::every], strict=True)]
+    points = zip(epochs[::every], values[::every], strict=True)
+    line = [axes.place(x, y) for x, y in points if math.isfinite(y)]
     draw.line(line, colour, 4, joint="curve")
     if len(line) <= 30:  # so few that their places can be told
         for spot in line:
@@ -215,24 +264,32 @@ def _draw_guide(
 
 
 def curves(log: Sequence[dict], output_dim: int) -> Image.Image:
-    """Draw a run's lines of log.jsonl: loss, k-NN, entropy with KL, and learning rate."""
+    """Draw a run's lines of log.jsonl: what was measured above, how it is trained below."""
 
     def curve(key: str, name: str) -> Curve:
         rows = [row for row in log if key in row]
         return name, [row["epoch"] for row in rows], [row[key] for row in rows]
 
-    knn = curve("knn_top1", "")
-    untrained = {"untrained": knn[2][0]} if len(knn[2]) > 1 else {}
+    def untrained(curve: Curve) -> dict[str, float]:
+        _, epochs, values = curve
+        # not of a run whose first lines were written before RankMe was measured
+        is_known = len(values) > 1 and epochs[0] == 0 and math.isfinite(values[0])
+        return {"untrained": values[0]} if is_known else {}
+
+    knn, rankme = curve("knn_top1", ""), curve("rankme", "")
+    without_knn = "no k-NN: RankMe alone" if rankme[2] else "nothing yet"
     uniform = {f"ln K = {math.log(output_dim):.2f}: uniform": math.log(output_dim)}
     entropies = [curve("teacher_entropy", "entropy"), curve("kl", "KL")]
     panels = [
         panel("loss", [curve("loss", "")], {}),
-        panel("k-NN top-1, %", [knn], untrained),
+        panel("k-NN top-1, %", [knn], untrained(knn), without_knn),
+        panel("RankMe: dimensions in use", [rankme], untrained(rankme)),
         panel("teacher entropy and KL", entropies, uniform),
+        panel("feature spread", [curve("feature_spread", "")], {}),
         panel("learning rate", [curve("lr", "")], {}),
     ]
     epoch = max((row["epoch"] for row in log), default=0)
-    return sheet(f"by epoch, up to {epoch:g}", [(picture, "") for picture in panels], 2)
+    return sheet(f"by epoch, up to {epoch:g}", [(picture, "") for picture in panels], 3)
 
 
 # ---------------------------------------------------------------- images, maps and points
@@ -253,25 +310,67 @@ def enlarged(values: np.ndarray, like: Image.Image) -> Image.Image:
     return Image.fromarray(values).resize(like.size, Image.Resampling.NEAREST)
 
 
-def heat(picture: Image.Image, attention: Tensor, brightest: float) -> Image.Image:
-    """Return a picture in grey under attention (h, w): dark at 0, bright at `brightest`."""
-    share = (attention / brightest).clamp(0, 1).numpy()
+def framed(picture: Image.Image, colour: str) -> Image.Image:
+    """Return a picture with a frame along its edges, inside it."""
+    picture = picture.copy()
+    corner = (picture.width - 1, picture.height - 1)
+    ImageDraw.Draw(picture).rectangle([(0, 0), corner], outline=colour, width=4)
+    return picture
+
+
+def divider(height: int) -> Image.Image:
+    """Return a line that sets the columns left of it apart."""
+    line = Image.new("RGB", (2 * GAP + 2, height), CARD)
+    line.paste(OTHER, (GAP, 0, GAP + 2, height))
+    return line
+
+
+def _heat_colours(share: np.ndarray) -> np.ndarray:
+    """Return the colours (h, w, 3) uint8 of values from 0, dark, to 1, bright."""
     stops = np.linspace(0, 1, len(HEAT))
     channels = [np.interp(share, stops, levels) for levels in zip(*HEAT, strict=True)]
-    colours = np.stack(channels, axis=-1).astype(np.uint8)
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def heat(like: Image.Image, attention: Tensor, brightest: float) -> Image.Image:
+    """Draw attention (h, w) in a picture's size: dark at 0, bright at `brightest` and above."""
+    return enlarged(_heat_colours((attention / brightest).clamp(0, 1).numpy()), like)
+
+
+def overlay(picture: Image.Image, attention: Tensor, brightest: float) -> Image.Image:
+    """Draw attention (h, w) over a picture in grey, of which all can still be told."""
     grey = ImageOps.grayscale(picture).convert("RGB")
-    return Image.blend(grey, enlarged(colours, picture), 0.75)
+    return Image.blend(grey, heat(picture, attention, brightest), 0.45)
 
 
-def scatter(title: str, points: Tensor, classes: list[str], axes: str) -> Image.Image:
-    """Draw points (n, 2) in their classes' colours, on one scale, with a legend."""
+def with_scale(picture: Image.Image, highest: str) -> Image.Image:
+    """Return a heat map with a bar of its colours at its right, from 0 to the text `highest`."""
+    font = ImageFont.load_default(13)
+    bar_width = 12
+    text_left = picture.width + 6 + bar_width + 5
+    card = Image.new("RGB", (text_left + SCALE_TEXT, picture.height), CARD)
+    card.paste(picture)
+    levels = np.linspace(1, 0, picture.height)[:, None].repeat(bar_width, axis=1)
+    card.paste(Image.fromarray(_heat_colours(levels)), (picture.width + 6, 0))
+    draw = ImageDraw.Draw(card)
+    draw.text((text_left, 0), highest, INK, font)
+    draw.text((text_left, picture.height), "0", INK, font, anchor="ld")
+    return card
+
+
+def scatter(title: str, points: Tensor, classes: list[str], axes: tuple[str, str]) -> Image.Image:
+    """Draw points (n, 2) in their classes' colours, on one scale, with a legend.
+
+    `axes` says what lies across and what lies up.
+    """
     names = sorted(set(classes))
     colours = dict(zip(names, CLASS_COLOURS, strict=False))
     low, high = points.min(0).values, points.max(0).values
     # three times as large as shown, for smooth edges
     scale = 1800 / (high - low).max().clamp(min=1e-6)
     margin, radius = 48, 10
-    width, height = ((high - low) * scale).long().tolist()
+    # never so narrow that an axis's text does not fit
+    width, height = ((high - low) * scale).long().clamp(min=720).tolist()
     plot = Image.new("RGB", (width + 2 * margin, height + 2 * margin), PLOT)
     draw = ImageDraw.Draw(plot)
     # in a random order, else the last class hides the others
@@ -280,11 +379,22 @@ def scatter(title: str, points: Tensor, classes: list[str], axes: str) -> Image.
         x, y = ((points[i] - low) * scale + margin).tolist()
         draw.circle((x, plot.height - y), radius, colours.get(classes[i], OTHER))
     plot = plot.reduce(3)
+    across, up = axes
     labels = list(colours)
     if len(names) > len(colours):
         labels.append(f"{len(names) - len(colours)} more")
     legend = _legend(labels, colours, plot.height)
-    return sheet(title, [(plot, axes), (legend, "")], 2)
+    cells = [(_upwards(up, plot.height), ""), (plot, across), (legend, "")]
+    return sheet(title, cells, 3)
+
+
+def _upwards(text: str, height: int) -> Image.Image:
+    """Draw a text that is read from below to above, in the middle of `height`."""
+    font = ImageFont.load_default(14)
+    line = Image.new("RGB", (height, LABEL_HEIGHT), CARD)
+    middle = (height // 2, LABEL_HEIGHT // 2)
+    ImageDraw.Draw(line).text(middle, clipped(text, font, height), INK, font, anchor="mm")
+    return line.transpose(Image.Transpose.ROTATE_90)
 
 
 def _legend(labels: list[str], colours: dict[str, str], height: int) -> Image.Image:

@@ -217,7 +217,7 @@ def test_run_leaves_its_files_and_log_lines(tiny_run: Path) -> None:
     assert names[:2] == ["ckpt.safetensors", "config.yaml"]
     assert names[2:] == ["curves.png", "log.jsonl", "state.safetensors"]
     log = read_log(tiny_run)
-    assert log[0].keys() == {"step", "epoch", "knn_top1"}
+    assert log[0].keys() == {"step", "epoch", "knn_top1", "rankme"}
     assert log[0]["step"] == 0
     steps = [line for line in log if "loss" in line]
     assert {"step", "epoch", "loss", "lr", "images_per_second"} <= steps[0].keys()
@@ -228,6 +228,7 @@ def test_run_leaves_its_files_and_log_lines(tiny_run: Path) -> None:
     assert [line["step"] for line in steps] == [10, 20]
     assert log[-1]["step"] == 20
     assert 0 <= log[-1]["knn_top1"] <= 100
+    assert 1 <= log[-1]["rankme"] <= 256
 
 
 def test_checkpoint_is_the_teacher_with_its_recipe(tiny_run: Path) -> None:
@@ -242,6 +243,7 @@ def test_checkpoint_is_the_teacher_with_its_recipe(tiny_run: Path) -> None:
     assert metadata["step"] == 20
     assert Path(metadata["config"]["data"]["data"]).is_dir()
     assert metadata["metrics"]["knn_top1"] == read_log(tiny_run)[-1]["knn_top1"]
+    assert metadata["metrics"]["rankme"] == read_log(tiny_run)[-1]["rankme"]
 
 
 @pytest.mark.slow
@@ -368,14 +370,19 @@ def test_drop_path_repeats_on_resume_and_vit_trains_on_a_folder(
         return parse_config([*map(str, common), "--output-dir", str(tmp_path / name)])
 
     result = train(config("whole"))
-    assert "no k-NN during training: no class folders" in capsys.readouterr().out
-    assert "knn_top1" not in result
+    said = capsys.readouterr().out
+    assert "no k-NN during training: no class folders" in said and "RankMe alone" in said
+    assert "knn_top1" not in result and 1 <= result["rankme"] <= 8
+    measured = [line for line in read_log(tmp_path / "whole") if "rankme" in line]
+    assert [line["step"] for line in measured] == [0, 4]
+    assert measured[0].keys() == {"step", "epoch", "rankme"}
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 2, signal.SIGINT)
         train(config("cut"))
     train(parse_config(["--resume", str(tmp_path / "cut")]))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 4
+    assert [line for line in read_log(tmp_path / "cut") if "rankme" in line] == measured
 
 
 def test_last_layer_waits_in_the_first_epochs(tmp_path: Path, tiny: Callable[..., Config]) -> None:

@@ -139,9 +139,10 @@ def test_json_and_features_hold_what_the_table_shows(
     assert report["num_train"] == len(tensors["train_labels"]) == 72
     assert report["knn"]["5"]["top1"] == pytest.approx(again[5][0])
     assert f"{again[20][0]:.2f}" in result.stdout
-    # the run's own evaluation is the same number
+    # the run's own evaluation is the same numbers
     last = [json.loads(line) for line in (tiny_run / "log.jsonl").read_text().splitlines()][-1]
     assert report["knn"]["20"]["top1"] == pytest.approx(last["knn_top1"])
+    assert report["rankme"] == pytest.approx(last["rankme"], rel=1e-4)
 
 
 def test_student_is_another_network(tmp_path: Path, tiny_run: Path, script) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.evaluation import evenly, feature_quality, layer_features
+from harness.evaluation import evenly, feature_quality, layer_features, rank_me
 from models import get_backbone, load_checkpoint, save_checkpoint
 
 
@@ -115,3 +115,10 @@ def test_brackets_in_a_folders_name_are_text(
     assert result.returncode == 0, result.stderr
     assert "a[/b] [red]: " in result.stdout
     assert json.loads(out.read_text())["data"] == str(folder)
+
+
+def test_rank_of_features_is_that_of_the_report_and_nan_of_what_is_not_finite() -> None:
+    features = torch.randn(60, 8)
+    assert rank_me(features) == feature_quality(features)["rankme"]
+    features[3, 4] = math.inf
+    assert math.isnan(rank_me(features))

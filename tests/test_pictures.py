@@ -5,7 +5,22 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from harness.pictures import LINES, WIDTH, clipped, crop_cells, curves, panel, sheet, ticks
+from harness import pictures
+from harness.pictures import (
+    CLASS_COLOURS,
+    LABEL_LINE,
+    LINES,
+    MOST_LINES,
+    WIDTH,
+    clipped,
+    crop_cells,
+    curves,
+    panel,
+    scatter,
+    sheet,
+    ticks,
+    wrapped,
+)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-0.3, 6.9), (28.1, 86.3), (0, 0.0075), (0, 800)])
@@ -46,6 +61,33 @@ def test_curves_of_any_log_have_one_size(log: list[dict]) -> None:
     assert curves(log, 1024).size == curves([], 1024).size
 
 
+def test_rank_is_drawn_beside_knn_and_alone_without_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its first value is a guide only where it is the untrained network's."""
+    drawn: list = []
+    monkeypatch.setattr(
+        pictures, "panel", lambda *args: drawn.append(args) or Image.new("RGB", (9, 9))
+    )
+    log = [{"epoch": i, "knn_top1": 30.0 + i, "rankme": 5.0 + i} for i in range(3)]
+    curves(log, 1024)
+    knn, rank = drawn[1:3]
+    assert knn[:3] == ("k-NN top-1, %", [("", [0, 1, 2], [30, 31, 32])], {"untrained": 30})
+    assert rank[1:3] == ([("", [0, 1, 2], [5, 6, 7])], {"untrained": 5})
+    drawn.clear()
+    curves([{"epoch": i, "rankme": 5.0 + i} for i in (1, 2)], 1024)
+    knn, rank = drawn[1:3]
+    assert knn[1:] == ([("", [], [])], {}, "no k-NN: RankMe alone")
+    assert rank[1:3] == ([("", [1, 2], [6, 7])], {})
+
+
+def test_curve_leaves_out_what_is_no_number() -> None:
+    epochs = [0.0, 1.0, 2.0, 3.0]
+    with_nan = panel("RankMe", [("", epochs, [1.0, math.nan, 3.0, 4.0])], {})
+    without = panel("RankMe", [("", [0.0, 2.0, 3.0], [1.0, 3.0, 4.0])], {})
+    assert with_nan.tobytes() == without.tobytes()
+
+
 def test_crops_are_shown_as_they_were_before_normalisation() -> None:
     pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
     mean, std = torch.tensor([0.4, 0.5, 0.6])[:, None, None], torch.full((3, 1, 1), 0.2)
@@ -66,9 +108,35 @@ def test_text_is_shortened_to_its_width() -> None:
     assert clipped("x" * 9, font, 3) == "…"
 
 
+def test_text_takes_the_lines_that_it_needs() -> None:
+    font = ImageFont.load_default(14)
+    assert wrapped("", font, 100) == []
+    assert wrapped("cat\nof\n\nmine", font, 100) == ["cat", "of", "mine"]
+    for text in ("a name of some words that is far too long", "x" * 40):
+        lines = wrapped(text, font, 120)
+        assert len(lines) > 1 and all(font.getlength(line) <= 120 for line in lines)
+        assert "".join(lines) == text.replace(" ", "") or " ".join(lines) == text
+    endless = wrapped("x" * 400, font, 120)
+    assert len(endless) == MOST_LINES and endless[-1].endswith("…")
+
+
+def test_sheet_is_as_high_as_its_longest_label_needs() -> None:
+    picture = Image.new("RGB", (150, 50), "red")
+    low, high = (sheet("", [(picture, "a"), (picture, label)], 2) for label in ("a", "a\nb\nc"))
+    assert high.height == low.height + 2 * LABEL_LINE
+
+
 def test_sheet_holds_its_pictures() -> None:
     cells = [(Image.new("RGB", (150, 40 + 10 * i), "red"), f"label {i}") for i in range(5)]
     card = np.asarray(sheet("title", cells, 2))
     red = (card == (255, 0, 0)).all(axis=-1)
     assert red.sum() == sum(picture.width * picture.height for picture, _ in cells)
     assert card.shape[1] == 2 * 150 + 3 * 8
+
+
+def test_points_have_a_legend_and_room_for_the_axes_on_any_scale() -> None:
+    for spread in ((1.0, 0.01), (0.01, 1.0), (0.0, 0.0)):
+        points = torch.randn(9, 2) * torch.tensor(spread)
+        card = scatter("title", points, ["cat"] * 5 + ["dog"] * 4, ("component 1", "component 2"))
+        assert min(card.size) > 240
+        assert all(colour(card, CLASS_COLOURS[i]) for i in range(2))

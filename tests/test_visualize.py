@@ -1,6 +1,9 @@
 import dataclasses
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from data import CropConfig, draw_patterns
+from harness.pictures import INK, WRONG
 from models import DinoModel, ModelConfig, save_checkpoint
 from multicrop import resolve_crop_sizes
 from visualize import VisualizeConfig, draw_pictures
@@ -54,13 +58,18 @@ def test_a_photo_gives_every_picture_of_its_kind(
 ) -> None:
     result = script("visualize", vit, photo, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert names(tmp_path) == ["attention-01-wide.png", "crops.png", "pca.png"]
-    assert result.stdout.splitlines()[1:] == [
-        str(tmp_path / name) for name in ("attention-01-wide.png", "pca.png", "crops.png")
+    drawn = ["attention-01-wide.png", "crops.png", "pca.png"]
+    assert names(tmp_path) == sorted([*drawn, "index.html"])
+    assert result.stdout.splitlines()[-4:] == [
+        str(tmp_path / name)
+        for name in ("attention-01-wide.png", "pca.png", "crops.png", "index.html")
     ]
-    sizes = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
-    assert sizes["attention-01-wide.png"] == (3 * 248 + 8, 40 + 2 * (120 + 30))  # 2:1 is kept
-    assert sizes["pca.png"] == (2 * 248 + 8, 40 + 150)
+    sizes = {name: Image.open(tmp_path / name).size for name in drawn}
+    scale = 6 + 12 + 5 + 48  # the bar of colours and its text
+    width = 3 * (248 + scale) + 248 + 8  # the column of the mask has none
+    # 2:1 is kept; the label of the mask has two lines
+    assert sizes["attention-01-wide.png"] == (width, 40 + 2 * (120 + 30) + 17)
+    assert sizes["pca.png"] == (2 * 248 + 8, 40 + 22 + 150)  # two lines of title
     assert sizes["crops.png"] == (5 * 128 + 8, 40 + 150)
 
 
@@ -70,46 +79,164 @@ def test_a_folder_of_classes_gives_every_picture(
     result = script("visualize", tiny_run / "ckpt.safetensors", image_folder, "--num-images", "2")
     assert result.returncode == 0, result.stderr
     folder = tiny_run / "pictures" / image_folder.name
-    assert names(folder) == ["crops.png", "neighbours.png", "pca.png", "scatter.png"]
+    drawn = ["crops.png", "neighbours.png", "pca.png", "scatter.png"]
+    assert names(folder) == drawn and (folder.parent / "index.html").is_file()
     assert "2 of 80 images drawn" in result.stdout and "80 of 80 images compared" in result.stdout
     assert all(Image.open(path).convert("RGB").getcolors(1 << 20) for path in folder.iterdir())
 
 
-def test_neighbours_are_those_of_brute_force(
-    monkeypatch: pytest.MonkeyPatch, tiny_run: Path, image_folder: Path
-) -> None:
-    """A query from the images finds its own copy first; as one of them it is left out."""
+@pytest.fixture
+def drawn_sheets(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Collect what sheets are made of: title, cells, number of columns."""
     import visualize
 
-    drawn: list = []
-    monkeypatch.setattr(visualize, "sheet", lambda *args: drawn.append(args))
-    query = image_folder / "stripes" / "7.jpg"
-    checkpoint = str(tiny_run / "ckpt.safetensors")
-    options = VisualizeConfig(checkpoint, str(image_folder), ("neighbours",), query=str(query))
-    draw_pictures(options)
-    cells = drawn[0][1]
-    assert [label for _, label in cells][:2] == ["7", "1.00 stripes"]
-    np.testing.assert_array_equal(np.asarray(cells[0][0]), np.asarray(cells[1][0]))
+    collected: list = []
+    monkeypatch.setattr(visualize, "sheet", lambda *args: collected.append(args))
+    return collected
 
-    network = visualize.Observer(checkpoint, None)
-    images = visualize.open_images(str(image_folder))
-    crops = [network.crop(visualize.decode(path)) for path in images.images]
+
+def similarities(checkpoint: Path, folder: Path, query: Path) -> dict[str, float]:
+    """Compute a query's cosine similarity to each image of a folder, by path."""
+    import visualize
+
+    network = visualize.Observer(str(checkpoint), None)
+    images = visualize.open_images(str(folder))
+    crops = [network.crop(visualize.decode(path)) for path in [*images.images, str(query).encode()]]
     with torch.no_grad():
         features = network.backbone(visualize.normalized(torch.stack(crops), network.preparation))
-    own = list(images.images).index(str(query).encode())
-    similarity = F.cosine_similarity(features[own][None], features).tolist()
-    ranked = sorted(range(80), key=lambda row: -similarity[row])
-    labels = [f"{similarity[row]:.2f} {visualize.label_of(images, row)}" for row in ranked[:8]]
-    assert [label for _, label in cells][1:] == labels
+    values = F.cosine_similarity(features[-1:], features[:-1]).tolist()
+    return dict(zip((path.decode() for path in images.images), values, strict=True))
 
-    rows = visualize.spread(images, 80)
-    visualize.neighbours_sheet(network, images, rows, F.normalize(features[rows], dim=1), None)
-    assert len(drawn[1][1]) == 6 * 9
-    for row in range(6):
-        query_picture, *others = [
-            np.asarray(cell[0]) for cell in drawn[1][1][9 * row : 9 * row + 9]
-        ]
-        assert not any(np.array_equal(query_picture, other) for other in others)
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_neighbours_are_those_of_brute_force_without_the_query(
+    inside: bool, tmp_path: Path, drawn_sheets: list, tiny_run: Path, image_folder: Path
+) -> None:
+    """A query finds its own copy from elsewhere first; one of the images does not find itself."""
+    query = image_folder / "stripes" / "7.jpg"
+    if not inside:
+        query = tmp_path / "a.b.jpg"
+        shutil.copyfile(image_folder / "stripes" / "7.jpg", query)
+    checkpoint = tiny_run / "ckpt.safetensors"
+    draw_pictures(
+        VisualizeConfig(str(checkpoint), str(image_folder), ("neighbours",), query=str(query))
+    )
+    cells = drawn_sheets[0][1]
+    ranked = sorted(similarities(checkpoint, image_folder, query).items(), key=lambda x: -x[1])
+    others = [(Path(path), value) for path, value in ranked if path != str(query)][:8]
+    labels = [f"{value:.2f} {path.parent.name}\n{path.name}" for path, value in others]
+    own = "query\nstripes\n7.jpg" if inside else "query\na.b.jpg"
+    assert [label for _, label in cells] == [own, "", *labels]
+    same = np.array_equal(np.asarray(cells[0][0])[4:-4, 4:-4], np.asarray(cells[2][0])[4:-4, 4:-4])
+    assert same is not inside
+
+
+def test_query_by_another_name_does_not_find_itself(
+    tmp_path: Path, drawn_sheets: list, tiny_run: Path, image_folder: Path
+) -> None:
+    query = tmp_path / "link.jpg"
+    query.symlink_to(image_folder / "stripes" / "7.jpg")
+    checkpoint = str(tiny_run / "ckpt.safetensors")
+    draw_pictures(VisualizeConfig(checkpoint, str(image_folder), ("neighbours",), query=str(query)))
+    labels = [label for _, label in drawn_sheets[0][1]]
+    assert labels[0] == "query\nstripes\n7.jpg"
+    assert not any(label.endswith("stripes\n7.jpg") for label in labels[1:])
+
+
+def test_neighbours_of_another_class_are_framed(
+    drawn_sheets: list, tiny_run: Path, image_folder: Path
+) -> None:
+    checkpoint = str(tiny_run / "ckpt.safetensors")
+    draw_pictures(VisualizeConfig(checkpoint, str(image_folder), ("neighbours",)))
+    title, cells, num_columns = drawn_sheets[0]
+    assert "red: of another class" in title and len(cells) == 6 * num_columns == 6 * 10
+    red, ink = ((int(x[1:3], 16), int(x[3:5], 16), int(x[5:], 16)) for x in (WRONG, INK))
+    num_wrong = 0
+    for i in range(0, len(cells), num_columns):
+        query_class = cells[i][1].split("\n")[1]
+        assert cells[i][0].getpixel((0, 60)) == ink
+        for picture, label in cells[i + 2 : i + num_columns]:
+            is_wrong = label.split("\n")[0].split(" ")[1] != query_class
+            assert (picture.getpixel((0, 60)) == red) == is_wrong
+            num_wrong += is_wrong
+    assert num_wrong
+
+
+def test_heat_maps_have_a_scale_and_heads_a_name(
+    drawn_sheets: list, vit: Path, photo: Path
+) -> None:
+    draw_pictures(VisualizeConfig(str(vit), str(photo), ("attention",)))
+    title, cells, _ = drawn_sheets[0]
+    assert "wide.png" in title
+    assert [label for _, label in cells[4:]] == ["head 1 of 3", "head 2 of 3", "head 3 of 3"]
+    for picture, _ in [cells[1], *cells[4:]]:
+        bar = np.asarray(picture)[:, cells[0][0].width + 6 + 4].astype(int).sum(axis=-1)
+        assert bar[0] > 600 and bar[-1] < 10 and (np.diff(bar) <= 3).all()
+    # the photo is still told: what is over it follows its grey
+    grey = np.asarray(cells[0][0].convert("L")).ravel()
+    over = np.asarray(cells[2][0].convert("L")).ravel()
+    assert np.corrcoef(grey, over)[0, 1] > 0.5
+
+
+@pytest.mark.parametrize("kind", ["attention", "pca"])
+def test_maps_of_small_images_have_cells_enough_to_show_a_shape(
+    kind: str, drawn_sheets: list, vit: Path, tiny_run: Path, photo: Path
+) -> None:
+    """The title says how; a size that is asked for is taken as it is."""
+    checkpoint = vit if kind == "attention" else tiny_run / "ckpt.safetensors"
+    draw_pictures(VisualizeConfig(str(checkpoint), str(photo), (kind,)))
+    draw_pictures(VisualizeConfig(str(checkpoint), str(photo), (kind,), size=32))
+    (title, cells, _), (small_title, small_cells, _) = drawn_sheets
+    factor = "3.5" if kind == "attention" else "7"  # crops of 32 and 16 px, cells of 8 px
+    assert title.endswith(f"images enlarged to 112 px, {factor} x the training crop, for 14 cells")
+    assert "28 x 14 cells" in cells[1][1]
+    assert small_title.endswith("images of 32 px") and "8 x 4 cells" in small_cells[1][1]
+
+
+def test_photographs_are_not_enlarged_further(vit: Path, tmp_path: Path) -> None:
+    """A network that takes one size only keeps the usual one, and says that it has no map of it."""
+    import visualize
+
+    for arch in ("resnet10_half", "pit_ti_224"):
+        checkpoint = write_checkpoint(tmp_path / f"{arch}.safetensors", arch, size=224)
+        observer = visualize.Observer(str(checkpoint), None)
+        assert observer.size == 480 and observer.said_size == "images of 480 px"
+    with pytest.raises(ValueError, match="no map of pit_ti_224 at 480 x 480 px"):
+        observer.map_of("pca", torch.zeros(3, 480, 480, dtype=torch.uint8))
+
+
+def test_index_shows_all_pictures_and_escapes_their_names(
+    tmp_path: Path, vit: Path, photo: Path, script: Callable
+) -> None:
+    """A folder's name loses nothing behind a dot; pages of others are left alone."""
+    run = tmp_path / "run"
+    run.mkdir()
+    checkpoint = shutil.copyfile(vit, run / "ckpt.safetensors")
+    for name in ("a.b", "a<i>&.c"):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copyfile(photo, folder / "wide.png")
+        flags = ("--video", "frames") if name == "a.b" else ()
+        if flags:
+            shutil.copyfile(photo, folder / "wider.png")
+        result = script("visualize", checkpoint, folder, "--kind", "pca", *flags)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[-1] == str(run / "pictures" / "index.html")
+    page = (run / "pictures" / "index.html").read_text()
+    assert re.findall(r'src="(.*?)"', page) == [
+        "a.b/pca-frames/000001.png",
+        "a%3Ci%3E%26.c/pca.png",
+    ]
+    links = re.findall(r'(?:src|href)="(.*?)"', page)
+    assert all((run / "pictures" / unquote(link)).exists() for link in links)
+    assert "<h1>a&lt;i&gt;&amp;.c</h1>" in page and "<script" not in page and "max-width" in page
+
+    other = tmp_path / "site"
+    other.mkdir()
+    (other / "index.html").write_text("mine")
+    result = script("visualize", vit, photo, "--kind", "pca", "--output-dir", other)
+    assert result.returncode == 0 and "left as it is" in result.stdout
+    assert (other / "index.html").read_text() == "mine"
 
 
 def frames(folder: Path, num: int) -> Path:
