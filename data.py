@@ -262,6 +262,7 @@ class ImageDataset(Dataset):
         self.classes = classes  # the labels' names, where they have any
         self.notes = list(notes)  # what was entered, left out and left alone, in words
         self.levels: Levels | None = None
+        self.has_test = True  # the data have a split to evaluate on, which is no tenth held out
         self.seed = 0
         self.transform: Callable[[Tensor], Tensor] = torch.nn.Identity()
         self.resized_to = 0  # pixels, what `transform` resizes to; 0: it needs the whole image
@@ -409,10 +410,11 @@ def _found_set(
         rows = np.flatnonzero(held_out(len(found.images)) == (split == "test"))
         classes = None if found.classes is None else found.classes[rows]
         found = Found(found.images[rows], classes)
-    if names is None or found.classes is None:
-        return ImageDataset(found.images, None, notes=notes)
-    labels = np.searchsorted(names, found.classes)
-    return ImageDataset(found.images, labels, names.tolist(), notes)
+    dataset = ImageDataset(found.images, None, notes=notes)
+    if names is not None and found.classes is not None:
+        dataset.labels, dataset.classes = np.searchsorted(names, found.classes), names.tolist()
+    dataset.has_test = test is not None
+    return dataset
 
 
 def _require_known_classes(

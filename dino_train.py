@@ -395,7 +395,7 @@ def last_words(config: Config, result: dict, seconds: float) -> dict[str, str]:
         rows[""] = f"python eval_linear.py {checkpoint}"
     else:
         rows["next"] = f"python visualize.py {checkpoint} {data}"
-        rows[""] = f"python eval_knn.py {checkpoint} --rank-only"
+        rows[""] = f"python embed.py {checkpoint} --data {data} --out features.safetensors"
     return rows
 
 

@@ -281,7 +281,7 @@ def _of_worker(error: Exception) -> str:
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name to write to, which becomes `path` once its content is on the disk.
 
     Raises OSError naming `path` where that fails; then nothing has changed.
@@ -299,13 +299,13 @@ def _whole_file(path: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file whole or not at all. Raises OSError naming it."""
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def copy_whole(source: Path, path: Path) -> None:
     """Copy a file whole or not at all. Raises OSError naming the copy."""
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         shutil.copyfile(source, temporary)
 
 

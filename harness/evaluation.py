@@ -8,9 +8,10 @@ Source: DINO, arXiv 2104.14294, appendix F. Axes: n images, d features, b batch.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import tyro
@@ -19,6 +20,14 @@ from accelerate.utils import gather
 from einops import rearrange
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -26,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
 from config import SETTINGS, Config
-from data import ImageDataset, build_dataset, collate
+from data import ImageDataset, Sample, build_dataset, collate
 from folders import cache_folder
 from harness.command import iterate, write_whole
 from harness.flags import wrong_setting
@@ -49,6 +58,7 @@ from models import (
     ModelConfig,
     get_backbone,
     rebuild_model,
+    tensors_checksum,
     what_is_left,
 )
 from multicrop import CropConfig
@@ -300,6 +310,7 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbo
         "network": role,
         "arch": network.arch,
         "step": step,
+        "backbone_crc32": tensors_checksum(network.model.backbone.state_dict()),
         "data": preparation.data,
     }
     metrics = network.metadata.get("metrics") or {}
@@ -379,15 +390,41 @@ def normalized(images: Tensor, preparation: Preparation) -> Tensor:
 # ---------------------------------------------------------------- features
 
 
+class _ImagesPerSecond(ProgressColumn):
+    def render(self, task: Task) -> str:
+        return f"{task.speed:,.0f} images/s" if task.speed else ""
+
+
+def _with_progress(
+    batches: Iterator[Sample], num_images: int, accelerator: Accelerator
+) -> Iterator[Sample]:
+    """Return an iterator over one process's batches; the first shows how many images all have."""
+    world = accelerator.num_processes
+    is_hidden = not (accelerator.is_main_process and Console().is_terminal)
+    columns = ("features", BarColumn(), MofNCompleteColumn(), _ImagesPerSecond())
+    with Progress(*columns, TimeRemainingColumn(), disable=is_hidden, transient=True) as bar:
+        task = bar.add_task("", total=num_images * world)
+        for batch in batches:
+            yield batch
+            bar.advance(task, len(batch.image) * world)
+
+
+class Extracted(NamedTuple):
+    features: Tensor  # (n, ...)
+    labels: Tensor  # (n,) int64, -1 without classes
+    rows: Tensor  # (n,) int64, of the images in their data set
+
+
 @torch.no_grad()
-def extract_features(
+def extract(
     forward: Callable[[Tensor], Tensor],
     dataset: Dataset,
     accelerator: Accelerator,
     batch_size: int,
     num_workers: int,
-) -> tuple[Tensor, Tensor]:
-    """Return features (n, d) float32 and labels (n,) of all images, in the data's order.
+    dtype: torch.dtype = torch.float32,
+) -> Extracted:
+    """Compute the features of all images, in the data's order.
 
     `forward` maps uint8 images on the device to features. An image that cannot be decoded is left
     out, and that is said. A collective: each process takes every world-th image, and all get all
@@ -400,21 +437,33 @@ def extract_features(
     loader = DataLoader(
         Subset(dataset, rows), batch_size, num_workers=num_workers, collate_fn=collate
     )
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in iterate(loader):
-        features = forward(batch.image.to(accelerator.device)).float()
-        labels = batch.label.to(accelerator.device)
-        is_read = (batch.source == batch.index).to(accelerator.device)
-        parts.append((features, labels, is_read))
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for batch in _with_progress(iterate(loader), len(rows), accelerator):
+        features = forward(batch.image.to(accelerator.device)).to(dtype)
+        is_read = batch.source == batch.index
+        facts = (x.to(accelerator.device) for x in (batch.label, batch.index, is_read))
+        parts.append((features, *facts))
     of_ranks = gather(tuple(torch.cat(part) for part in zip(*parts, strict=True)))
-    features, labels, is_read = (
+    features, labels, indices, is_read = (
         rearrange(x, "(w i) ... -> (i w) ...", w=world)[: last + 1] for x in of_ranks
     )
     if is_read.all():  # no copy then of what may be large
-        return features, labels
+        return Extracted(features, labels, indices)
     num = int((~is_read).sum())
     accelerator.print(f"warning: {num} of {last + 1:,} images cannot be decoded: left out")
-    return features[is_read], labels[is_read]
+    return Extracted(features[is_read], labels[is_read], indices[is_read])
+
+
+def extract_features(
+    forward: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int,
+) -> tuple[Tensor, Tensor]:
+    """Return features (n, d) float32 and labels (n,) of all images, as `extract` does."""
+    extracted = extract(forward, dataset, accelerator, batch_size, num_workers)
+    return extracted.features, extracted.labels
 
 
 def features_of_splits(

@@ -31,12 +31,18 @@ from accelerate.utils import DistributedType
 
 import data
 import dino_train
+import embed
 import eval_knn
 import eval_linear
 from harness import command, distributed
 
 # imported before the fork
-SCRIPTS = {"dino_train": dino_train, "eval_knn": eval_knn, "eval_linear": eval_linear}
+SCRIPTS = {
+    "dino_train": dino_train,
+    "embed": embed,
+    "eval_knn": eval_knn,
+    "eval_linear": eval_linear,
+}
 
 
 class FsdpOnCpu(Accelerator):

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
+import embed
 import eval_knn
 import eval_linear
 import export
@@ -33,6 +36,7 @@ def _reader(kind: type) -> Callable[[list[str]], object]:
 
 READERS = {
     "dino_train.py": _train,
+    "embed.py": _reader(embed.EmbedConfig),
     "eval_knn.py": _reader(eval_knn.KnnConfig),
     "eval_linear.py": _reader(eval_linear.LinearConfig),
     "export.py": _reader(export.ExportConfig),
@@ -64,6 +68,9 @@ def test_code_runs_as_it_is_pasted(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if "features.safetensors" in code:
+        names = torch.tensor(list(b"a.jpg\0b.jpg"), dtype=torch.uint8)
+        save_file({"features": torch.zeros(2, 3), "names": names}, "features.safetensors")
     exec(compile(code, "README.md", "exec"), {})
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import harness
 
-SCRIPTS = ("dino_train", "eval_knn", "eval_linear", "visualize", "export")
+SCRIPTS = ("dino_train", "eval_knn", "eval_linear", "embed", "visualize", "export")
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")]
 
 

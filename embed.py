@@ -1,0 +1,324 @@
+"""Write the features of images to a file: of a folder, a tar or a list, with or without classes.
+
+    python embed.py runs/vits16/ckpt.safetensors --data photos --out features.safetensors
+    python embed.py dino_vits16 --data photos --out features.npy --near-duplicates 0.95
+    torchrun --nproc_per_node 8 embed.py dino_vits16 --data /imagenet --out f.safetensors
+
+A .safetensors holds all there is to know. To read it:
+
+    tensors = safetensors.torch.load_file("features.safetensors")
+    features, labels = tensors["features"], tensors.get("labels")
+    names = tensors["names"].numpy().tobytes().decode(errors="surrogateescape").split("\\0")
+
+A .csv or .parquet has a line an image: name, label, class, f0, f1 ... A .npy holds features alone.
+These three have a .json beside them, with the rest. All are written whole or not at all. Of data
+with splits those to train on are taken: --no-splits takes all.
+Axes: n images, d features, p patches, b batch.
+"""
+
+import csv
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data import ImageDataset
+from harness.command import read_flags, run_command, whole_file, write_whole
+from harness.distributed import make_accelerator
+from harness.evaluation import (
+    EvalConfig,
+    check_folder,
+    extract,
+    is_vit,
+    layer_features,
+    normalized,
+    open_backbone,
+    open_split,
+    report,
+    say_notes,
+)
+from harness.feature_maps import feature_map
+from harness.terminal import printable
+from models import save_tensors
+from tar_shards import TarImages
+
+SUFFIXES = (".safetensors", ".npy", ".csv", ".parquet")
+MOST_PAIRS = 100_000  # of near duplicates that are kept, the most similar
+PRINTED_PAIRS = 20
+ENTRIES = 1 << 24  # of a block of similarities: 64 MiB
+Tokens = Literal["class", "mean", "patch", "concat"]
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    evaluation: EvalConfig
+    # file to write: .safetensors, .npy, .csv or .parquet
+    out: Path
+    # class: a ViT's class token, or what a network pools; mean: of the patch tokens; patch: all
+    # patch tokens (p, d) of each image; concat: class and mean
+    tokens: Tokens = "class"
+    # type of the numbers in the file
+    dtype: Literal["float32", "float16"] = "float32"
+    # list pairs of images whose cosine similarity is above this, most similar first, and write
+    # them beside the features: OUT-duplicates.csv
+    near_duplicates: float | None = None
+
+
+def check_flags(options: EmbedConfig) -> None:
+    """Raise ValueError for what cannot be written, before anything is computed."""
+    out, suffix = options.out, options.out.suffix
+    if suffix not in SUFFIXES:
+        raise ValueError(f"need --out with one of {', '.join(SUFFIXES)}, got {out}")
+    check_folder(out, "features")
+    if options.evaluation.val is not None:
+        raise ValueError("embed takes the images of --data: not with --val")
+    if options.tokens == "patch" and suffix in (".csv", ".parquet"):
+        raise ValueError(f"--tokens patch has a matrix an image: need .safetensors or .npy, {out}")
+    if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("a .parquet needs the package pyarrow: pip install pyarrow")
+    threshold = options.near_duplicates
+    if threshold is not None and options.tokens == "patch":
+        raise ValueError("--near-duplicates compares one vector an image: not with --tokens patch")
+    if threshold is not None and not -1 <= threshold < 1:
+        raise ValueError(f"need --near-duplicates from -1 to below 1, got {threshold:g}")
+
+
+# ---------------------------------------------------------------- features
+
+
+def token_features(backbone: nn.Module, tokens: Tokens) -> Callable[[Tensor], Tensor]:
+    """Return the function from images (b, 3, h, w) to features (b, d), of `patch` (b, p, d).
+
+    For a network without class token the mean of its last feature map stands for the patch tokens'.
+    """
+
+    def patches(images: Tensor) -> Tensor:
+        return rearrange(feature_map(backbone, images), "b d h w -> b (h w) d")
+
+    def mean(images: Tensor) -> Tensor:
+        return reduce(feature_map(backbone, images), "b d h w -> b d", "mean")
+
+    if tokens == "concat" and not is_vit(backbone):
+        raise ValueError("--tokens concat needs a ViT of timm with a class token")
+    if tokens == "concat":
+        return layer_features(backbone, num_last_blocks=1, avgpool=True)
+    return {"class": backbone, "mean": mean, "patch": patches}[tokens]
+
+
+def names_of(dataset: ImageDataset, data: str) -> list[str]:
+    """Return the images' names: paths below the data's folder, members of a tar, or numbers.
+
+    A path outside of that folder, which a list may have, is whole.
+    """
+    images = dataset.images
+    place = Path(os.path.abspath(data))
+    folder = f"{place if place.is_dir() else place.parent}/"
+    if isinstance(images, TarImages):
+        names = [str(images[row]) for row in range(len(images))]
+        folder = f"{place}:" if place.is_file() else folder
+    elif isinstance(images, np.ndarray):
+        names = [os.fsdecode(path) for path in images.tolist()]
+    else:
+        return [str(row) for row in range(len(images))]
+    return [name.removeprefix(folder) for name in names]
+
+
+# ---------------------------------------------------------------- near duplicates
+
+
+@torch.no_grad()
+def near_duplicates(
+    features: Tensor, threshold: float, most: int = MOST_PAIRS
+) -> tuple[Tensor, Tensor, int]:
+    """Return pairs (m, 2) of features (n, d) whose cosine is above a threshold, most similar first.
+
+    With them their similarities (m,), and how many pairs there are in all, of which at most `most`
+    are kept. Of blocks of similarities, so that n^2 of them are never in memory:
+
+        pairs = [(i, j) for i in range(n) for j in range(i + 1, n) if cosine(i, j) > threshold]
+    """
+    features = F.normalize(features.float(), dim=1)
+    num = len(features)
+    rows_a_block = max(1, ENTRIES // num)
+    pairs = torch.empty(0, 2, dtype=torch.int64, device=features.device)
+    similarities = torch.empty(0, device=features.device)
+    num_found = 0
+    for start in range(0, num, rows_a_block):
+        block = features[start : start + rows_a_block] @ features[start:].T
+        is_pair = (block > threshold).triu(diagonal=1)
+        found = is_pair.nonzero()
+        num_found += len(found)
+        pairs = torch.cat([pairs, found + start])
+        similarities = torch.cat([similarities, block[is_pair].clamp(max=1)])
+        # stable: among the same similarity the first images come first
+        similarities, order = similarities.sort(descending=True, stable=True)
+        similarities, pairs = similarities[:most], pairs[order[:most]]
+    return pairs, similarities, num_found
+
+
+def report_duplicates(features: Tensor, names: list[str], options: EmbedConfig) -> int:
+    """Print the most similar pairs, write all of them beside the features, return their number."""
+    pairs, similarities, num_found = near_duplicates(features, options.near_duplicates)
+    file = options.out.with_name(f"{options.out.stem}-duplicates.csv")
+    rows = [
+        (f"{similarity:.6f}", names[one], names[other])
+        for (one, other), similarity in zip(pairs.tolist(), similarities.tolist(), strict=True)
+    ]
+    write_csv(file, ["similarity", "image", "other"], rows)
+    print(f"{num_found:,} pairs above a similarity of {options.near_duplicates:g}: {file}")
+    if num_found > len(rows):
+        print(f"the {len(rows):,} most similar of them are kept")
+    for row in rows[:PRINTED_PAIRS]:
+        print(printable("  ".join(row)))
+    return num_found
+
+
+# ---------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Embedded:
+    features: np.ndarray  # (n, d) or (n, p, d)
+    names: list[str]
+    labels: list[int] | None  # None without classes
+    classes: list[str] | None  # the labels' names
+    facts: dict  # network, its step and checksum, data, what was asked for
+
+    def columns(self) -> dict[str, list]:
+        """Return what is known of each image beside its features."""
+        columns: dict[str, list] = {"name": self.names}
+        if self.labels is not None:
+            columns["label"] = self.labels
+        if self.classes is not None:
+            columns["class"] = [self.classes[label] if label >= 0 else "" for label in self.labels]
+        return columns
+
+
+def write_csv(path: Path, header: list[str], rows: list | map) -> None:
+    """Write lines of a table, whole or not at all. Names that are no UTF-8 keep their bytes."""
+    encoded = partial(open, mode="w", encoding="utf-8", errors="surrogateescape", newline="")
+    with whole_file(path) as temporary, encoded(temporary) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_safetensors(path: Path, embedded: Embedded) -> None:
+    # safetensors limits its texts to 100 MB: names are a tensor, of bytes, with zeros between them
+    names = "\0".join(embedded.names).encode(errors="surrogateescape")
+    tensors = {
+        "features": torch.from_numpy(embedded.features),
+        "names": torch.from_numpy(np.frombuffer(names, np.uint8).copy()),
+    }
+    if embedded.labels is not None:
+        tensors["labels"] = torch.tensor(embedded.labels)
+    texts = {"facts": json.dumps(embedded.facts), "classes": json.dumps(embedded.classes)}
+    save_tensors(path, tensors, texts)
+
+
+def write_table(path: Path, embedded: Embedded) -> None:
+    columns = embedded.columns()
+    header = [*columns, *(f"f{i}" for i in range(embedded.features.shape[1]))]
+    digits = 9 if embedded.features.dtype == np.float32 else 5  # that tell all numbers apart
+
+    def line(row: int) -> list:
+        numbers = [f"{number:.{digits}g}" for number in embedded.features[row].tolist()]
+        return [*(column[row] for column in columns.values()), *numbers]
+
+    write_csv(path, header, map(line, range(len(embedded.names))))
+
+
+def write_parquet(path: Path, embedded: Embedded) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = dict(embedded.columns())
+    # Parquet's texts are UTF-8
+    columns["name"] = [name.encode(errors="backslashreplace").decode() for name in embedded.names]
+    columns |= {f"f{i}": column for i, column in enumerate(embedded.features.T)}
+    with whole_file(path) as temporary:
+        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+
+
+def write_features(path: Path, embedded: Embedded) -> None:
+    """Write what was embedded, in the kind of file that the suffix says."""
+    if path.suffix == ".safetensors":
+        write_safetensors(path, embedded)
+        return
+    beside = path.with_suffix(".json")
+    beside.unlink(missing_ok=True)  # where there is one, it is of the features beside it
+    described = {"facts": embedded.facts, "classes": embedded.classes}
+    if path.suffix == ".npy":
+        described |= {"names": embedded.names, "labels": embedded.labels}
+        with whole_file(path) as temporary:
+            np.save(temporary, embedded.features)
+    elif path.suffix == ".csv":
+        write_table(path, embedded)
+    else:
+        write_parquet(path, embedded)
+    write_whole(beside, json.dumps(described, indent=1) + "\n")
+
+
+def main() -> None:
+    options = read_flags(EmbedConfig, None, __doc__)
+    check_flags(options)
+    evaluation = options.evaluation
+    accelerator = make_accelerator()
+    network = open_backbone(evaluation, accelerator)
+    features_of = token_features(network.backbone, options.tokens)
+    with accelerator.local_main_process_first():  # which may have to download
+        images = open_split(network.preparation, "train")
+    if images.levels is None:
+        images.levels = images.measure_levels()
+    say_notes(images, accelerator)
+    if images.has_test:
+        accelerator.print("data: of its splits the one to train on; --no-splits takes all images")
+
+    def forward(pixels: Tensor) -> Tensor:
+        return features_of(normalized(pixels, network.preparation))
+
+    start = time.monotonic()
+    extracted = extract(
+        forward,
+        images,
+        accelerator,
+        evaluation.batch_size,
+        evaluation.num_workers,
+        getattr(torch, options.dtype),
+    )
+    images_per_second = len(extracted.rows) / (time.monotonic() - start)
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+    names = names_of(images, network.preparation.data)
+    names = [names[row] for row in extracted.rows.tolist()]
+    facts = network.facts | {"tokens": options.tokens, "dtype": options.dtype}
+    embedded = Embedded(
+        extracted.features.cpu().numpy(),
+        names,
+        None if images.labels is None else extracted.labels.tolist(),
+        None if images.classes is None else list(images.classes),
+        facts,
+    )
+    write_features(options.out, embedded)
+    results: dict[str, object] = {"out": str(options.out), "images_per_second": images_per_second}
+    facts |= {"num_train": len(names), "num_test": 0, "features": embedded.features.shape[-1]}
+    if options.near_duplicates is not None:
+        results["near_duplicates"] = report_duplicates(extracted.features, names, options)
+    report(facts, None, results, evaluation.json_out)
+    print(f"{options.out}: {images_per_second:,.1f} images/s")
+
+
+if __name__ == "__main__":
+    run_command(main)
