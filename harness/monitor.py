@@ -219,7 +219,7 @@ class Monitor:
         seconds_a_step = (time.monotonic() - when) / (step - first)  # evaluations in it
         left = seconds_a_step * (run.total_steps - step)
         at_speed = f"{three_digits(speed)} images/s"
-        if not self.has_told_time:
+        if not self.has_told_time and left >= 10:
             self.has_told_time = True
             self.say(f"about {duration(left)} to go, at {at_speed}")
         epoch = run.epoch(step)
