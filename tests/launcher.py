@@ -34,6 +34,7 @@ import dino_train
 import embed
 import eval_knn
 import eval_linear
+import eval_retrieval
 from harness import command, distributed
 
 # imported before the fork
@@ -42,6 +43,7 @@ SCRIPTS = {
     "embed": embed,
     "eval_knn": eval_knn,
     "eval_linear": eval_linear,
+    "eval_retrieval": eval_retrieval,
 }
 
 

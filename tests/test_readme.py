@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import embed
 import eval_knn
 import eval_linear
+import eval_retrieval
 import export
 import visualize
 from harness.command import read_flags
@@ -39,6 +40,7 @@ READERS = {
     "embed.py": _reader(embed.EmbedConfig),
     "eval_knn.py": _reader(eval_knn.KnnConfig),
     "eval_linear.py": _reader(eval_linear.LinearConfig),
+    "eval_retrieval.py": _reader(eval_retrieval.RetrievalConfig),
     "export.py": _reader(export.ExportConfig),
     "visualize.py": _reader(visualize.VisualizeConfig),
 }

@@ -12,7 +12,15 @@ from conftest import ROOT
 
 import harness
 
-SCRIPTS = ("dino_train", "eval_knn", "eval_linear", "embed", "visualize", "export")
+SCRIPTS = (
+    "dino_train",
+    "eval_knn",
+    "eval_linear",
+    "eval_retrieval",
+    "embed",
+    "visualize",
+    "export",
+)
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")]
 
 
