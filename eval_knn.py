@@ -2,6 +2,7 @@
 
     python eval_knn.py runs/patterns-resnet10_half/ckpt.safetensors
     python eval_knn.py dino_vits16 --data /imagenet --num-workers 16
+    python eval_knn.py dino_vits16 --data photos --shots 1 5 10 20
     torchrun --nproc_per_node 8 eval_knn.py runs/vits16/ckpt.safetensors --data /imagenet
 
 Architecture, sizes, normalisation and data come from the checkpoint itself; --data overrides.
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,9 +28,14 @@ from harness.distributed import make_accelerator
 from harness.evaluation import (
     EvalConfig,
     FrozenBackbone,
+    ShotsConfig,
+    caption_of_shots,
     check_folder,
+    check_shots,
+    draw_shots,
     evenly,
     features_of_splits,
+    mean_and_spread,
     open_backbone,
     open_split,
     open_splits,
@@ -42,6 +49,7 @@ from models import save_tensors
 @dataclass(frozen=True)
 class KnnConfig:
     evaluation: EvalConfig
+    few_labels: ShotsConfig
     # numbers of neighbours [paper: 10 20 100 200]
     ks: tuple[int, ...] = (10, 20, 100, 200)
     # temperature of the votes [paper: 0.07]
@@ -107,6 +115,41 @@ def knn_accuracy(
     }
 
 
+def knn_of_shots(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    options: KnnConfig,
+) -> dict[str, dict]:
+    """Return top-1 in % by number of shots, then by k: neighbours among a few images a class.
+
+    Mean and spread are over the draws of these few.
+    """
+    config = options.few_labels
+    results: dict[str, dict] = {}
+    for shots in config.shots:
+        accuracies = []
+        for draw in range(config.draws):
+            rows = draw_shots(train_labels, shots, config.draw_seed, draw)
+            memory = train_features[rows], train_labels[rows]
+            accuracies.append(
+                knn_accuracy(*memory, test_features, test_labels, options.ks, options.temperature)
+            )
+        results[str(shots)] = {
+            str(k): mean_and_spread([of_draw[k][0] for of_draw in accuracies]) for k in options.ks
+        }
+    return results
+
+
+def table_of_shots(results: dict[str, dict], ks: Sequence[int]) -> Table:
+    """Return a table of knn_of_shots: a line a number of shots, a column a k."""
+    table = Table("images a class", *(f"k {k}" for k in ks), title="few labels, k-NN top-1 %")
+    for shots, by_k in results.items():
+        table.add_row(shots, *(f"{x['mean']:.2f} ± {x['std']:.2f}" for x in by_k.values()))
+    return table
+
+
 def print_rank(network: FrozenBackbone, options: EvalConfig, accelerator: Accelerator) -> None:
     """Print how good the training images' features are, without labels. A collective."""
     with accelerator.local_main_process_first():  # which may have to download
@@ -132,9 +175,12 @@ def main() -> None:
     options = read_flags(KnnConfig, None, __doc__)
     evaluation = options.evaluation
     check_votes(options.ks, options.temperature)
+    check_shots(options.few_labels)
     check_folder(options.features_out, "features")
     if options.rank_only and options.features_out is not None:
         raise ValueError("--features-out writes what k-NN compares: not with --rank-only")
+    if options.rank_only and options.few_labels.shots:
+        raise ValueError("--shots needs k-NN: not with --rank-only")
     accelerator = make_accelerator()
     network = open_backbone(evaluation, accelerator)
     if options.rank_only:
@@ -168,12 +214,21 @@ def main() -> None:
         if k <= num_train or k == min(accuracies):  # more neighbours than images are all of them
             cells = (f"{top1:.2f}", f"{top5:.2f}")
             table.add_row(str(k), *cells[: len(table.columns) - 1])
-    results = {
+    results: dict[str, object] = {
         "temperature": options.temperature,
         "knn": {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracies.items()},
     }
+    few_labels = options.few_labels
+    if few_labels.shots:
+        results["shots"] = knn_of_shots(
+            train_features, train_labels, test_features, test_labels, options
+        )
     facts = network.facts | size_facts(train_features, test_features)
     report(facts, table, results, evaluation.json_out)
+    if few_labels.shots:
+        table = table_of_shots(results["shots"], options.ks)
+        table.caption = caption_of_shots(train_labels, few_labels)
+        Console().print(table)
     if options.features_out is not None:
         tensors = {
             "train_features": train_features,

@@ -2,6 +2,7 @@
 
     python eval_linear.py runs/patterns-resnet10_half/ckpt.safetensors
     python eval_linear.py dino_vits16 --data /imagenet --num-workers 16 --json-out linear.json
+    python eval_linear.py dino_vits16 --data photos --shots 1 5 10 20
     torchrun --nproc_per_node 8 eval_linear.py ckpt.safetensors --data /imagenet --augment
 
 All probes train in one pass, with the optimizer of DINO (arXiv 2104.14294, appendix F.2): SGD with
@@ -11,13 +12,15 @@ Axes: n images, b batch, d features, c classes, r learning rates.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather
 from einops import einsum, rearrange
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
@@ -31,9 +34,14 @@ from harness.distributed import make_accelerator
 from harness.evaluation import (
     EvalConfig,
     Preparation,
+    ShotsConfig,
+    caption_of_shots,
+    check_shots,
+    draw_shots,
     features_of_splits,
     is_vit,
     layer_features,
+    mean_and_spread,
     open_backbone,
     open_splits,
     report,
@@ -49,6 +57,7 @@ Accuracies = dict[float, tuple[float, float]]  # by learning rate: top-1 and top
 @dataclass(frozen=True)
 class LinearConfig:
     evaluation: EvalConfig
+    few_labels: ShotsConfig = field(default_factory=ShotsConfig)
     # learning rates for a batch of 256; ResNets want the large ones, ViTs the small [paper: 0.001,
     # ResNet-50: 0.3]
     lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -209,6 +218,49 @@ def linear_accuracy(
     return accuracies_of(probes, test_features, test_labels, config.lrs)
 
 
+def linear_of_shots(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    config: LinearConfig,
+) -> dict[str, dict]:
+    """Return top-1 in % by number of shots: of probes that a few images a class train.
+
+    Mean and spread are over the draws of these few; `best_lr` has the highest mean.
+    """
+    few_labels = config.few_labels
+    results: dict[str, dict] = {}
+    for shots in few_labels.shots:
+        accuracies: list[Accuracies] = []
+        for draw in range(few_labels.draws):
+            rows = draw_shots(train_labels, shots, few_labels.draw_seed, draw)
+            some_features, some_labels = train_features[rows], train_labels[rows]
+            accuracies.append(
+                linear_accuracy(some_features, some_labels, test_features, test_labels, config)
+            )
+        by_lr = {
+            f"{lr:g}": mean_and_spread([of_draw[lr][0] for of_draw in accuracies])
+            for lr in config.lrs
+        }
+        best = max(by_lr, key=lambda lr: by_lr[lr]["mean"])
+        results[str(shots)] = {"best_lr": float(best), "best_top1": by_lr[best], "by_lr": by_lr}
+    return results
+
+
+def table_of_shots(results: dict[str, dict]) -> Table:
+    """Return a table of linear_of_shots: a line a number of shots."""
+    title = "few labels, linear probe"
+    table = Table(
+        "images a class", "top-1 %", "learning rate, best on the test images", title=title
+    )
+    for shots, of_shots in results.items():
+        top1 = of_shots["best_top1"]
+        cells = (f"{top1['mean']:.2f} ± {top1['std']:.2f}", f"{of_shots['best_lr']:g}")
+        table.add_row(shots, *cells)
+    return table
+
+
 def accuracies_of(
     probes: Probes, features: Tensor, labels: Tensor, lrs: Sequence[float]
 ) -> Accuracies:
@@ -299,10 +351,16 @@ def normalized_forward(
     return forward(TF.normalize(crops, list(preparation.mean), list(preparation.std)))
 
 
-def evaluate(
-    options: LinearConfig, accelerator: Accelerator
-) -> tuple[dict, Accuracies, dict[str, object]]:
-    """Return facts, accuracies by learning rate and what the best one confuses. A collective."""
+class Evaluated(NamedTuple):
+    facts: dict
+    accuracies: Accuracies
+    classes: dict[str, object]  # what the best learning rate confuses
+    shots: dict[str, dict]  # of linear_of_shots
+    shots_caption: str
+
+
+def evaluate(options: LinearConfig, accelerator: Accelerator) -> Evaluated:
+    """Train and test the probes that `options` name. A collective."""
     evaluation = options.evaluation
     network = open_backbone(evaluation, accelerator)
     blocks, avgpool = layers_to_read(network.backbone, options)
@@ -316,6 +374,8 @@ def evaluate(
         batch_size=evaluation.batch_size,
         num_workers=evaluation.num_workers,
     )
+    shots: dict[str, dict] = {}
+    shots_caption = ""
     if options.augment:  # the test alone is of center crops
         test_features, test_labels = center_crop_features([test_images])
         num_classes = int(max(train_images.labels.max(), test_labels.max())) + 1
@@ -340,6 +400,11 @@ def evaluate(
         facts = size_facts(train_features, test_features)
         if len(options.lrs) > 1:
             facts["chosen_lr"] = chosen_lr(train_features, train_labels, options)
+        if options.few_labels.shots:
+            shots = linear_of_shots(
+                train_features, train_labels, test_features, test_labels, options
+            )
+            shots_caption = caption_of_shots(train_labels, options.few_labels)
     facts["num_classes"] = probes.num_classes
     facts |= {"n_last_blocks": blocks, "avgpool": avgpool, "augment": options.augment}
     accuracies = accuracies_of(probes, test_features, test_labels, options.lrs)
@@ -348,20 +413,24 @@ def evaluate(
         best_row = options.lrs.index(best_of(accuracies))
         confusion = confusion_matrix(probes, test_features, test_labels, best_row)
         classes = by_class(confusion, test_images.classes)
-    return network.facts | facts, accuracies, classes
+    return Evaluated(network.facts | facts, accuracies, classes, shots, shots_caption)
 
 
 def main() -> None:
     options = read_flags(LinearConfig, None, __doc__)
     check_probes(options)
+    check_shots(options.few_labels)
+    if options.few_labels.shots and options.augment:
+        raise ValueError("--shots takes features that are computed once: not with --augment")
     accelerator = make_accelerator()
-    facts, accuracies, classes = evaluate(options, accelerator)
+    evaluated = evaluate(options, accelerator)
+    accuracies = evaluated.accuracies
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
     best = best_of(accuracies)
     table = Table("learning rate", "top-1 %", title="linear probe")
-    if facts["num_classes"] > 5:  # else any guess is among the five
+    if evaluated.facts["num_classes"] > 5:  # else any guess is among the five
         table.add_column("top-5 %")
     for lr, (top1, top5) in accuracies.items():
         style = "bold" if lr == best else None
@@ -373,12 +442,19 @@ def main() -> None:
         "best_top1": accuracies[best][0],
         "linear": [{"lr": lr, "top1": x, "top5": y} for lr, (x, y) in accuracies.items()],
     }
-    report(facts, table, results | classes, options.evaluation.json_out)
+    results |= evaluated.classes
+    if evaluated.shots:
+        results["shots"] = evaluated.shots
+    report(evaluated.facts, table, results, options.evaluation.json_out)
     print(f"best: {accuracies[best][0]:.2f} % with {best:g}, chosen on the test images")
-    if "chosen_lr" in facts:
-        chosen = facts["chosen_lr"]
+    if "chosen_lr" in evaluated.facts:
+        chosen = evaluated.facts["chosen_lr"]
         where = "chosen on a tenth of the training images"
         print(f"{accuracies[chosen][0]:.2f} % with {chosen:g}, {where}")
+    if evaluated.shots:
+        table = table_of_shots(evaluated.shots)
+        table.caption = evaluated.shots_caption
+        Console().print(table)
 
 
 if __name__ == "__main__":

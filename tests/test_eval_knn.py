@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from data import ImageDataset
+from data import ImageDataset, permutation
 from eval_knn import knn_accuracy
 from harness.evaluation import extract_features
 
@@ -206,3 +206,38 @@ def test_data_of_another_kind_or_without_classes_is_refused(
         result = script("eval_knn", tiny_run / "ckpt.safetensors", "--data", data)
         assert result.returncode == 2 and said in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_few_labels_equal_brute_force(tmp_path: Path, tiny_run: Path, script) -> None:
+    """Each draw's nearest neighbour, among so many images of each class, one by one."""
+    out, file = tmp_path / "knn.json", tmp_path / "f.safetensors"
+    flags = ("--shots", 1, 3, 99, "--draws", 4, "--ks", 1, "--draw-seed", 5)
+    result = script("eval_knn", tiny_run, *flags, "--json-out", out, "--features-out", file)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
+    train, labels, test, targets = (
+        load_file(file)[name]
+        for name in ("train_features", "train_labels", "test_features", "test_labels")
+    )
+    for shots in (1, 3, 99):
+        top1 = []
+        for draw in range(4):
+            counts: Counter = Counter()
+            memory = []
+            for row in permutation(len(labels), 5, draw).tolist():
+                counts[labels[row].item()] += 1
+                if counts[labels[row].item()] <= shots:
+                    memory.append(row)
+            hits = 0
+            for image, target in zip(test, targets, strict=True):
+                nearest = memory[int(F.cosine_similarity(image[None], train[memory]).argmax())]
+                hits += (labels[nearest] == target).item()
+            top1.append(100 * hits / len(test))
+        found = report["shots"][str(shots)]["1"]
+        assert found["draws"] == pytest.approx(top1)
+        assert found["mean"] == pytest.approx(sum(top1) / 4)
+        assert f"{found['mean']:.2f} ± {found['std']:.2f}" in result.stdout
+    everything = report["shots"]["99"]["1"]
+    assert everything["std"] == 0
+    assert everything["mean"] == pytest.approx(report["knn"]["1"]["top1"])
+    assert "of 4 draws" in " ".join(result.stdout.split())  # the caption has several lines

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 import eval_linear
@@ -20,7 +21,7 @@ from eval_linear import (
     train_on_crops,
     train_probes,
 )
-from harness.evaluation import EvalConfig
+from harness.evaluation import EvalConfig, draw_shots
 
 
 def config(**kwargs: object) -> LinearConfig:
@@ -225,3 +226,29 @@ def test_confusion_is_built_for_json_alone(
     monkeypatch.delattr(eval_linear, "confusion_matrix")
     result = script("eval_linear", tiny_run, "--epochs", 1)
     assert result.returncode == 0, result.stderr
+
+
+def test_few_labels_are_probes_on_the_drawn_images(tmp_path: Path, tiny_run: Path, script) -> None:
+    out, file = tmp_path / "linear.json", tmp_path / "f.safetensors"
+    flags = ("--epochs", 5, "--lrs", 0.03, 0.3, "--shots", 1, 4, "--draws", 3, "--json-out", out)
+    result = script("eval_linear", tiny_run, *flags)
+    assert result.returncode == 0, result.stderr
+    shots = json.loads(out.read_text())["shots"]
+    assert script("eval_knn", tiny_run, "--features-out", file).returncode == 0
+    train, labels, test, targets = (
+        load_file(file)[name]
+        for name in ("train_features", "train_labels", "test_features", "test_labels")
+    )
+    for num in (1, 4):
+        for i, lr in enumerate((0.03, 0.3)):
+            top1 = []
+            for draw in range(3):
+                rows = draw_shots(labels, num, 0, draw)
+                assert len(rows) == 2 * num
+                settings = config(epochs=5, lrs=(0.03, 0.3))
+                accuracies = linear_accuracy(train[rows], labels[rows], test, targets, settings)
+                top1.append(list(accuracies.values())[i][0])
+            assert shots[str(num)]["by_lr"][f"{lr:g}"]["draws"] == pytest.approx(top1)
+        best = shots[str(num)]["best_top1"]
+        assert best["mean"] == max(x["mean"] for x in shots[str(num)]["by_lr"].values())
+        assert f"{best['mean']:.2f} ± {best['std']:.2f}" in result.stdout
