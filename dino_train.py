@@ -46,7 +46,7 @@ from harness.fast_backbone import share_drop_path, skip_unread_tokens
 from harness.flags import QUICKSTART, parse_config
 from harness.monitor import Monitor, duration
 from harness.online_knn import OnlineKnn
-from harness.outlook import DryRun, introduce
+from harness.outlook import DryRun, introduce, tracked_settings
 from harness.run import Run, TrainingState
 from harness.run_lock import FolderLock
 from harness.weights import load_weights
@@ -344,8 +344,11 @@ def _train(config: Config, lock: FolderLock) -> dict:
     stops_cleanly = stop_requests(config.run.stop_minutes, run.kept)  # at a signal, from here on
     with monitor.progress, stops_cleanly as stop_signals:
         run.open()
+        if not config.run.dry_run:
+            monitor.tracker.start(tracked_settings(run, parts.system.student))
         outcome = run_loop(run, parts, knn, monitor, stop_signals)
 
+    monitor.tracker.finish()
     run.accelerator.end_training()
     is_over = outcome.step >= run.total_steps
     if isinstance(run, DryRun):

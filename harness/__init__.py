@@ -10,6 +10,7 @@ pictures       sheets, curves, heat maps and points, drawn by Pillow
 weights        weights from elsewhere: read, matched, loaded
 flags          recipes, checks of settings, what follows from data and machine
 run            a run's folder: what is saved, when, and how it goes on
+trackers       TensorBoard and W&B, which go on where the run goes on
 monitor        progress, log, curves, unreadable images, collapse
 estimate       what a step will take on this machine, before the first
 outlook        header, warnings, dry run

@@ -25,6 +25,7 @@ from harness.distributed import launch_line
 from harness.pictures import curves, png_mark
 from harness.run import Run
 from harness.terminal import printable
+from harness.trackers import Tracker
 
 # ---------------------------------------------------------------- collapse
 
@@ -124,6 +125,7 @@ class Monitor:
         self.run = run
         self.accelerator = run.accelerator
         self.console = Console(quiet=not self.accelerator.is_main_process)
+        self.tracker = Tracker(run, self.say)
         self.progress = _progress(self.console)
         self.bar = self.progress.add_task(
             "starting", total=run.total_steps, completed=run.steps_before
@@ -178,21 +180,21 @@ class Monitor:
     # ------------------------------------------------ log
 
     def log(self, step: int, values: dict) -> None:
-        """Write a line of log.jsonl, and its figures to the trackers.
+        """Write a line of log.jsonl, and its figures to the tracker.
 
-        A failure is kept until the next step's end, where all processes stop.
+        A failure of the file is kept until the next step's end, where all processes stop.
         """
+        values = {"epoch": round(self.run.epoch(step), 4)} | values
         if self.accelerator.is_main_process:
-            line = {"step": step, "epoch": round(self.run.epoch(step), 4)} | values
             try:
-                self.run.append_to_log(json.dumps(line))
+                self.run.append_to_log(json.dumps({"step": step} | values))
             except OSError as error:
                 text = f"cannot write {self.run.log_file}: {error.strerror}"
                 self.failure = f"{text}; {self.run.kept()}"
         if "knn_top1" in values:
             self.knn = f"k-NN {values['knn_top1']:.1f} %, "
         figures = {name: value for name, value in values.items() if not isinstance(value, list)}
-        self.accelerator.log(figures, step=step)
+        self.tracker.log(step, figures)
 
     def log_step(self, step: int, loss: float, lr: float, figures: dict[str, float]) -> None:
         """Log a step: its loss, what `figures` says of the teacher, speed and memory."""

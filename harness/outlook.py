@@ -18,6 +18,7 @@ from folders import some_of
 from harness.command import print_rows, unused_path
 from harness.distributed import has_compiler, is_compiled
 from harness.estimate import flops_per_second, memory_of_machine, step_cost
+from harness.flags import as_plain_data
 from harness.monitor import Monitor, duration, peak_memory, three_digits, write_picture
 from harness.pictures import crop_cells, sheet
 from harness.run import Due, Run, TrainingState
@@ -88,20 +89,49 @@ def header(run: Run, student: nn.Module) -> Table:
     return table
 
 
+def tracked_settings(run: Run, student: nn.Module) -> dict[str, bool | int | float | str | None]:
+    """Return all settings as `section.name`, and the header's counts, as a tracker takes them."""
+    settings: dict[str, bool | int | float | str | None] = {}
+    for section, values in as_plain_data(run.config).items():
+        for name, value in values.items():
+            is_list = isinstance(value, list)  # TensorBoard takes none
+            settings[f"{section}.{name}"] = str(value) if is_list else value
+    backbone, head = _num_parameters(student)
+    return settings | {
+        "num_images": len(run.dataset),
+        "num_classes": _num_classes(run.dataset),
+        "num_backbone_parameters": backbone,
+        "num_head_parameters": head,
+        "num_processes": run.accelerator.num_processes,
+        "images_per_step": run.images_per_step,
+        "steps_per_epoch": run.steps_per_epoch,
+    }
+
+
+def _num_classes(dataset: ImageDataset) -> int:
+    if dataset.labels is None:
+        return 0
+    return len(dataset.classes) or int(dataset.labels.max()) + 1
+
+
+def _num_parameters(student: nn.Module) -> list[int]:
+    """Return how many parameters backbone and head have."""
+    return [sum(p.numel() for p in part.parameters()) for part in student.children()]
+
+
 def _classes_of(dataset: ImageDataset) -> str:
     """Return how many classes there are, and the first of them."""
     if dataset.labels is None:
         return "no classes"
     if not dataset.classes:
-        return f"{dataset.labels.max() + 1:,} classes"
+        return f"{_num_classes(dataset):,} classes"
     return f"{len(dataset.classes):,} classes: {some_of(dataset.classes, 4)}"
 
 
 def _sizes_of(student: nn.Module, output_dim: int) -> str:
-    backbone, head = student.children()
-    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (backbone, head)]
-    of_head = f"{millions[1]:.2f} M in its head of {output_dim:,} prototypes"
-    return f"{millions[0]:.2f} M parameters, and {of_head}"
+    backbone, head = (number / 1e6 for number in _num_parameters(student))
+    of_head = f"{head:.2f} M in its head of {output_dim:,} prototypes"
+    return f"{backbone:.2f} M parameters, and {of_head}"
 
 
 def _crops_of(config: Config) -> str:

@@ -10,6 +10,7 @@ Run.prepare -> build the networks -> run.load -> run.open -> the loop asks what_
 
 import json
 import re
+import secrets
 import shlex
 import time
 from collections.abc import Iterable
@@ -148,6 +149,8 @@ def _is_of_a_run(metadata: object) -> bool:
     )
     if not has_known_settings or not isinstance(metadata.get("unreadable", []), list):
         return False
+    if not isinstance(metadata.get("tracker_id", ""), str):
+        return False
     if collapse is not None and not (
         isinstance(collapse, dict) and {"kind", "since"} == set(collapse)
     ):
@@ -170,6 +173,7 @@ class SavedRun:
     config: dict = field(default_factory=dict)  # as as_plain_data gave it
     world: int = 1  # processes
     fingerprint: str = ""  # of the images
+    tracker_id: str = ""  # W&B's of the run
 
     @classmethod
     def read(cls, state_file: Path) -> "SavedRun":
@@ -192,6 +196,7 @@ class SavedRun:
             config=metadata["config"],
             world=metadata["world"],
             fingerprint=metadata["fingerprint"],
+            tracker_id=metadata.get("tracker_id", ""),
         )
 
     @property
@@ -284,6 +289,9 @@ class Run:
         self.steps_per_epoch = self._sampler(range(0)).steps_per_epoch
         self.total_steps = config.optim.epochs * self.steps_per_epoch
         self.steps_before = self.saved.step  # which were done before this start
+        self.tracker_id = self.saved.tracker_id  # kept without W&B, too: a later start may have it
+        if config.run.log_with == "wandb" and not self.tracker_id:
+            self.tracker_id = secrets.token_hex(4)
         self.stop_signal = 0  # number of the signal that ends the run, in all processes
         self.unreadable = set(self.saved.unreadable)
         self.new_unreadable: set[int] = set()  # not yet said
@@ -435,7 +443,7 @@ class Run:
                 raise ValueError(f"{text}{what_is_left(self.state_file)}") from error
 
     def open(self) -> None:
-        """Create the folder and its trackers; the log's lines after the saved step are cut.
+        """Create the folder; the log's lines after the saved step are cut.
 
         A collective. Raises ValueError in all processes where it cannot be written.
         """
@@ -462,9 +470,6 @@ class Run:
         error = self.agreement.gather(error)[0]
         if error:
             raise ValueError(error)
-        if self.config.run.log_with:
-            self.accelerator.project_configuration.logging_dir = str(self.folder)
-            self.accelerator.init_trackers("dino")
 
     def _write_first_files(self) -> None:
         for file in self.to_delete + self._files(LEFT_BY_A_KILL):
@@ -621,6 +626,7 @@ class Run:
             "fingerprint": self.fingerprint,
             "unreadable": sorted(self.unreadable),
             "collapse": collapse,
+            "tracker_id": self.tracker_id,
         }
         texts = {"metadata": json.dumps(metadata | more)}
         if not self.state_file.exists():

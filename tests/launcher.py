@@ -6,7 +6,8 @@ A request is a line of JSON: `flags` of dino_train.py; `world` processes of it, 
 `out`, a folder for what they print; and what kills them all with SIGKILL: `kill_after` seconds, or
 `kill_at` a function's call, as ["module.name", number]. `file_limit_after` is [number, bytes]: no
 larger file can be written from the `number`-th save on. `nan_at` is [rank, number]: what crops are
-not numbers. `script` is another one's name. The answer is a line with the exit codes.
+not numbers. `script` is another one's name, `env` more of the environment. The answer is
+a line with the exit codes.
 """
 
 import contextlib
@@ -93,6 +94,7 @@ def child(request: dict, rank: int, port: int) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)
+    os.environ |= request.get("env", {})
     if world > 1 or request.get("fsdp"):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
