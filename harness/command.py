@@ -230,6 +230,11 @@ def _kill_workers() -> None:
         worker.kill()
 
 
+def _kill_workers_at_exit() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that they ended
+    _kill_workers()
+
+
 def iterate(loader: DataLoader) -> Iterator:
     """Return an iterator over a loader's batches whose workers outlive signals to their group.
 
@@ -245,8 +250,8 @@ def iterate(loader: DataLoader) -> Iterator:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
     # An iterator that an error's traceback holds keeps its workers until the process ends. They
     # would not heed multiprocessing's SIGTERM then, and it would wait for them for ever.
-    atexit.unregister(_kill_workers)
-    atexit.register(_kill_workers)  # after torch's own, so that it is called before them
+    atexit.unregister(_kill_workers_at_exit)
+    atexit.register(_kill_workers_at_exit)  # after torch's own, so that it is called before them
     return _batches(batches)
 
 

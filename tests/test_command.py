@@ -156,7 +156,8 @@ kept.append(kept)  # as the traceback of an error keeps it
 
 def test_process_with_an_unfinished_iterator_ends() -> None:
     begin = [sys.executable, "-W", "ignore", "-c", UNFINISHED]
-    subprocess.run(begin, cwd=ROOT, check=True, timeout=60)
+    result = subprocess.run(begin, cwd=ROOT, check=True, timeout=60, stderr=subprocess.PIPE)
+    assert result.stderr == b""
 
 
 class Failing(Dataset):
