@@ -233,7 +233,7 @@ def unlikely_settings(run: Run, student: nn.Module) -> list[str]:
         is_on_gpus = run.accelerator.device.type == "cuda"
         reason = "--no-sync-bn" if is_on_gpus else "only GPUs share them"
         lines.append(f"BatchNorm sees {config.optim.batch_size} images at a time: {reason}")
-    if run.accelerator.device.type == "cpu":
+    if run.accelerator.device.type == "cpu" and run.accelerator.is_main_process:  # which says it
         lines += _too_much_for_a_cpu(run)
     if config.run.compile and not has_compiler():
         lines.append("--compile needs a C compiler and Python's headers, which were not found")
