@@ -19,6 +19,8 @@ import torch
 from models import ModelConfig
 from multicrop import CropConfig
 
+MINUTES_OF_A_YEAR = 366 * 24 * 60
+
 
 def setting(default: object, **metadata: object) -> object:
     """Return a field that says more of itself than its default.
@@ -54,7 +56,7 @@ class DataConfig:
     canvas_size: int | None = setting(None, above=7, most=4096)
     # pixels, shorter side before the center crop of an evaluation [paper: 256 for a crop of 224];
     # None: in that proportion for photographs, no margin for small images
-    eval_resize: int | None = setting(None, above=0, may_change=True)
+    eval_resize: int | None = setting(None, above=0, most=4096, may_change=True)
     # processes that decode images for each process; None: one less than its cores, 1 to 16; 0 for
     # data in memory; at most 512, more than cores of a node
     num_workers: int | None = setting(None, most=512, may_change=True)
@@ -65,28 +67,28 @@ class OptimConfig:
     # passes over the data [paper: 100 to 800]
     epochs: int = setting(100, above=0, most=1_000_000, may_change=True)
     # images per process and micro-batch; the header shows the whole batch [paper: 1024 in all]
-    batch_size: int = setting(64, above=0)
+    batch_size: int = setting(64, above=0, most=1_000_000)
     # micro-batches a step: a larger batch in the same memory
-    accumulation_steps: int = setting(1, above=0)
+    accumulation_steps: int = setting(1, above=0, most=1_000_000)
     # how the student's weights are updated [paper: adamw; lars for ResNet-50]
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     # learning rate at its peak for 256 images, scaled by the whole batch / 256 [paper: 5e-4]
-    lr: float = setting(5e-4, above=0)
+    lr: float = setting(5e-4, above=0, most=100)
     # learning rate at the end, not scaled [paper: 1e-6]
-    min_lr: float = 1e-6
+    min_lr: float = setting(1e-6, most=100)
     # epochs in which the learning rate rises from 0 [paper: 10]
-    warmup_epochs: float = 10
+    warmup_epochs: float = setting(10, most=1_000_000)
     # weight decay at the start; none on biases and 1-d parameters [paper: 0.04]
-    weight_decay: float = 0.04
+    weight_decay: float = setting(0.04, most=10)
     # weight decay at the end, along a cosine [paper: 0.4]
-    weight_decay_end: float = 0.4
+    weight_decay_end: float = setting(0.4, most=10)
     # largest norm of each parameter's gradient; 0: not clipped [paper: 0 to 3]
-    clip_grad: float = 3.0
+    clip_grad: float = setting(3.0, most=1_000_000)
     # weight of KoLeo in the loss, which spreads the student's features of a micro-batch; 0: none
     # [DINOv2: 0.1]
     koleo_weight: float = setting(0.0, most=100)
     # epochs in which the head's last layer is frozen; raise it if the loss does not fall [paper: 1]
-    freeze_last_layer_epochs: int = 1
+    freeze_last_layer_epochs: int = setting(1, most=1_000_000)
 
     def images_per_step(self, world: int) -> int:
         """Return the whole batch, over `world` processes and their micro-batches."""
@@ -104,7 +106,7 @@ class TeacherConfig:
     teacher_temp: float = setting(0.04, above=0, most=10)
     # epochs in which the teacher temperature goes linearly from --warmup-teacher-temp to
     # --teacher-temp [paper: 30, for a teacher_temp of 0.07]
-    warmup_teacher_temp_epochs: int = 0
+    warmup_teacher_temp_epochs: int = setting(0, most=1_000_000)
     # momentum of the teacher's moving average at first, 1 at the end; about 0.9995 for a whole
     # batch of 256, less for short runs; with 1 the teacher never learns [paper: 0.996]
     teacher_momentum: float = setting(0.996, below=1)
@@ -140,26 +142,26 @@ class RunConfig:
     # torch.compile the networks' blocks, which takes minutes at first; the default on a GPU
     compile: bool = setting(torch.cuda.is_available(), may_change=True)
     # save the state every so many steps, and at the end
-    save_every: int = setting(1000, above=0, may_change=True)
+    save_every: int = setting(1000, above=0, most=1_000_000_000, may_change=True)
     # save the state at least every so many minutes; 0: by steps alone
-    save_minutes: float = setting(30.0, may_change=True)
+    save_minutes: float = setting(30.0, most=MINUTES_OF_A_YEAR, may_change=True)
     # minutes that a step may take to end after SIGTERM or the like; after them the run ends with
     # what was saved before, since its storage has stalled; 0: as long as it takes
-    stop_minutes: float = setting(5.0, may_change=True)
+    stop_minutes: float = setting(5.0, most=MINUTES_OF_A_YEAR, may_change=True)
     # above 1, keep so many states and teachers, as state-STEP and ckpt-STEP, the newest among them
-    keep_last: int = setting(1, above=0, may_change=True)
+    keep_last: int = setting(1, above=0, most=1_000_000, may_change=True)
     # keep a teacher for good every so many epochs, as ckpt-epoch-N; 0: none
-    keep_every: int = setting(0, may_change=True)
+    keep_every: int = setting(0, most=1_000_000, may_change=True)
     # steps between lines of log.jsonl
-    log_every: int = setting(10, above=0, may_change=True)
+    log_every: int = setting(10, above=0, most=1_000_000_000, may_change=True)
     # largest share of the images that may be unreadable; where there are more, the run ends
     most_unreadable: float = setting(0.01, most=1, may_change=True)
     # end the run where the teacher stays uniform or one-hot
     stop_on_collapse: bool = setting(False, may_change=True)
     # epochs between k-NN evaluations of the teacher, also before and after the run; 0: never
-    knn_every: int = setting(10, may_change=True)
+    knn_every: int = setting(10, most=1_000_000, may_change=True)
     # training images that this k-NN remembers, at most
-    knn_images: int = setting(50_000, above=0, may_change=True)
+    knn_images: int = setting(50_000, above=0, most=1_000_000_000, may_change=True)
     # a tracker besides log.jsonl
     log_with: Literal["tensorboard", "wandb"] | None = setting(None, may_change=True)
 

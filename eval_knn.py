@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
+from config import setting
 from harness.command import read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
@@ -43,6 +44,7 @@ from harness.evaluation import (
     say_notes,
     size_facts,
 )
+from harness.flags import check_ranges
 from models import save_tensors
 
 
@@ -51,9 +53,9 @@ class KnnConfig:
     evaluation: EvalConfig
     few_labels: ShotsConfig
     # numbers of neighbours [paper: 10 20 100 200]
-    ks: tuple[int, ...] = (10, 20, 100, 200)
+    ks: tuple[int, ...] = setting((10, 20, 100, 200), above=0, most=1_000_000)
     # temperature of the votes [paper: 0.07]
-    temperature: float = 0.07
+    temperature: float = setting(0.07, above=0, most=100)
     # RankMe alone, of up to 25,600 training images: needs no classes
     rank_only: bool = False
     # file for features and labels, as safetensors
@@ -174,6 +176,7 @@ def print_rank(network: FrozenBackbone, options: EvalConfig, accelerator: Accele
 def main() -> None:
     options = read_flags(KnnConfig, None, __doc__)
     evaluation = options.evaluation
+    check_ranges(options)
     check_votes(options.ks, options.temperature)
     check_shots(options.few_labels)
     check_folder(options.features_out, "features")

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
+from config import setting
 from data import ImageDataset, Sample, StepSampler, collate, permutation
 from harness.command import iterate, read_flags, run_command
 from harness.distributed import make_accelerator
@@ -47,6 +48,7 @@ from harness.evaluation import (
     report,
     size_facts,
 )
+from harness.flags import check_ranges
 from multicrop import boxes_on_canvas, draw_boxes, hash_keys, resized_crops, uniforms
 
 CROP_SCALE = (0.08, 1.0)  # shares of the area that --augment cuts
@@ -60,21 +62,23 @@ class LinearConfig:
     few_labels: ShotsConfig = field(default_factory=ShotsConfig)
     # learning rates for a batch of 256; ResNets want the large ones, ViTs the small [paper: 0.001,
     # ResNet-50: 0.3]
-    lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    lrs: tuple[float, ...] = setting(
+        (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), above=0, most=1000
+    )
     # passes over the training images [paper: 100]
-    epochs: int = 100
+    epochs: int = setting(100, above=0, most=1_000_000)
     # images a step, over all processes [paper: 1024]
-    probe_batch_size: int = 256
+    probe_batch_size: int = setting(256, above=0, most=1_000_000)
     # last blocks of a ViT whose class tokens are read; None, as in the paper: 4 up to a width of
     # 384, above that 1 with --avgpool
-    n_last_blocks: int | None = None
+    n_last_blocks: int | None = setting(None, above=0, most=1000)
     # read the mean of the patch tokens too
     avgpool: bool = False
     # train on random crops and flips, one pass of the network each epoch, instead of on center
     # crops that it sees once [paper: yes]
     augment: bool = False
     # fixes the initial weights, the order of the images and their crops
-    seed: int = 0
+    seed: int = setting(0, most=1 << 62)
 
 
 class Probes:
@@ -418,6 +422,7 @@ def evaluate(options: LinearConfig, accelerator: Accelerator) -> Evaluated:
 
 def main() -> None:
     options = read_flags(LinearConfig, None, __doc__)
+    check_ranges(options)
     check_probes(options)
     check_shots(options.few_labels)
     if options.few_labels.shots and options.augment:

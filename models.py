@@ -45,6 +45,7 @@ TIMM_NAMES = {
 
 ABOVE_ZERO = {"above": 0}  # what a setting's numbers may be; without it, they are at least 0
 SHARE = {"most": 1}
+PIXELS = {"above": 0, "most": 4096}
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class ModelConfig:
     # start from published weights: ImageNet's, or DINO's own for dino_*
     pretrained: bool = False
     # pixels, ViTs only [paper: 16 or 8]; None: the arch's own
-    patch_size: int | None = field(default=None, metadata=ABOVE_ZERO)
+    patch_size: int | None = field(default=None, metadata=PIXELS)
     # pixels that position embeddings and ResNet stem are made for; None: the global crop size in
     # training, the arch's own with --pretrained
-    image_size: int | None = field(default=None, metadata=ABOVE_ZERO)
+    image_size: int | None = field(default=None, metadata=PIXELS)
     # interpolate position embeddings for crops of other sizes as the original does, for its weights
     original_pos_embed: bool = False
     # stochastic depth, student only [paper: 0.1 for ViTs]; None: 0.1 for dino_*, else 0

@@ -61,22 +61,23 @@ def uniforms(keys: Tensor, num: int) -> Tensor:
 # ---------------------------------------------------------------- multi-crop
 
 
-ABOVE_ZERO = {"above": 0}  # what a setting's numbers may be; without it, they are at least 0
+# what a setting's numbers may be; without "above", they are at least 0
 SHARE = {"most": 1}
+PIXELS = {"above": 0, "most": 4096}
 
 
 @dataclass(frozen=True)
 class CropConfig:
     # pixels, side of the two large crops [paper: 224]; None: by the images' own size
-    global_crop_size: int | None = field(default=None, metadata=ABOVE_ZERO)
+    global_crop_size: int | None = field(default=None, metadata=PIXELS)
     # pixels, side of the small crops [paper: 96]; None: by the images' own size
-    local_crop_size: int | None = field(default=None, metadata=ABOVE_ZERO)
+    local_crop_size: int | None = field(default=None, metadata=PIXELS)
     # small crops besides the two large ones [paper: 8 or 10]; 0: no multi-crop
-    num_local_crops: int = 8
+    num_local_crops: int = field(default=8, metadata={"most": 100})
     # least and largest share of the image's area in a large crop [paper: 0.4 1]
-    global_crop_scale: tuple[float, float] = (0.4, 1.0)
+    global_crop_scale: tuple[float, float] = field(default=(0.4, 1.0), metadata=SHARE)
     # least and largest share of the image's area in a small crop [paper: 0.05 0.4]
-    local_crop_scale: tuple[float, float] = (0.05, 0.4)
+    local_crop_scale: tuple[float, float] = field(default=(0.05, 0.4), metadata=SHARE)
     # probability of a horizontal flip [paper: 0.5]
     flip_probability: float = field(default=0.5, metadata=SHARE)
     # probability of changing brightness, contrast, saturation and hue, in random order [paper: 0.8]
@@ -95,15 +96,17 @@ class CropConfig:
     # of some 32 px [paper: 1 0.1 0.5]
     blur_probability: tuple[float, float, float] = field(default=(1.0, 0.1, 0.5), metadata=SHARE)
     # pixels, least and largest standard deviation of the blur [paper: 0.1 2]
-    blur_sigma: tuple[float, float] = field(default=(0.1, 2.0), metadata=ABOVE_ZERO)
+    blur_sigma: tuple[float, float] = field(default=(0.1, 2.0), metadata={"above": 0, "most": 100})
     # probability of inverting the light half, in the same three kinds of crops [paper: 0 0.2 0]
     solarize_probability: tuple[float, float, float] = field(
         default=(0.0, 0.2, 0.0), metadata=SHARE
     )
     # mean of red, green and blue within 0..1, which is subtracted [default: ImageNet's]
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[float, float, float] = field(default=(0.485, 0.456, 0.406), metadata=SHARE)
     # standard deviation of the same, which is divided by [default: ImageNet's]
-    std: tuple[float, float, float] = field(default=(0.229, 0.224, 0.225), metadata=ABOVE_ZERO)
+    std: tuple[float, float, float] = field(
+        default=(0.229, 0.224, 0.225), metadata={"above": 0, "most": 1}
+    )
 
 
 def resolve_crop_sizes(config: CropConfig, image_size: int, patch_size: int = 1) -> CropConfig:

@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from config import setting
 from data import (
     TORCHVISION_SETS,
     ImageDataset,
@@ -51,6 +52,7 @@ from harness.feature_maps import (
     patch_map,
     peak,
 )
+from harness.flags import check_ranges
 from harness.pictures import (
     CARD,
     INK,
@@ -130,17 +132,17 @@ class VisualizeConfig:
     output_dir: Path | None = None
     # pixels, shorter side of what attention and pca see; None: 480 for photographs, as the
     # original; small images are enlarged from the training crop's until 14 cells lie on it
-    size: int | None = None
+    size: int | None = setting(None, above=0, most=4096)
     # images of a folder, evenly spaced, for attention, pca and crops
-    num_images: int = 8
+    num_images: int = setting(8, above=0, most=10_000)
     # share of the attention that the mask keeps [paper: 0.6]
-    mass: float = 0.6
+    mass: float = setting(0.6, above=0, most=1)
     # a photo whose neighbours to find; None: those of some of the images
     query: str | None = None
     # of a folder of frames: attention beside each, or pca where there is none or --kind says so
     video: Literal["gif", "frames"] | None = None
     # fixes the crops
-    seed: int = 0
+    seed: int = setting(0, most=1 << 62)
 
 
 # ---------------------------------------------------------------- what the network sees
@@ -615,11 +617,7 @@ def write_index(root: Path, folders: Sequence[Path]) -> None:
 
 def check_options(options: VisualizeConfig) -> None:
     """Raise ValueError for options out of range, and for a query that is no file."""
-    for flag, value in (("size", options.size), ("num-images", options.num_images)):
-        if value is not None and value < 1:
-            raise ValueError(f"need --{flag} >= 1, got {value}")
-    if not 0 < options.mass <= 1:
-        raise ValueError(f"need --mass > 0 and <= 1, got {options.mass}")
+    check_ranges(options)
     if options.query is not None and not Path(options.query).is_file():
         raise ValueError(f"no such photo: {options.query}")
 

@@ -54,7 +54,7 @@ class RunError(RuntimeError):
 
 
 class WorkerError(RuntimeError):
-    """An error within a process that decodes images."""
+    """An error in decoding images: in a process of its own or, once it had begun well, in any."""
 
 
 def run_command(main: Callable[[], object]) -> None:
@@ -256,8 +256,11 @@ def iterate(loader: DataLoader) -> Iterator:
 
 
 def _batches(batches: Iterator) -> Iterator:
+    has_begun = False
     try:
-        yield from batches
+        for batch in batches:
+            yield batch
+            has_begun = True
     except (ConnectionError, EOFError) as error:
         # A dying worker's sockets close before the process has ended. Once it has, torch's handler
         # of its end raises, and says what killed it.
@@ -270,9 +273,11 @@ def _batches(batches: Iterator) -> Iterator:
         # close before the workers are told to end, and it waits ten seconds for each of them.
         traceback.clear_frames(error.__traceback__)
         del batches
-        if is_of_worker and not isinstance(error, ValueError):
+        if is_of_worker and (has_begun or not isinstance(error, ValueError)):
             raise WorkerError(_of_worker(error)) from None
-        raise  # a ValueError is wrong input, whoever reads it
+        if has_begun and isinstance(error, ValueError | OSError):
+            raise WorkerError(f"cannot read a batch: {_last_line(error)}") from None
+        raise  # a ValueError at the first batch is wrong input, whoever reads it
 
 
 def _of_worker(error: Exception) -> str:

@@ -145,13 +145,23 @@ def _use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(cores_per_process())
 
 
+def num_local_processes() -> int:
+    """Return how many processes of the run this node has."""
+    return max(1, _number("LOCAL_WORLD_SIZE", 1))
+
+
+def num_shards() -> int:
+    """Return how many processes share the weights: all under FSDP, else one."""
+    return max(1, _number("WORLD_SIZE", 1)) if is_set("ACCELERATE_USE_FSDP") else 1
+
+
 def cores_per_process() -> int:
     """Return a process's share of the cores that it may run on."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    share = max(1, cores // _number("LOCAL_WORLD_SIZE", 1))
+    share = max(1, cores // num_local_processes())
     return _number("SLURM_CPUS_PER_TASK", share)  # a Slurm task may run on its own cores only
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
-from config import SETTINGS, Config
+from config import SETTINGS, Config, setting
 from data import ImageDataset, Sample, build_dataset, collate, permutation
 from folders import cache_folder
 from harness.command import iterate, write_whole
@@ -82,9 +82,9 @@ class EvalConfig:
     # which of a run's networks; the student is in state.safetensors, beside the checkpoint
     network: Role = "teacher"
     # images a forward pass
-    batch_size: int = 256
+    batch_size: int = setting(256, above=0, most=1_000_000)
     # processes that decode images; 0: the script itself does; for photographs as many as cores
-    num_workers: int = 0
+    num_workers: int = setting(0, most=512)
     # file for the results, as JSON
     json_out: Path | None = None
 

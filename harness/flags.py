@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-import math
 import os
 import re
 import typing
@@ -25,7 +24,7 @@ from torch import nn
 from config import SETTINGS, Config
 from data import ImageDataset, Survey
 from harness.command import read_flags
-from harness.distributed import cores_per_process, is_set
+from harness.distributed import cores_per_process, is_set, num_local_processes, num_shards
 from models import ModelConfig, get_backbone, load_tensors
 from multicrop import CropConfig, resolve_crop_sizes
 
@@ -172,15 +171,11 @@ def _flags_of(flag: str, value: object) -> list[str]:
 # ---------------------------------------------------------------- checks
 
 LARGEST = 1e38  # near the end of float32's range
-MOST_HEAD_BYTES = 1 << 40  # more than a node of eight GPUs has for its heads
 
 
 def check_values(config: Config) -> None:
     """Raise ValueError for numbers out of range, and for flags that contradict each other."""
-    for section, settings in SETTINGS.items():
-        values = getattr(config, section)
-        for name, setting in settings.items():
-            _check_range(f"--{name.replace('_', '-')}", getattr(values, name), setting.metadata)
+    check_ranges(config)
     levels = config.data.levels
     if levels is not None and not levels[0] < levels[1]:
         raise ValueError(f"need --levels LOW HIGH with LOW < HIGH, got {levels[0]} {levels[1]}")
@@ -193,7 +188,7 @@ def check_values(config: Config) -> None:
         # Path("") is ".": the current folder is never meant for a run's files
         if text is not None and (not text.strip() or (flag == "--output-dir" and text == ".")):
             raise ValueError(f"need a name for {flag}, got {text!r}")
-    _check_head_memory(config)
+    _require_memory_for_weights(config)
     if run.overwrite and run.output_dir is None:
         raise ValueError("--overwrite needs the --output-dir whose run it deletes")
     if run.dry_run and (run.resume or run.overwrite):
@@ -206,16 +201,58 @@ def check_values(config: Config) -> None:
         raise ValueError(text)
 
 
-def _check_head_memory(config: Config) -> None:
-    """Raise ValueError where the heads alone need more memory than any machine has."""
+def memory_of_process() -> tuple[int, str]:
+    """Return the bytes that a process can have for its networks, and where; 0: it is not known."""
+    if torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU"):
+        return torch.cuda.get_device_properties(0).total_memory, "the GPU has"
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows, and systems without these names
+        return 0, ""
+    return total // num_local_processes(), "the machine has for each process"
+
+
+def _require_memory(num_bytes: int, what: str, flags: str) -> None:
+    """Raise ValueError where that many bytes are more than there can be.
+
+    It is less than a run takes, which needs memory for the network's activations, too.
+    """
+    total, where = memory_of_process()
+    if total and num_bytes > total:
+        given = f"{what} need {num_bytes:,} bytes, and {where} {total:,}"
+        raise ValueError(f"{given}: need a smaller {flags}")
+
+
+def _require_memory_for_weights(config: Config, num_backbone: int = 0) -> None:
+    """Raise ValueError where student, teacher, gradient and optimizer are more than there is."""
     model = config.model
     hidden, bottleneck = model.projection_hidden_dim, model.projection_bottleneck_dim
-    weights = hidden * hidden + hidden * bottleneck + bottleneck * model.projection_output_dim
-    num_bytes = 4 * 5 * weights  # student, teacher, gradient and AdamW's two
-    if num_bytes > MOST_HEAD_BYTES:
-        flags = "--projection-output-dim, --projection-hidden-dim or --projection-bottleneck-dim"
-        text = f"{num_bytes:,} bytes of student, teacher and optimizer"
-        raise ValueError(f"the projection head needs {text}: need a smaller {flags}")
+    num_head = hidden * hidden + hidden * bottleneck + bottleneck * model.projection_output_dim
+    copies = 5 if config.optim.optimizer == "adamw" else 4  # the others keep one of AdamW's two
+    num_bytes = 4 * copies * (num_head + num_backbone) // num_shards()
+    flags = "--projection-output-dim, --projection-hidden-dim or --projection-bottleneck-dim"
+    if num_backbone > num_head:
+        flags = "--arch"
+    _require_memory(num_bytes, "student, teacher, gradients and optimizer", flags)
+
+
+def _require_memory_for_batch(config: Config) -> None:
+    """Raise ValueError where a batch's canvases and crops are more than there is."""
+    crops = config.crops
+    pixels = 2 * crops.global_crop_size**2 + crops.num_local_crops * crops.local_crop_size**2
+    each = 3 * (config.data.canvas_size**2 + 4 * pixels)  # uint8 canvases, float32 crops
+    flags = "--batch-size (with more --accumulation-steps), --canvas-size or crop size"
+    _require_memory(config.optim.batch_size * each, "a batch's canvases and crops", flags)
+
+
+def check_ranges(options: object) -> None:
+    """Raise ValueError for a number in a dataclass, or in one within it, that is out of range."""
+    for each in dataclasses.fields(options):
+        value = getattr(options, each.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value)
+        else:
+            _check_range(f"--{each.name.replace('_', '-')}", value, each.metadata)
 
 
 def _check_range(flag: str, value: object, bounds: dict) -> None:
@@ -227,7 +264,7 @@ def _check_range(flag: str, value: object, bounds: dict) -> None:
             continue
         is_low_enough = number <= most  # false for nan, too
         is_high_enough = number > bounds["above"] if "above" in bounds else number >= 0
-        if number >= bounds.get("below", math.inf):
+        if "below" in bounds and number >= bounds["below"]:
             raise ValueError(f"need {flag} {lowest} and < {bounds['below']}, got {number}")
         if not is_high_enough:
             raise ValueError(f"need {flag} {lowest}, got {number}")
@@ -337,7 +374,18 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, precision: str
         num_workers=num_workers,
     )
     run = replace(config.run, mixed_precision=precision)
-    return replace(config, model=model, data=data, crops=crops, run=run)
+    finished = replace(config, model=model, data=data, crops=crops, run=run)
+    _require_memory_for_batch(finished)
+    _require_memory_for_weights(finished, _num_backbone_parameters(model))
+    return finished
+
+
+def _num_backbone_parameters(model: ModelConfig) -> int:
+    with torch.device("meta"):
+        backbone = get_backbone(
+            model.arch, patch_size=model.patch_size, image_size=model.image_size
+        )
+    return sum(parameter.numel() for parameter in backbone.parameters())
 
 
 def _absolute(data: str | None) -> str | None:

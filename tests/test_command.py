@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,35 @@ def test_workers_own_error_is_told_with_its_last_line(error: Exception, said: st
     assert said in str(raised.value)
     assert "out of memory" not in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+class FailingLater(Dataset):
+    """Two items can be read, the third is wrong."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> int:
+        if index == 2:
+            raise ValueError("no image")
+        return index
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_wrong_item_is_wrong_input_at_first_and_a_broken_run_later(
+    num_workers: int, capsys: pytest.CaptureFixture
+) -> None:
+    def read(dataset: Dataset) -> None:
+        for _ in iterate(DataLoader(dataset, num_workers=num_workers)):
+            pass
+
+    for dataset, code in ((Failing(ValueError("no image")), 2), (FailingLater(), 1)):
+        with pytest.raises(SystemExit) as stop:
+            run_command(partial(read, dataset))
+        assert stop.value.code == code
+        text = capsys.readouterr().err
+        assert "no image" in text
+        assert text.count("\n") == 1
 
 
 def test_full_shared_memory_is_named(capsys: pytest.CaptureFixture) -> None:

@@ -1,12 +1,20 @@
 """Settings that mean nothing, and YAML that is more than plain values: one line each."""
 
+import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
 import dino_train
-from harness.flags import QUICKSTART, check_values, parse_config
+from config import Config
+from data import build_dataset
+from eval_knn import KnnConfig
+from eval_linear import LinearConfig
+from harness.evaluation import EvalConfig
+from harness.flags import QUICKSTART, check_values, finish, memory_of_process, parse_config
+from visualize import VisualizeConfig
 
 
 @pytest.mark.parametrize(
@@ -23,12 +31,93 @@ from harness.flags import QUICKSTART, check_values, parse_config
         (["--num-workers", "1000"], "and <= 512, got 1000"),
         (["--output-dir", ""], "need a name for --output-dir"),
         (["--init-from", ""], "need a name for --init-from, got ''"),
-        (["--projection-output-dim", str(10**9)], "bytes of student, teacher and optimizer"),
+        (["--lr", "1e9"], "need --lr > 0 and <= 100, got 1000000000.0"),
+        (["--lr", "inf"], "need --lr > 0 and <= 100, got inf"),
+        (["--weight-decay", "1e6"], "need --weight-decay >= 0 and <= 10, got 1000000.0"),
+        (["--global-crop-scale", "0.4", "1.5"], "need --global-crop-scale >= 0 and <= 1, got 1.5"),
+        (["--blur-sigma", "1", "1e6"], "need --blur-sigma > 0 and <= 100, got 1000000.0"),
+        (["--blur-probability", "1", "2", "0"], "need --blur-probability >= 0 and <= 1, got 2.0"),
+        (["--mean", "120", "110", "100"], "need --mean >= 0 and <= 1, got 120.0"),
+        (["--num-local-crops", "100000"], "need --num-local-crops >= 0 and <= 100, got 100000"),
+        (["--stop-minutes", "1e30"], "need --stop-minutes >= 0 and <= 527040, got 1e+30"),
     ],
 )
 def test_number_that_means_nothing_is_refused(flags: list[str], said: str) -> None:
     with pytest.raises(ValueError) as raised:
         check_values(parse_config(flags))
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+# what has no upper end that means something: any path's, memory's or image's own
+UNBOUNDED = {"levels", "projection_hidden_dim", "projection_bottleneck_dim"}
+UNBOUNDED |= {"projection_output_dim"}
+
+
+def test_every_number_has_an_upper_end() -> None:
+    for kind in (KnnConfig, LinearConfig, EvalConfig, VisualizeConfig):
+        require_upper_ends(kind)
+    for section in dataclasses.fields(Config):
+        require_upper_ends(section.default_factory)
+
+
+def require_upper_ends(kind: type) -> None:
+    hints = typing.get_type_hints(kind)
+    for each in dataclasses.fields(kind):
+        is_number = re.search(r"\b(int|float)\b", str(hints[each.name]))
+        if is_number and each.name not in UNBOUNDED:
+            assert {"most", "below"} & each.metadata.keys(), each.name
+
+
+@pytest.mark.parametrize(
+    ("script_name", "flags", "said"),
+    [
+        ("eval_knn", ["--ks", "10", "0"], "need --ks > 0, got 0"),
+        ("eval_knn", ["--temperature", "nan"], "need --temperature > 0, got nan"),
+        ("eval_knn", ["--batch-size", "0"], "need --batch-size > 0, got 0"),
+        ("eval_linear", ["--lrs", "0.1", "inf"], "need --lrs > 0 and <= 1000, got inf"),
+        ("eval_linear", ["--num-workers", "100000"], "need --num-workers >= 0 and <= 512"),
+    ],
+)
+def test_evaluations_refuse_numbers_that_mean_nothing(
+    script_name: str, flags: list[str], said: str, script
+) -> None:
+    result = script(script_name, "no/such/file", *flags)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {said}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_head_that_no_memory_holds_is_named_with_its_bytes() -> None:
+    total, where = memory_of_process()
+    with pytest.raises(ValueError) as raised:
+        check_values(parse_config(["--projection-output-dim", str(10**10)]))
+    weights = 256 * 256 + 256 * 128 + 128 * 10**10  # the quick start's head
+    assert f"optimizer need {20 * weights:,} bytes, and {where} {total:,}" in str(raised.value)
+    assert "a smaller --projection-output-dim" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("total", "flags", "said"),
+    [
+        # 8 images of a canvas of 16 px, with crops of 16, 16 and 8 px in float32
+        (16_127, [], "a batch's canvases and crops need 61,440 bytes, and "),
+        (61_440, [], "student, teacher, gradients and optimizer need "),
+        (10**9, ["--arch", "resnet50"], None),
+        (10**8, ["--arch", "resnet50"], "need a smaller --arch"),
+    ],
+)
+def test_memory_is_compared_with_the_machines(
+    total: int, flags: list[str], said: str | None, tiny_flags: list[str], monkeypatch
+) -> None:
+    config = parse_config([*tiny_flags, *flags])
+    dataset = build_dataset(config.data.data)
+    monkeypatch.setattr("harness.flags.memory_of_process", lambda: (total, "the machine has"))
+    if said is None:
+        finish(config, dataset, dataset.survey(), "no")
+        return
+    with pytest.raises(ValueError) as raised:
+        finish(config, dataset, dataset.survey(), "no")
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
 
