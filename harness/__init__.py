@@ -8,11 +8,11 @@ fast_backbone  shortcuts for backbones in training
 feature_maps   attention and feature maps of a backbone, their components as colours
 pictures       sheets, curves, heat maps and points, drawn by Pillow
 weights        weights from elsewhere: read, matched, loaded
+estimate       what a step will take on this machine, before the first
 flags          recipes, checks of settings, what follows from data and machine
 run            a run's folder: what is saved, when, and how it goes on
 trackers       TensorBoard and W&B, which go on where the run goes on
 monitor        progress, log, curves, unreadable images, collapse
-estimate       what a step will take on this machine, before the first
 outlook        header, warnings, dry run
 evaluation     a frozen backbone: opened, its images prepared, its features
 online_knn     the teacher's k-NN and RankMe during training

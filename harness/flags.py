@@ -25,6 +25,7 @@ from config import SETTINGS, Config
 from data import ImageDataset, Survey
 from harness.command import read_flags
 from harness.distributed import cores_per_process, is_set, num_local_processes, num_shards
+from harness.estimate import memory_of_machine
 from models import ModelConfig, get_backbone, load_tensors
 from multicrop import CropConfig, resolve_crop_sizes
 
@@ -205,10 +206,7 @@ def memory_of_process() -> tuple[int, str]:
     """Return the bytes that a process can have for its networks, and where; 0: it is not known."""
     if torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU"):
         return torch.cuda.get_device_properties(0).total_memory, "the GPU has"
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows, and systems without these names
-        return 0, ""
+    total = memory_of_machine() or 0
     return total // num_local_processes(), "the machine has for each process"
 
 

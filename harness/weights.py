@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import re
+import zipfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -109,17 +110,31 @@ def _unpickle(path: Path) -> dict:
     allowed = [argparse.Namespace, np.dtype, type(number.dtype)]
     allowed += [(make_number, name) for name in numpy_names]
     try:
+        _require_undamaged_archive(path)
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # the unpickler raises many kinds
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file cannot be opened
         refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {refused[1]}" if refused else str(error).split("\n")[0]
         raise ValueError(f"{path} is no file of plain weights: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: need a dict of tensors")
     return content
+
+
+def _require_undamaged_archive(path: Path) -> None:
+    """Raise ValueError where a part of a .pth has another checksum; torch.load does not look.
+
+    Files of torch before 1.6 are no archives and have no checksums.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} in it is damaged")
 
 
 def read_weights(path: str | Path, role: Role = "teacher") -> Weights:

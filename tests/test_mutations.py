@@ -1,19 +1,30 @@
 """Files with bits flipped, ends cut off, parts swapped and values of the wrong type."""
 
+import argparse
+import io
 import json
 import random
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_script
+from PIL import Image
 from safetensors.torch import load_file, safe_open, save_file
+from torch import nn
 
+from data import build_dataset, decode
 from dino_train import train
+from folders import _indexed, _read_index
 from harness.evaluation import open_network
 from harness.flags import parse_config
-from models import load_tensors, save_tensors
+from harness.weights import load_weights
+from models import DinoModel, DinoProjectionHead, load_tensors, save_tensors
+from tar_shards import _opened
 
 
 def flip(content: bytes, draws: random.Random) -> bytes:
@@ -169,3 +180,153 @@ def test_damaged_state_is_one_line_and_ends_with_code_2(tiny_run: Path, tmp_path
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert f"{run}/state.safetensors is damaged" in result.stderr
+
+
+# ---------------------------------------------------------------- files of others, and kept scans
+
+
+def mutate(content: bytes, kind: str, number: int, draws: random.Random) -> bytes:
+    """Change a file; every second time within its first 3,000 bytes, where its structure is."""
+    start = content[:3000] if number % 2 else content
+    return MUTATIONS[kind](start, draws) + content[len(start) :]
+
+
+def end_of_index(
+    folder: Path, kind: str, num: int, draws: random.Random
+) -> Iterator[tuple[str, str]]:
+    """Yield how each mutation of a kept scan ended, and the error's text."""
+    write_tar(folder / "a.tar", tarfile.PAX_FORMAT)
+    source, suffixes, kept = str(folder / "a.tar"), (".png",), folder / "kept"
+    expected = _indexed(source, suffixes, kept)
+    (file,) = kept.iterdir()
+    content = file.read_bytes()
+    for number in range(num):
+        file.write_bytes(mutate(content, kind, number, draws))
+        try:
+            found = _read_index(file, source)
+        except Exception as error:
+            yield "traceback", repr(error)
+            continue
+        is_same = found is not None and found.keys() == expected.keys()
+        is_same = is_same and all(np.array_equal(found[key], expected[key]) for key in found)
+        yield ("clean" if found is None or is_same else "silent"), ""
+
+
+class Tiny(nn.Linear):
+    """A backbone of a few weights."""
+
+    output_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+
+
+def end_of_pth(
+    folder: Path, kind: str, num: int, draws: random.Random, is_old: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Yield how each mutation of an original's .pth ended: as a full checkpoint with arguments."""
+    model = DinoModel(Tiny(), DinoProjectionHead(4, 8, 4, 16))
+    weights = {
+        f"module.{name.replace('projection_head.', 'head.')}": tensor
+        for name, tensor in model.state_dict().items()
+    }
+    optimizer = {"param_groups": [{"lr": np.float64(0.1)}]}
+    content = {"teacher": weights, "optimizer": optimizer, "args": argparse.Namespace(arch="x")}
+    file = folder / "checkpoint.pth"
+    torch.save(content, file, _use_new_zipfile_serialization=not is_old)
+    written = file.read_bytes()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for number in range(num):
+        file.write_bytes(mutate(written, kind, number, draws))
+        try:
+            load_weights(model, str(file))
+        except (ValueError, OSError) as error:
+            is_one_line = str(file) in str(error) and "\n" not in str(error)
+            yield ("clean" if is_one_line else "traceback"), str(error)
+        except Exception as error:
+            yield "traceback", repr(error)
+        else:
+            yield ("clean" if same(model.state_dict(), expected) else "silent"), ""
+        model.load_state_dict(expected)
+
+
+def write_tar(path: Path, tar_format: int) -> None:
+    """Write a tar of five PNGs, with a class beside one, a long name, and a tar within it."""
+
+    def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+
+    png = io.BytesIO()
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(png, "PNG")
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w", format=tar_format) as tar:
+        add(tar, "ä.png", png.getvalue())
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        add(tar, "cats/1.png", png.getvalue())
+        add(tar, "cats/1.cls", b"7")
+        add(tar, "dogs/2.png", png.getvalue())
+        add(tar, f"dogs/{'n' * 200}.png", png.getvalue())
+        add(tar, "birds.tar", inner.getvalue())
+        add(tar, "dogs/4.png", png.getvalue())
+
+
+def end_of_tar(
+    folder: Path, kind: str, num: int, draws: random.Random, tar_format: int = tarfile.PAX_FORMAT
+) -> Iterator[tuple[str, str]]:
+    """Yield how each mutation of a tar ended: opened, and every image in it decoded."""
+    file = folder / "images.tar"
+    write_tar(file, tar_format)
+    content = file.read_bytes()
+    expected = what_tar_holds(file)
+    for number in range(num):
+        file.write_bytes(mutate(content, kind, number, draws))
+        _opened.cache_clear()
+        try:
+            held = what_tar_holds(file)
+        except (ValueError, OSError) as error:
+            is_one_line = str(file) in str(error) and "\n" not in str(error)
+            yield ("clean" if is_one_line else "traceback"), str(error)
+        except Exception as error:
+            yield "traceback", repr(error)
+        else:
+            is_told = None in held or held == expected
+            yield ("clean" if is_told else "silent"), ""
+
+
+def what_tar_holds(file: Path) -> list[tuple | None]:
+    """Return every image's class and pixels, None for one that cannot be decoded."""
+    dataset = build_dataset(str(file))
+    held: list[tuple | None] = []
+    for index in range(len(dataset)):
+        try:
+            image = decode(dataset.images[index], dataset.levels)
+        except ValueError:
+            held.append(None)
+        else:
+            label = None if dataset.labels is None else int(dataset.labels[index])
+            held.append((label, image.tolist()))
+    return held
+
+
+# how many of 100 mutations may be taken for another file, of which no checksum tells
+OTHERS = {
+    "index": (end_of_index, 0),
+    "pth": (end_of_pth, 0),
+    "old_pth": (partial(end_of_pth, is_old=True), 60),
+    "pax_tar": (end_of_tar, 60),
+    "gnu_tar": (partial(end_of_tar, tar_format=tarfile.GNU_FORMAT), 60),
+}
+
+
+@pytest.mark.parametrize("kind", MUTATIONS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_damaged_files_of_others_are_one_line_or_can_be_used(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    end_of, most_silent = OTHERS[name]
+    ends = list(end_of(tmp_path, kind, 40, random.Random(0)))
+    assert not [text for end, text in ends if end == "traceback"]
+    num_silent = sum(end == "silent" for end, _ in ends)
+    assert num_silent <= most_silent * len(ends) / 100
