@@ -346,7 +346,10 @@ def _train(config: Config, lock: FolderLock) -> dict:
         run.open()
         if not config.run.dry_run:
             monitor.tracker.start(tracked_settings(run, parts.system.student))
-        outcome = run_loop(run, parts, knn, monitor, stop_signals)
+        try:
+            outcome = run_loop(run, parts, knn, monitor, stop_signals)
+        finally:
+            run.stop_loading()
 
     monitor.tracker.finish()
     run.accelerator.end_training()

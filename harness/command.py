@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -235,11 +235,12 @@ def _kill_workers_at_exit() -> None:
     _kill_workers()
 
 
-def iterate(loader: DataLoader) -> Iterator:
+def iterate(loader: DataLoader) -> Generator:
     """Return an iterator over a loader's batches whose workers outlive signals to their group.
 
     The workers start with the signals blocked: the main process decides what is done about them.
-    Where a worker dies the iterator raises a RuntimeError that says so.
+    They end with the last batch, or with `close`. Where a worker dies the iterator raises a
+    RuntimeError that says so.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         return _batches(iter(loader))
@@ -255,7 +256,7 @@ def iterate(loader: DataLoader) -> Iterator:
     return _batches(batches)
 
 
-def _batches(batches: Iterator) -> Iterator:
+def _batches(batches: Iterator) -> Generator:
     has_begun = False
     try:
         for batch in batches:

@@ -13,7 +13,7 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -296,6 +296,7 @@ class Run:
         self.unreadable = set(self.saved.unreadable)
         self.new_unreadable: set[int] = set()  # not yet said
         self.waited = 0.0  # seconds, for batches
+        self._batches: Generator | None = None
         self.saved_at = time.monotonic()
 
     @classmethod
@@ -525,6 +526,11 @@ class Run:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         self._batches = iterate(loader)
+
+    def stop_loading(self) -> None:
+        """End the workers, where there are any."""
+        if self._batches is not None:
+            self._batches.close()
 
     def next_batch(self) -> Sample:
         """Take the next batch, and note what could not be decoded and how long it was waited for.

@@ -158,7 +158,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., A
         return Answer(codes, "".join(file.read_text() for file in sorted(out.iterdir())))
 
     yield launch
-    server.stdin.close()
+    server.kill()  # the end of its input might not reach it: forked processes share the pipe
     server.wait()
 
 

@@ -1,6 +1,7 @@
 """Signals, terminals and workers that fail: what stands around every main."""
 
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,8 +14,10 @@ import pytest
 from conftest import ROOT, read_log, stop_at
 from torch.utils.data import DataLoader, Dataset
 
+from dino_train import train
 from harness import command
 from harness.command import WorkerError, iterate, run_command, stop_requests
+from harness.flags import parse_config
 from models import load_checkpoint, replace_file
 
 
@@ -159,6 +162,19 @@ def test_process_with_an_unfinished_iterator_ends() -> None:
     begin = [sys.executable, "-W", "ignore", "-c", UNFINISHED]
     result = subprocess.run(begin, cwd=ROOT, check=True, timeout=60, stderr=subprocess.PIPE)
     assert result.stderr == b""
+
+
+def test_workers_end_with_the_run(
+    tmp_path: Path, tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped or at its end: a process that goes on afterwards keeps none of them."""
+    flags = [*tiny_flags, "--num-workers", "2", "--epochs", "1"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 3, signal.SIGINT)
+        train(parse_config([*flags, "--output-dir", str(tmp_path / "stopped")]))
+    assert multiprocessing.active_children() == []
+    assert train(parse_config([*flags, "--output-dir", str(tmp_path / "whole")]))["step"] == 10
+    assert multiprocessing.active_children() == []
 
 
 class Failing(Dataset):
