@@ -49,7 +49,7 @@ from harness.evaluation import (
     say_notes,
 )
 from harness.feature_maps import feature_map
-from harness.terminal import printable
+from harness.terminal import printable_name
 from models import save_tensors
 from tar_shards import TarImages
 
@@ -176,11 +176,12 @@ def report_duplicates(features: Tensor, names: list[str], options: EmbedConfig) 
         for (one, other), similarity in zip(pairs.tolist(), similarities.tolist(), strict=True)
     ]
     write_csv(file, ["similarity", "image", "other"], rows)
-    print(f"{num_found:,} pairs above a similarity of {options.near_duplicates:g}: {file}")
+    text = f"{num_found:,} pairs above a similarity of {options.near_duplicates:g}"
+    print(f"{text}: {printable_name(file)}")
     if num_found > len(rows):
         print(f"the {len(rows):,} most similar of them are kept")
     for row in rows[:PRINTED_PAIRS]:
-        print(printable("  ".join(row)))
+        print(printable_name("  ".join(row)))
     return num_found
 
 
@@ -317,7 +318,7 @@ def main() -> None:
     if options.near_duplicates is not None:
         results["near_duplicates"] = report_duplicates(extracted.features, names, options)
     report(facts, None, results, evaluation.json_out)
-    print(f"{options.out}: {images_per_second:,.1f} images/s")
+    print(f"{printable_name(options.out)}: {images_per_second:,.1f} images/s")
 
 
 if __name__ == "__main__":

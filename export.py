@@ -5,7 +5,7 @@
 
 The first is for `timm.create_model(NAME, num_classes=0, checkpoint_path="backbone.safetensors")`,
 or torchvision's ResNets once `fc` is an nn.Identity(); the second for `--pretrained_weights` of
-facebookresearch/dino. `--student` takes a run's student from its state.safetensors.
+facebookresearch/dino. `--network student` takes a run's student from its state.safetensors.
 """
 
 import io
@@ -17,7 +17,8 @@ import torch
 import tyro
 
 from harness.command import read_flags, run_command, write_whole
-from harness.weights import Tensors, Weights, read_weights, sizes_of
+from harness.terminal import printable_name
+from harness.weights import Role, Tensors, Weights, read_weights, sizes_of
 from models import save_tensors
 
 
@@ -27,7 +28,8 @@ class ExportConfig:
     out: tyro.conf.Positional[Path]  # the file to write
     # backbone: a .safetensors for timm or torchvision; original: a .pth for facebookresearch/dino
     format: Literal["backbone", "original"] = "backbone"
-    student: bool = False  # export the student, from state.safetensors or a full .pth
+    # which of the two networks; the student is in state.safetensors and in a full .pth
+    network: Role = "teacher"
 
 
 def by_original_names(weights: Weights) -> Tensors:
@@ -50,18 +52,17 @@ def export(options: ExportConfig) -> str:
     suffix = ".safetensors" if options.format == "backbone" else ".pth"
     if out.suffix != suffix or not out.parent.is_dir() or out.resolve() == source.resolve():
         raise ValueError(f"need a new file in {suffix}, in a folder that exists, got {out}")
-    role = "student" if options.student else "teacher"
-    weights = read_weights(source, role)
+    weights = read_weights(source, options.network)
     if options.format == "backbone":
         save_tensors(out, weights.backbone, {})
     else:
         content = io.BytesIO()
-        torch.save({role: by_original_names(weights)}, content)
+        torch.save({options.network: by_original_names(weights)}, content)
         write_whole(out, content.getvalue())
-    return describe(out, role, weights.backbone)
+    return describe(out, options.network, weights.backbone)
 
 
-def describe(out: Path, role: str, backbone: Tensors) -> str:
+def describe(out: Path, role: Role, backbone: Tensors) -> str:
     text = f"{out}: the {role}'s backbone, {len(backbone)} tensors"
     for name, size in sizes_of(backbone).items():
         text += f", {name} {size}"
@@ -72,7 +73,7 @@ def describe(out: Path, role: str, backbone: Tensors) -> str:
 
 
 def main() -> None:
-    print(export(read_flags(ExportConfig, None, __doc__)))
+    print(printable_name(export(read_flags(ExportConfig, None, __doc__))))
 
 
 if __name__ == "__main__":

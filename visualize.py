@@ -72,7 +72,7 @@ from harness.pictures import (
     tile,
     with_scale,
 )
-from harness.terminal import printable
+from harness.terminal import printable, printable_name
 from harness.weights import as_file
 from multicrop import MultiCrop, hash_keys
 from tar_shards import TarMember
@@ -276,7 +276,7 @@ def read(images: ImageDataset, rows: Sequence[int]) -> Iterator[tuple[int, Tenso
         except ValueError as error:
             if len(images) == 1:
                 raise
-            print(f"left out: {str(error).encode('utf-8', 'backslashreplace').decode()}")
+            print(f"left out: {printable_name(error)}")
         else:
             num_read += 1
             yield row, image
@@ -563,7 +563,7 @@ def write_pictures(folder: Path, pictures: Pictures) -> None:
                     frame.save(path / FRAME.format(number), pnginfo=png_mark())
         for name in pictures:
             os.replace(Path(staging, name), folder / name)
-            print(folder / name)
+            print(printable_name(folder / name))
 
 
 # ---------------------------------------------------------------- index.html
@@ -606,10 +606,10 @@ def write_index(root: Path, folders: Sequence[Path]) -> None:
     """Write index.html anew and print its name; a page that is not ours is left as it is."""
     page = root / "index.html"
     if page.exists() and MARK not in page.read_bytes()[:400]:
-        print(f"left as it is: {page}, not written by visualize.py")
+        print(f"left as it is: {printable_name(page)}, not written by visualize.py")
         return
     write_whole(page, index_page(root, folders).encode())
-    print(page)
+    print(printable_name(page))
 
 
 # ---------------------------------------------------------------- main

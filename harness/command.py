@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch.utils.data import DataLoader
 
-from harness.terminal import lasting_terminal, printable
+from harness.terminal import lasting_terminal, printable, printable_name
 from models import replace_file
 
 T = TypeVar("T")
@@ -78,10 +78,10 @@ def _run(main: Callable[[], object]) -> None:
         _exit_with(1, str(error), is_said=os.environ.get("RANK", "0") == "0")
     except OSError as error:
         # a file may fail in any process
-        _exit_with(2, _last_line(error), is_said=True)
+        _exit_with(2, _message(error), is_said=True)
     except ValueError as error:
         # the processes of a node read the same wrong input: the first of them says it
-        _exit_with(2, _last_line(error), is_said=os.environ.get("LOCAL_RANK", "0") == "0")
+        _exit_with(2, _message(error), is_said=os.environ.get("LOCAL_RANK", "0") == "0")
     except RuntimeError as error:
         text = _explain(error)
         if text is None:
@@ -91,14 +91,21 @@ def _run(main: Callable[[], object]) -> None:
 
 def _exit_with(code: int, text: str, is_said: bool) -> None:
     if is_said:
-        print(f"error: {printable(text)}", file=sys.stderr)
+        print(f"error: {printable_name(text)}", file=sys.stderr)
     sys.exit(code)
 
 
-def _last_line(error: Exception) -> str:
-    """Return an error's message; a worker's error has its whole traceback above it."""
+def _is_of_worker(error: Exception) -> bool:
+    """torch raises a worker's error anew, of the same type, with the worker's traceback as text."""
+    return "in DataLoader worker process" in str(error)
+
+
+def _message(error: Exception) -> str:
+    """Return an error's message without the traceback that stands above a worker's."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[-1]
+    if _is_of_worker(error):
+        return text.rpartition(f"{type(error).__name__}: ")[2]
+    return text
 
 
 def _explain(error: RuntimeError) -> str | None:
@@ -268,8 +275,7 @@ def _batches(batches: Iterator) -> Generator:
         time.sleep(1)
         raise RuntimeError(f"DataLoader worker ended: {error!r}") from error
     except Exception as error:
-        # torch raises a worker's error anew, of the same type, with the worker's traceback as text
-        is_of_worker = "in DataLoader worker process" in str(error)
+        is_of_worker = _is_of_worker(error)
         # The traceback's frames hold the iterator in a cycle. Collected with it, torch's queues
         # close before the workers are told to end, and it waits ten seconds for each of them.
         traceback.clear_frames(error.__traceback__)
@@ -277,12 +283,12 @@ def _batches(batches: Iterator) -> Generator:
         if is_of_worker and (has_begun or not isinstance(error, ValueError)):
             raise WorkerError(_of_worker(error)) from None
         if has_begun and isinstance(error, ValueError | OSError):
-            raise WorkerError(f"cannot read a batch: {_last_line(error)}") from None
+            raise WorkerError(f"cannot read a batch: {_message(error)}") from None
         raise  # a ValueError at the first batch is wrong input, whoever reads it
 
 
 def _of_worker(error: Exception) -> str:
-    text = f"a process that decodes images failed: {type(error).__name__}: {_last_line(error)}"
+    text = f"a process that decodes images failed: {type(error).__name__}: {_message(error)}"
     if "shared memory" in str(error) or "No space left" in str(error):
         return f"{text} (Docker has 64 MB: docker run --shm-size 8g; or --num-workers 0)"
     return f"{text} (with --num-workers 0 it is raised where it happens)"

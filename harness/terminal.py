@@ -21,6 +21,11 @@ def printable(text: str) -> str:
     )
 
 
+def printable_name(name: object) -> str:
+    """Return a file's name as text of one line: printable, and newlines as backslashes, too."""
+    return printable(str(name)).replace("\n", "\\n")
+
+
 class LastingStream:
     """A text stream that goes on in silence once it cannot be written to.
 

@@ -191,7 +191,7 @@ class Failing(Dataset):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (RuntimeError("no such thing"), "RuntimeError: RuntimeError: no such thing (with --num"),
+        (RuntimeError("no such thing"), "RuntimeError: no such thing (with --num"),
         (OSError(errno.ENOSPC, "No space left on device"), "--shm-size"),
         (RuntimeError("unable to write to file </torch_1>: shared memory"), "--shm-size"),
     ],
@@ -260,10 +260,21 @@ def test_file_system_that_renames_to_free_names_alone(
     assert (tmp_path / "file").read_text() == "new"
 
 
-def test_names_reach_the_terminal_as_text(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_names_reach_the_terminal_as_text_of_one_line(
+    num_workers: int, capsys: pytest.CaptureFixture
+) -> None:
+    error = ValueError("no such folder: a\nb[/b]{c}\x1b[2J\\")
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: next(iterate(DataLoader(Failing(error), num_workers=num_workers))))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: no such folder: a\\nb[/b]{c}\\x1b[2J\\\n"
+
+
+def test_names_that_are_no_text_reach_the_terminal(capsys: pytest.CaptureFixture) -> None:
     def main() -> None:
-        raise ValueError("no such folder: a[/b]{c}\x1b[2J\udcff")
+        raise ValueError("no such folder: \udcff")
 
     with pytest.raises(SystemExit):
         run_command(main)
-    assert capsys.readouterr().err == "error: no such folder: a[/b]{c}\\x1b[2J\\udcff\n"
+    assert capsys.readouterr().err == "error: no such folder: \\udcff\n"

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,30 @@ def test_of_two_runs_that_start_at_once_one_trains(
     assert result.stderr.count("\n") == 1
     assert f"{folder} belongs to a run that is alive" in result.stderr
     assert contents(folder).keys() == {".lock"}
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_all_processes_stop_where_the_folder_is_held(
+    is_resumed: bool,
+    tmp_path: Path,
+    holder: subprocess.Popen,
+    launch: Callable[..., Answer],
+    tiny_run: Path,
+    tiny_flags: list[str],
+) -> None:
+    folder = tmp_path / "run"
+    flags = [*tiny_flags, "--output-dir", folder]
+    if is_resumed:
+        shutil.copytree(tiny_run, folder, dirs_exist_ok=True)
+        flags = ["--resume", folder, "--epochs", 3]
+    before = contents(folder)
+    answer = launch(flags, world=2)
+    assert answer.codes == [2, 2], answer.text
+    errors = [line for line in answer.text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert f"belongs to a run that is alive (process {holder.pid} on " in errors[0]
+    assert "Traceback" not in answer.text
+    assert contents(folder) == before
 
 
 # ---------------------------------------------------------------- nothing begins anew in silence

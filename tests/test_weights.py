@@ -449,7 +449,7 @@ def test_export_for_the_original_has_its_keys_and_comes_back(
 
 def test_export_of_the_student(full: Path, tmp_path: Path, script: Callable) -> None:
     out = tmp_path / "student.pth"
-    result = script("export", full, out, "--format", "original", "--student")
+    result = script("export", full, out, "--format", "original", "--network", "student")
     assert result.returncode == 0, result.stderr
     assert set(torch.load(out, weights_only=True)) == {"student"}
     loaded = build(replace(SMALL, norm_last_layer=False))
