@@ -274,10 +274,12 @@ def test_unreadable_images_are_left_out_and_said(
     tmp_path: Path, vit: Path, photo: Path, script: Callable
 ) -> None:
     source, out = frames(tmp_path / "in", 3), tmp_path / "out"
-    (source / "broken.jpg").write_text("no image")
-    result = script("visualize", vit, source, "--kind", "neighbours", "--output-dir", out)
-    assert result.returncode == 0, result.stderr
-    assert "left out: cannot decode" in result.stdout and "3 of 4 images" in result.stdout
+    (source / "bro\nken[b].jpg").write_text("no image")
+    for kind in ("neighbours", "attention"):
+        result = script("visualize", vit, source, "--kind", kind, "--output-dir", out)
+        assert result.returncode == 0, result.stderr
+        assert "left out: cannot decode" in result.stdout and "3 of 4 images" in result.stdout
+        assert "bro\\nken[b].jpg" in result.stdout
 
 
 def test_wrong_input_is_one_line_and_code_2(
