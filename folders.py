@@ -263,7 +263,7 @@ def _scan_tars(
 
 # ---------------------------------------------------------------- kept scans
 
-INDEX_VERSION = 3  # 2 held absolute paths
+INDEX_VERSION = 4  # 2 held absolute paths, 3 did not say which arrays it has
 
 
 def cache_folder() -> Path:
@@ -302,6 +302,7 @@ def _write_index(file: Path, root: str, found: dict[str, np.ndarray]) -> None:
         version=INDEX_VERSION,
         source=np.array(os.fsencode(root)),
         stamps=_stamps(root, found),
+        arrays=sorted(found),
         **found,
     )
     os.replace(temporary, file)
@@ -316,6 +317,8 @@ def _read_index(file: Path, root: str) -> dict[str, np.ndarray] | None:
             found.pop("version") == INDEX_VERSION
             and found.pop("source").item() == os.fsencode(root)
             and np.array_equal(found.pop("stamps"), _stamps(root, found))
+            # the archive's checksums are of the arrays, not of their names
+            and found.pop("arrays").tolist() == sorted(found)
         )
     except Exception:  # a damaged file can make NumPy raise anything: the scan is done anew then
         return None

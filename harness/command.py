@@ -5,6 +5,7 @@ if __name__ == "__main__":
 """
 
 import atexit
+import io
 import itertools
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,18 +36,24 @@ T = TypeVar("T")
 # ---------------------------------------------------------------- flags and errors
 
 
-def read_flags(kind: type[T], flags: Sequence[str] | None, description: str | None) -> T:
+def read_flags(
+    kind: type[T], flags: Sequence[str] | None, description: str | None, is_silent: bool = False
+) -> T:
     """Read flags, or the command line's where they are None, into a dataclass.
 
     Of several processes the first alone prints help and errors. Wrong flags exit with code 2.
     """
-    return tyro.cli(
-        kind,
-        args=flags,
-        description=description,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName),
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
+    is_silent = is_silent or os.environ.get("RANK", "0") != "0"
+    # tyro says some of its errors whatever console_outputs is
+    said = redirect_stderr(io.StringIO()) if is_silent else nullcontext()
+    with said:
+        return tyro.cli(
+            kind,
+            args=flags,
+            description=description,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName),
+            console_outputs=not is_silent,
+        )
 
 
 class RunError(RuntimeError):

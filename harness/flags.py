@@ -152,7 +152,28 @@ def recipe_flags(path: Path) -> list[str]:
         _require_known(values, SETTINGS[section], path)
         for name, value in values.items():
             flags += _flags_of(name.replace("_", "-"), value)
+    if not _can_be_read(flags):
+        _name_wrong_value(recipe, path)
     return flags
+
+
+def _can_be_read(flags: list[str]) -> bool:
+    try:
+        read_flags(Config, flags, None, is_silent=True)
+    except SystemExit:
+        return False
+    return True
+
+
+def _name_wrong_value(recipe: dict, path: Path) -> None:
+    """Raise ValueError for the first value that is of another type than its setting."""
+    for section, values in recipe.items():
+        for name, value in values.items():
+            if not _can_be_read(_flags_of(name.replace("_", "-"), value)):
+                kind = SETTINGS[section][name].type
+                words = kind.__name__ if isinstance(kind, type) else str(kind)
+                words = words.replace("typing.", "").replace("pathlib.", "")
+                raise ValueError(f"{path}: need {words} for {name}, got {value!r:.100}")
 
 
 def _require_known(given: dict, known: dict, path: Path) -> None:

@@ -136,10 +136,16 @@ def bomb() -> str:
         ("optim:\n  lr: !!python/object:os.system x\n", "got the tag tag:yaml.org,2002:python"),
         ("optim:\n  lr: !!float x\n", "got the tag"),
         ("[" * 5000, "cannot read"),
+        ("optim:\n  lr: 0.o1\n", "need float for lr, got '0.o1'"),
+        ("optim:\n  epochs: 3.5\n", "need int for epochs, got 3.5"),
+        ("crops:\n  mean: [0.5, 0.5]\n", "need tuple[float, float, float] for mean, got [0.5"),
+        ("model:\n  arch: --help\n", "need str for arch, got '--help'"),
     ],
-    ids=["twice", "bomb", "object", "tag", "deep"],
+    ids=["twice", "bomb", "object", "tag", "deep", "float", "int", "tuple", "flag"],
 )
-def test_yaml_that_is_more_than_values_is_refused(text: str, said: str, tmp_path: Path) -> None:
+def test_yaml_of_other_than_settings_values_is_refused_in_one_line(
+    text: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(ValueError) as raised:
@@ -147,6 +153,7 @@ def test_yaml_that_is_more_than_values_is_refused(text: str, said: str, tmp_path
     assert said in str(raised.value)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_recipe_is_found_by_its_name_alone() -> None:

@@ -6,12 +6,14 @@ import json
 import random
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import run_script
 from PIL import Image
 from safetensors.torch import load_file, safe_open, save_file
@@ -21,7 +23,7 @@ from data import build_dataset, decode
 from dino_train import train
 from folders import _indexed, _read_index
 from harness.evaluation import open_network
-from harness.flags import parse_config
+from harness.flags import as_plain_data, parse_config
 from harness.weights import load_weights
 from models import DinoModel, DinoProjectionHead, load_tensors, save_tensors
 from tar_shards import _opened
@@ -310,8 +312,30 @@ def what_tar_holds(file: Path) -> list[tuple | None]:
     return held
 
 
+def end_of_recipe(
+    folder: Path, kind: str, num: int, draws: random.Random
+) -> Iterator[tuple[str, str]]:
+    """Yield how each mutation of a run's config.yaml ended: read as a recipe."""
+    expected = parse_config(["--data", "patterns"])
+    file = folder / "config.yaml"
+    content = yaml.safe_dump(as_plain_data(expected)).encode()
+    for number in range(num):
+        file.write_bytes(mutate(content, kind, number, draws))
+        try:
+            config = parse_config(["--data", "patterns", "--config", str(file)])
+        except ValueError as error:
+            is_one_line = str(file) in str(error) and "\n" not in str(error)
+            yield ("clean" if is_one_line else "traceback"), str(error)
+        except BaseException as error:  # also SystemExit, of flags that could not be read
+            yield "traceback", repr(error)
+        else:
+            config = replace(config, run=expected.run)
+            yield ("clean" if config == expected else "silent"), ""
+
+
 # how many of 100 mutations may be taken for another file, of which no checksum tells
 OTHERS = {
+    "recipe": (end_of_recipe, 60),
     "index": (end_of_index, 0),
     "pth": (end_of_pth, 0),
     "old_pth": (partial(end_of_pth, is_old=True), 60),
@@ -326,7 +350,8 @@ def test_damaged_files_of_others_are_one_line_or_can_be_used(
     name: str, kind: str, tmp_path: Path
 ) -> None:
     end_of, most_silent = OTHERS[name]
-    ends = list(end_of(tmp_path, kind, 40, random.Random(0)))
+    num = 10 if name == "recipe" else 40  # a recipe is read in a third of a second
+    ends = list(end_of(tmp_path, kind, num, random.Random(0)))
     assert not [text for end, text in ends if end == "traceback"]
     num_silent = sum(end == "silent" for end, _ in ends)
     assert num_silent <= most_silent * len(ends) / 100
