@@ -28,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=20, help="times that a run is killed")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "first_kill" in metafunc.fixturenames:
+        num_kills = metafunc.config.getoption("--kills")
+        metafunc.parametrize("first_kill", range(0, num_kills, 5))
+
+
 @pytest.fixture(scope="session")
 def parity() -> dict[str, Tensor]:
     """Numbers recorded by running the original; record_parity.py says how."""

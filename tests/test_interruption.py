@@ -81,30 +81,33 @@ PLACES = (
 )
 
 
+@pytest.fixture(scope="session")
+def left_alone(
+    tmp_path_factory: pytest.TempPathFactory, launch: Launch, tiny_flags: list[str]
+) -> Path:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("left_alone") / "run"
+    answer = launch([*tiny_flags, *INTERRUPTED, "--output-dir", folder])
+    assert answer.codes == [0], answer.text
+    return folder
+
+
 @pytest.mark.slow
 def test_kills_leave_the_run_as_if_there_had_been_none(
-    tmp_path: Path, launch: Launch, tiny_flags: list[str], pytestconfig: pytest.Config
+    first_kill: int, tmp_path: Path, launch: Launch, tiny_flags: list[str], left_alone: Path
 ) -> None:
-    """20 of them, half at places, half at random moments; or as many as --kills says."""
-    num_kills = pytestconfig.getoption("--kills")
-    flags = [*tiny_flags, *INTERRUPTED]
-    alone = launch([*flags, "--output-dir", tmp_path / "alone"])
-    assert alone.codes == [0], alone.text
-    seconds = random.Random(0)
-    killed = 0
-    kills = [
-        {"kill_at": PLACES[i // 2 % len(PLACES)]}
-        if i % 2
-        else {"kill_after": seconds.uniform(0.2, 3)}
-        for i in range(num_kills)
-    ]
-    for i in range(0, num_kills, 5):  # a run is over after a few of them
-        folder = tmp_path / f"killed{i}"
-        killed += run_to_the_end(launch, flags, folder, kills[i : i + 5])
-        assert_same_run(tmp_path / "alone", folder)
-        assert same_files(tmp_path / "alone", folder)
-    print(f"killed {killed} times")
-    assert killed >= num_kills * 3 // 4
+    """Five kills, after which a run is over: at places, and between them at random moments."""
+    kills: list[dict] = []
+    for number in range(first_kill, first_kill + 5):
+        if number % 2:
+            kills.append({"kill_at": PLACES[number // 2 % len(PLACES)]})
+        else:
+            kills.append({"kill_after": random.Random(number).uniform(0.2, 3)})
+    folder = tmp_path / "killed"
+    killed = run_to_the_end(launch, [*tiny_flags, *INTERRUPTED], folder, kills)
+    assert_same_run(left_alone, folder)
+    assert same_files(left_alone, folder)
+    assert killed >= 2
 
 
 @pytest.mark.slow
