@@ -77,7 +77,7 @@ def _run(main: Callable[[], object]) -> None:
     try:
         main()
     except WorkerError as error:
-        _exit_with(1, str(error), is_said=True)
+        _exit_with(1, printable_name(error), is_said=True)
     except KeyboardInterrupt:
         sys.exit(130)
     except (FloatingPointError, RunError) as error:
@@ -85,10 +85,11 @@ def _run(main: Callable[[], object]) -> None:
         _exit_with(1, str(error), is_said=os.environ.get("RANK", "0") == "0")
     except OSError as error:
         # a file may fail in any process
-        _exit_with(2, _message(error), is_said=True)
+        _exit_with(2, printable_name(_message(error)), is_said=True)
     except ValueError as error:
         # the processes of a node read the same wrong input: the first of them says it
-        _exit_with(2, _message(error), is_said=os.environ.get("LOCAL_RANK", "0") == "0")
+        is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        _exit_with(2, printable_name(_message(error)), is_said=is_first_of_node)
     except RuntimeError as error:
         text = _explain(error)
         if text is None:
@@ -98,7 +99,7 @@ def _run(main: Callable[[], object]) -> None:
 
 def _exit_with(code: int, text: str, is_said: bool) -> None:
     if is_said:
-        print(f"error: {printable_name(text)}", file=sys.stderr)
+        print(f"error: {printable(text)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -24,7 +24,7 @@ from harness.command import RunError, write_whole
 from harness.distributed import launch_line
 from harness.pictures import curves, png_mark
 from harness.run import Run
-from harness.terminal import printable
+from harness.terminal import printable, printable_name
 from harness.trackers import Tracker
 
 # ---------------------------------------------------------------- collapse
@@ -282,7 +282,7 @@ class Monitor:
         run.new_unreadable = set()
         run.unreadable |= new
         if new:
-            reasons = [run.dataset.why_unreadable(index) for index in sorted(new)]
+            reasons = [printable_name(run.dataset.why_unreadable(index)) for index in sorted(new)]
             self.log(step, {"unreadable": reasons})
             for reason in reasons:
                 self.say(f"{reason}; replaced by the next")
@@ -291,7 +291,8 @@ class Monitor:
         if num > most * total:
             given = f"{num} of {total:,} images cannot be decoded"
             lines = [f"{given}: need at most a share of {most:g}, or a larger --most-unreadable"]
-            lines += [run.dataset.why_unreadable(index) for index in sorted(run.unreadable)[:10]]
+            first = sorted(run.unreadable)[:10]
+            lines += [printable_name(run.dataset.why_unreadable(index)) for index in first]
             if num > 10:
                 lines.append(f"and {num - 10} more, in {run.log_file}")
             raise RunError("\n  ".join(lines))
