@@ -22,6 +22,8 @@ from harness.monitor import Monitor
 from harness.run import Run
 
 KNN_BATCH = 256  # images of a forward pass
+# A teacher that is worse than before training is reported after this share of the run.
+WORSE_SHARE = 0.2
 
 
 @torch.no_grad()
@@ -44,6 +46,7 @@ class OnlineKnn:
         self.knn_accuracy = knn_accuracy
         self.interval = run.config.run.knn_every * run.steps_per_epoch  # steps
         self.metrics = run.saved.metrics  # of the last evaluation
+        self.has_warned = False
         self.preparation = Preparation.of_run(run.config)
         self.splits: tuple[Dataset, ...] = ()  # memory and test; the memory alone without classes
         self.why_not = ""
@@ -91,18 +94,40 @@ class OnlineKnn:
         """Measure the teacher after a step, log and print it, and return the run's metrics."""
         copy_buffers_of_main(model)
         features, *labels_and_test = self._features(model)
+        figure = "rankme"
         measured = {"rankme": rank_me(features)}
         said = f"RankMe {measured['rankme']:.1f}"
-        kept = {}
         if labels_and_test:
+            figure = "knn_top1"
             top1 = self.knn_accuracy(features, *labels_and_test, ks=(20,))[20][0]
             measured = {"knn_top1": top1} | measured
             said = f"k-NN top-1 {top1:.1f} %, {said}"
-            kept["knn_top1_untrained"] = self.metrics.get("knn_top1_untrained", top1)
-        self.metrics = measured | {"knn_step": step} | kept
-        monitor.log(step, measured)
+        before = self.metrics.get(f"{figure}_untrained", measured[figure])
+        kept = {"knn_step": step, f"{figure}_untrained": before}
+        if measured[figure] < before:
+            kept["worse_since"] = self.metrics.get("worse_since", step)
+        self.metrics = measured | kept
+        is_worse = self._is_worse_for_long(step)
+        monitor.log(step, measured | ({"worse_than_untrained": True} if is_worse else {}))
         monitor.say(f"step {step:,}: the teacher's {said}")
+        if is_worse and not self.has_warned:
+            monitor.say(f"warning: step {step:,}: {self._what_is_worse(figure)}")
+        self.has_warned = is_worse
         return self.metrics
+
+    def _is_worse_for_long(self, step: int) -> bool:
+        since = self.metrics.get("worse_since", step)
+        return 0 < WORSE_SHARE * self.run.total_steps <= step - since
+
+    def _what_is_worse(self, figure: str) -> str:
+        """Return what has been worse than before training, since when, and what to change."""
+        before, since = self.metrics[f"{figure}_untrained"], self.metrics["worse_since"]
+        name = f"k-NN top-1 is below the {before:.1f} %"
+        if figure == "rankme":
+            name = f"RankMe is below the {before:.1f}"
+        koleo = "" if self.run.config.optim.koleo_weight else "--koleo-weight 0.1, "
+        remedy = f"try {koleo}a lower --lr or larger crops (README.md: When it does not learn)"
+        return f"{name} of before training since step {since:,}; {remedy}"
 
     def _features(self, model: nn.Module) -> list[Tensor]:
         """Return the teacher's features of the memory and, with classes, what else k-NN takes.

@@ -151,6 +151,9 @@ def _is_of_a_run(metadata: object) -> bool:
         return False
     if not isinstance(metadata.get("tracker_id", ""), str):
         return False
+    figures = [value for name, value in metadata["metrics"].items() if name != "collapse"]
+    if not all(type(value) in (int, float) for value in figures):
+        return False
     if collapse is not None and not (
         isinstance(collapse, dict) and {"kind", "since"} == set(collapse)
     ):

@@ -12,12 +12,14 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
+import dino_train
 from dino_train import train
-from harness import outlook
+from harness import online_knn, outlook
 from harness.flags import parse_config
 from harness.monitor import collapse_of, duration
 from harness.outlook import ema_half_life
 from harness.run import Run
+from models import load_checkpoint
 
 UNIFORM = """
     --teacher-temp 5 --warmup-teacher-temp 5 --teacher-momentum 0.5 --student-temp 1
@@ -189,6 +191,44 @@ def test_collapse_is_named_alike_by_a_resumed_run(
 
 def test_healthy_run_is_not_called_collapsed(tiny_run: Path) -> None:
     assert not any("collapse" in line for line in read_log(tiny_run))
+
+
+@pytest.mark.parametrize("has_classes", [True, False])
+def test_teacher_that_is_worse_than_untrained_for_a_fifth_of_the_run_is_named(
+    has_classes: bool,
+    tmp_path: Path,
+    image_folder: Path,
+    tiny_flags,
+    script,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures = iter([50, 40, 40, 40, 60, 40, 40, 40, 40, 50, 40])  # before, and after ten epochs
+    source = image_folder if has_classes else image_folder / "checks"
+    if has_classes:
+        monkeypatch.setattr(dino_train, "knn_accuracy", lambda *_, **__: {20: (next(figures), 0)})
+    else:
+        monkeypatch.setattr(online_knn, "rank_me", lambda features: float(next(figures)))
+    folder = tmp_path / "run"
+    flags = [*tiny_flags, "--data", source, "--epochs", "10", "--output-dir", folder]
+    each = 10 if has_classes else 5  # steps of an epoch
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6 * each + 2, signal.SIGTERM)
+        first = script("dino_train", *flags)
+    assert first.returncode == 143, first.stderr
+    assert load_checkpoint(folder / "ckpt.safetensors")[1]["metrics"]["worse_since"] == 5 * each
+    second = script("dino_train", "--resume", folder)
+    assert second.returncode == 0, second.stderr
+
+    evaluations = [line for line in read_log(folder) if "rankme" in line]
+    named = [line["step"] for line in evaluations if line.get("worse_than_untrained")]
+    assert named == [3 * each, 7 * each, 8 * each]
+    name = "k-NN top-1 is below the 50.0 %" if has_classes else "RankMe is below the 50.0"
+    for result, epoch, since in ((first, 3, 1), (second, 7, 5)):
+        (line,) = (line for line in result.stdout.splitlines() if line.startswith("warning: step"))
+        assert line.startswith(
+            f"warning: step {epoch * each}: {name} of before training since step {since * each};"
+        )
+        assert "--koleo-weight 0.1" in line
 
 
 def test_curves_are_drawn_and_no_failure_of_theirs_ends_a_run(
