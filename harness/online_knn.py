@@ -117,7 +117,7 @@ class OnlineKnn:
 
     def _is_worse_for_long(self, step: int) -> bool:
         since = self.metrics.get("worse_since", step)
-        return 0 < WORSE_SHARE * self.run.total_steps <= step - since
+        return step - since >= WORSE_SHARE * self.run.total_steps
 
     def _what_is_worse(self, figure: str) -> str:
         """Return what has been worse than before training, since when, and what to change."""

@@ -214,6 +214,12 @@ def end_of_index(
         yield ("clean" if found is None or is_same else "silent"), ""
 
 
+def end_of_error(error: Exception, file: Path) -> tuple[str, str]:
+    """Return how a mutation ended that raised an error: clean where it is a line with the file."""
+    is_line = isinstance(error, ValueError | OSError) and "\n" not in str(error)
+    return ("clean" if is_line and str(file) in str(error) else "traceback"), repr(error)
+
+
 class Tiny(nn.Linear):
     """A backbone of a few weights."""
 
@@ -242,11 +248,8 @@ def end_of_pth(
         file.write_bytes(mutate(written, kind, number, draws))
         try:
             load_weights(model, str(file))
-        except (ValueError, OSError) as error:
-            is_one_line = str(file) in str(error) and "\n" not in str(error)
-            yield ("clean" if is_one_line else "traceback"), str(error)
         except Exception as error:
-            yield "traceback", repr(error)
+            yield end_of_error(error, file)
         else:
             yield ("clean" if same(model.state_dict(), expected) else "silent"), ""
         model.load_state_dict(expected)
@@ -287,11 +290,8 @@ def end_of_tar(
         _opened.cache_clear()
         try:
             held = what_tar_holds(file)
-        except (ValueError, OSError) as error:
-            is_one_line = str(file) in str(error) and "\n" not in str(error)
-            yield ("clean" if is_one_line else "traceback"), str(error)
         except Exception as error:
-            yield "traceback", repr(error)
+            yield end_of_error(error, file)
         else:
             is_told = None in held or held == expected
             yield ("clean" if is_told else "silent"), ""
