@@ -49,9 +49,10 @@ class DataConfig:
     knn_data: str | None = setting(None, may_change=True)
     # take folders called train, val and test for splits; --no-splits: for classes
     splits: bool = True
-    # values that become black and white in images of more than 8 bits; None: the 0.1 and 99.9
-    # percentile of up to 64 images
-    levels: tuple[float, float] | None = setting(None, above=-math.inf)
+    # values that become black and white in images of more than 8 bits, for all bands or two of each
+    # band in turn; None: the 0.1 and 99.9 percentile of up to 64 images, of other channels than 1
+    # and 3 by band
+    levels: tuple[float, ...] | None = setting(None, above=-math.inf)
     # pixels, side of the square that images are decoded to; None: by their longer side, at most 512
     canvas_size: int | None = setting(None, above=7, most=4096)
     # pixels, shorter side before the center crop of an evaluation [paper: 256 for a crop of 224];

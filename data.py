@@ -210,7 +210,7 @@ SURVEYED = 64  # images that are looked at for what a whole data set is like
 
 
 class Sample(NamedTuple):
-    image: Tensor  # (3, s, s) uint8
+    image: Tensor  # (c, s, s) uint8
     size: Tensor  # (2,) int64, the true height and width
     label: int  # -1 without classes
     epoch: int
@@ -225,14 +225,19 @@ class Survey(NamedTuple):
     short: int  # pixels, median of the shorter side
     long: int  # pixels, median of the longer side
     num_with_frames: int  # with several pages or frames
+    num_bands: int  # the most that one has, of which three are taken; 0 where all are read
     levels: Levels | None  # what becomes black and white; None where all have 8 bits
 
     def notes(self) -> list[str]:
         """Return what is read otherwise than it is stored, in words."""
-        if not self.num_with_frames:
-            return []
-        share = f"{self.num_with_frames} of {self.num_images} images looked at"
-        return [f"{share} have several pages or frames: the first is taken"]
+        notes: list[str] = []
+        if self.num_with_frames:
+            share = f"{self.num_with_frames} of {self.num_images} images looked at"
+            notes.append(f"{share} have several pages or frames: the first is taken")
+        if self.num_bands:
+            flag = f"--channels {self.num_bands}"
+            notes.append(f"of images with {self.num_bands} bands the first three are taken: {flag}")
+        return notes
 
 
 def _levels_of(facts: Sequence[ImageFacts]) -> Levels | None:
@@ -242,12 +247,16 @@ def _levels_of(facts: Sequence[ImageFacts]) -> Levels | None:
     return measured_levels(finite) if finite else None
 
 
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    return tuple(round(value, 4) for value in values.tolist())
+
+
 class ImageDataset(Dataset):
-    """Read images[i], a path, Pillow image or uint8 tensor (3, h, w), and transform it.
+    """Read images[i], a path, Pillow image or uint8 tensor (c, h, w), and transform it.
 
     An item is asked for by its index or by (epoch, index). `labels` is None without classes. An
     image that cannot be decoded is replaced by the next one of the epoch's order that can; `seed`
-    fixes that order. `levels` are those of images with more than 8 bits, as in `decode`.
+    fixes that order. `channels` and, for images with more than 8 bits, `levels` are as in `decode`.
     """
 
     def __init__(
@@ -262,6 +271,7 @@ class ImageDataset(Dataset):
         self.classes = classes  # the labels' names, where they have any
         self.notes = list(notes)  # what was entered, left out and left alone, in words
         self.levels: Levels | None = None
+        self.channels = 3
         self.has_test = True  # the data have a split to evaluate on, which is no tenth held out
         self.seed = 0
         self.transform: Callable[[Tensor], Tensor] = torch.nn.Identity()
@@ -290,9 +300,16 @@ class ImageDataset(Dataset):
         size = torch.tensor(pixels.size)
         return Sample(self.transform(pixels.image), size, label, epoch, index, source)
 
+    def decode(self, image: object) -> Tensor:
+        """Return an image (c, h, w) uint8, of this data set or beside it, as its images are read.
+
+        Raises ValueError as pixels.decode does.
+        """
+        return decode(image, self.levels, self.channels)
+
     def _decode(self, index: int) -> Pixels:
         try:
-            return read_pixels(self.images[index], self.levels, self.resized_to)
+            return read_pixels(self.images[index], self.levels, self.resized_to, self.channels)
         except OSError as error:  # torchvision's sets open their files themselves
             raise ValueError(f"cannot decode image {index}: {error}") from error
 
@@ -330,9 +347,12 @@ class ImageDataset(Dataset):
         read = dict(self._read(0, index) for index in self._some())
         sides = [sorted(pixels.size) for pixels in read.values()]
         short, long = np.median(sides, axis=0).astype(int).tolist()
-        facts = [image_facts(self.images[source]) for source in read]
+        facts = [image_facts(self.images[source], self.channels) for source in read]
         num_with_frames = sum(each.has_frames for each in facts)
-        return Survey(len(read), short, long, num_with_frames, _levels_of(facts))
+        num_bands = max(each.num_bands for each in facts)
+        if num_bands == self.channels or num_bands <= 3:
+            num_bands = 0
+        return Survey(len(read), short, long, num_with_frames, num_bands, _levels_of(facts))
 
     def _some(self) -> list[int]:
         """Return the indices of up to SURVEYED images, evenly spaced."""
@@ -343,8 +363,21 @@ class ImageDataset(Dataset):
         facts: list[ImageFacts] = []
         for index in self._some():
             with contextlib.suppress(Exception):  # one that cannot be read tells nothing
-                facts.append(image_facts(self.images[index]))
+                facts.append(image_facts(self.images[index], self.channels))
         return _levels_of(facts)
+
+    def measure_mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation of each channel within 0..1, of some images.
+
+        These are those of `survey`, and count alike, however large they are. A channel that is the
+        same everywhere gets the deviation of one step of 255.
+        """
+        read = dict(self._read(0, index) for index in self._some())
+        shares = [pixels.image.double() / 255 for pixels in read.values()]
+        mean = torch.stack([share.mean(dim=(1, 2)) for share in shares]).mean(dim=0)
+        mean_square = torch.stack([share.square().mean(dim=(1, 2)) for share in shares]).mean(dim=0)
+        std = (mean_square - mean.square()).clamp(min=1 / 255**2).sqrt()
+        return _rounded(mean), _rounded(std)
 
     def fingerprint(self) -> str:
         """Return a hash of the images' names and labels; that of a moved folder stays the same."""
@@ -363,7 +396,7 @@ class ImageDataset(Dataset):
 
 
 def collate(samples: list[Sample]) -> Sample:
-    """Return samples as one Sample of tensors, with images (b, 3, s, s) stored channels last.
+    """Return samples as one Sample of tensors, with images (b, c, s, s) stored channels last.
 
     That is how decoders store them: for 384 px it takes a tenth of the time of another layout.
     """
@@ -382,7 +415,12 @@ def held_out(num_images: int) -> np.ndarray:
 
 
 def _found_set(
-    data: str, split: str, val: str | None, take_splits: bool, index_folder: Path | None
+    data: str,
+    split: str,
+    val: str | None,
+    take_splits: bool,
+    channels: int,
+    index_folder: Path | None,
 ) -> ImageDataset:
     """Open a split of a folder, a tar, a folder of tars or a list.
 
@@ -391,7 +429,7 @@ def _found_set(
     """
     find = partial(
         find_images,
-        image_suffixes=image_suffixes(),
+        image_suffixes=image_suffixes(channels),
         take_splits=take_splits,
         index_folder=index_folder,
     )
@@ -471,15 +509,17 @@ def build_dataset(
     *,
     val: str | None = None,
     take_splits: bool = True,
+    channels: int = 3,
 ) -> ImageDataset:
     """Open `patterns`, a torchvision set by name, or a folder, tar, folder of tars or list.
 
     `split` is `train`, or one of the two that k-NN needs: `memory`, the labelled images that it
     remembers, and `test`, those that it is tested on: of `val` where that is given, else of the
     data's own val or test split, else a fixed tenth. `take_splits` False takes folders called train
-    and val for classes. `canvas_size` resizes each image to a square canvas; `index_folder` keeps
-    what a long scan found. What was left out stands in the data set's `notes`. Raises ValueError
-    for unknown data, for data without images and, except for `train`, without classes.
+    and val for classes. `channels` is what `decode` takes; with others than 3, folders and tars may
+    hold .npy files. `canvas_size` resizes each image to a square canvas; `index_folder` keeps what
+    a long scan found. What was left out stands in the data set's `notes`. Raises ValueError for
+    unknown data, for data without images and, except for `train`, without classes.
 
     To add a source: a row in TORCHVISION_SETS or a branch here that returns an ImageDataset, whose
     images `decode` reads; and what tells its images from others, in ImageDataset.fingerprint.
@@ -492,7 +532,8 @@ def build_dataset(
         dataset = _torchvision_set(data, split)
     else:
         _require_source(data, "--data")
-        dataset = _found_set(data, split, val, take_splits, index_folder)
+        dataset = _found_set(data, split, val, take_splits, channels, index_folder)
+    dataset.channels = channels
     if split != "train" and dataset.labels is None:
         why = next((note for note in dataset.notes if note.startswith("no classes")), "")
         reason = f"{data} has {why}" if why else f"no class folders in the {split} images of {data}"

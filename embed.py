@@ -98,7 +98,7 @@ def check_flags(options: EmbedConfig) -> None:
 
 
 def token_features(backbone: nn.Module, tokens: Tokens) -> Callable[[Tensor], Tensor]:
-    """Return the function from images (b, 3, h, w) to features (b, d), of `patch` (b, p, d).
+    """Return the function from images (b, c, h, w) to features (b, d), of `patch` (b, p, d).
 
     For a network without class token the mean of its last feature map stands for the patch tokens'.
     """

@@ -127,7 +127,7 @@ def train_probes(
 
 
 def random_crops(batch: Sample, size: int, seed: int, device: torch.device) -> Tensor:
-    """Return a random crop (b, 3, size, size) in 0..1 of each image, half of them flipped.
+    """Return a random crop (b, c, size, size) in 0..1 of each image, half of them flipped.
 
     Crops are bicubic, the original's bilinear. They depend on seed, epoch and image alone.
     """

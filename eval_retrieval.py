@@ -242,7 +242,7 @@ def revisited_scores(
 
 
 def fit_longer_side(image: Tensor, size: int) -> Tensor:
-    """Return (3, h, w) uint8 whose longer side is at most `size`, as Pillow's thumbnails are."""
+    """Return (c, h, w) uint8 whose longer side is at most `size`, as Pillow's thumbnails are."""
     thumbnail = TF.to_pil_image(image)
     thumbnail.thumbnail((size, size), Image.Resampling.LANCZOS)
     return TF.pil_to_tensor(thumbnail)
@@ -264,7 +264,7 @@ def images_of(truth: GroundTruth, folder: Path, size: int) -> ImageDataset:
 
 
 def pooled(backbone: nn.Module, options: RetrievalConfig) -> Callable[[Tensor], Tensor]:
-    """Return the function from normalised images (b, 3, h, w), of any size, to features (b, d)."""
+    """Return the function from normalised images (b, c, h, w), of any size, to features (b, d)."""
     patch_size = getattr(backbone, "patch_size", 1)
 
     def features_of(images: Tensor) -> Tensor:
@@ -341,6 +341,7 @@ def evaluate_revisited(
     folder = Path(options.evaluation.data or options.ground_truth.parent / "jpg")
     images = images_of(truth, folder, options.image_size)
     network = open_backbone(replace(options.evaluation, data=str(folder)), accelerator)
+    images.channels = network.preparation.channels
     say_notes(images, accelerator)
     # images of different shapes are no batch
     features, _ = features_of_images(images, network, options, accelerator, batch_size=1)

@@ -29,6 +29,7 @@ import torchvision
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import safe_open, save_file
+from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,6 +54,8 @@ class ModelConfig:
     # resnet18/34/50/101/152, resnet10_half (for small images), dino_vits8/16, dino_vitb8/16, or the
     # name of any timm model
     arch: str = "dino_vits16"
+    # channels of an image: 3 for RGB, 1 for grey, others for the bands of TIFF and .npy files
+    channels: int = field(default=3, metadata={"above": 0, "most": 1024})
     # start from published weights: ImageNet's, or DINO's own for dino_*
     pretrained: bool = False
     # pixels, ViTs only [paper: 16 or 8]; None: the arch's own
@@ -81,7 +84,7 @@ class ModelConfig:
 # ---------------------------------------------------------------- backbones
 
 
-def _build_resnet(name: str, pretrained: bool, image_size: int | None) -> nn.Module:
+def _build_resnet(name: str, pretrained: bool, image_size: int | None, channels: int) -> nn.Module:
     is_small = image_size is not None and image_size <= 64
     if pretrained and name == "resnet10_half":
         raise ValueError(f"{name} has no published weights: need a ResNet of torchvision")
@@ -96,17 +99,27 @@ def _build_resnet(name: str, pretrained: bool, image_size: int | None) -> nn.Mod
             channels=(32, 64, 128, 256),
             stem_type="deep",
             stem_width=16,
+            in_chans=channels,
         )
     else:
         net = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
         net.num_features = net.fc.in_features
         net.fc = nn.Identity()
+        if channels != 3:
+            _change_stem(net, channels)
     if is_small:  # the ImageNet stem would leave 1 x 1 pixel of 32 x 32 for the last stage
         stride = 1 if image_size <= 32 else 2
-        net.conv1 = nn.Conv2d(3, net.bn1.num_features, 3, stride, padding=1, bias=False)
+        net.conv1 = nn.Conv2d(channels, net.bn1.num_features, 3, stride, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
     return net
+
+
+def _change_stem(net: nn.Module, channels: int) -> None:
+    """Let a torchvision ResNet take so many channels, with its weights adapted as timm does."""
+    of_rgb = net.conv1.weight.detach()
+    net.conv1 = nn.Conv2d(channels, net.bn1.num_features, 7, 2, padding=3, bias=False)
+    net.conv1.weight = nn.Parameter(adapt_input_conv(channels, of_rgb))
 
 
 def _fail_soon_offline() -> None:
@@ -135,8 +148,11 @@ def _build_timm(
     drop_path_rate: float,
     patch_size: int | None,
     image_size: int | None,
+    channels: int,
 ) -> nn.Module:
     given: dict[str, object] = {}
+    if channels != 3:
+        given["in_chans"] = channels
     if drop_path_rate:
         given["drop_path_rate"] = drop_path_rate
     if patch_size is not None:
@@ -218,13 +234,16 @@ def get_backbone(
     patch_size: int | None = None,
     image_size: int | None = None,
     original_pos_embed: bool = False,
+    channels: int = 3,
 ) -> nn.Module:
-    """Build a backbone without classifier: (b, 3, h, w) to (b, output_dim), at any h and w.
+    """Build a backbone without classifier: (b, channels, h, w) to (b, output_dim), at any h and w.
 
     It has `.output_dim`, `.patch_size` (1 for convolutional networks; must divide h and w) and the
     parameter names of torchvision or timm. ResNets for an `image_size` up to 64 px get a 3x3 stem
-    without max-pool, of stride 1 up to 32 px and 2 above. Raises ValueError for an unknown name
-    (with close matches) or option, OSError where published weights cannot be loaded.
+    without max-pool, of stride 1 up to 32 px and 2 above. Published weights are fitted to other
+    `channels` than 3 as timm does: summed for 1, repeated and rescaled for more. Raises ValueError
+    for an unknown name (with close matches) or option, OSError where published weights cannot be
+    loaded.
 
     To add a backbone: a branch here and its name among the known. It must have `.num_features` and
     build on the meta device. (Any module with `.output_dim` goes into a DinoModel without that.)
@@ -240,10 +259,12 @@ def get_backbone(
         _fail_soon_offline()
     try:
         if is_resnet:
-            net = _build_resnet(name, pretrained, image_size)
+            net = _build_resnet(name, pretrained, image_size, channels)
         else:
             timm_name = TIMM_NAMES.get(name, name)
-            net = _build_timm(timm_name, pretrained, drop_path_rate, patch_size, image_size)
+            net = _build_timm(
+                timm_name, pretrained, drop_path_rate, patch_size, image_size, channels
+            )
     except (OSError, RuntimeError) as error:  # a hub or URL that cannot be reached
         if not pretrained:
             raise
@@ -354,6 +375,7 @@ class DinoModel(nn.Module):
             patch_size=config.patch_size,
             image_size=config.image_size,
             original_pos_embed=config.original_pos_embed,
+            channels=config.channels,
         )
         projection_head = DinoProjectionHead(
             input_dim=backbone.output_dim,

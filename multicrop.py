@@ -61,6 +61,9 @@ def uniforms(keys: Tensor, num: int) -> Tensor:
 # ---------------------------------------------------------------- multi-crop
 
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 # what a setting's numbers may be; without "above", they are at least 0
 SHARE = {"most": 1}
 PIXELS = {"above": 0, "most": 4096}
@@ -80,17 +83,22 @@ class CropConfig:
     local_crop_scale: tuple[float, float] = field(default=(0.05, 0.4), metadata=SHARE)
     # probability of a horizontal flip [paper: 0.5]
     flip_probability: float = field(default=0.5, metadata=SHARE)
-    # probability of changing brightness, contrast, saturation and hue, in random order [paper: 0.8]
+    # probability of a vertical flip, for images that have no up: 0.5 [paper: 0]
+    vertical_flip: float = field(default=0.0, metadata=SHARE)
+    # turn each crop by 0, 90, 180 or 270 degrees at random, for images that have no up
+    quarter_turns: bool = False
+    # probability of changing brightness, contrast and, of RGB, saturation and hue, in random order
+    # [paper: 0.8]
     jitter_probability: float = field(default=0.8, metadata=SHARE)
     # brightness is multiplied by 1 - this to 1 + this [paper: 0.4]
     brightness: float = field(default=0.4, metadata=SHARE)
     # contrast is multiplied by 1 - this to 1 + this [paper: 0.4]
     contrast: float = field(default=0.4, metadata=SHARE)
-    # saturation is multiplied by 1 - this to 1 + this [paper: 0.2]
+    # saturation is multiplied by 1 - this to 1 + this; RGB alone [paper: 0.2]
     saturation: float = field(default=0.2, metadata=SHARE)
-    # hue is turned either way by up to this share of the colour circle [paper: 0.1]
+    # hue is turned either way by up to this share of the colour circle; RGB alone [paper: 0.1]
     hue: float = field(default=0.1, metadata=SHARE)
-    # probability of losing all colour [paper: 0.2]
+    # probability of losing all colour; RGB alone [paper: 0.2]
     grayscale_probability: float = field(default=0.2, metadata=SHARE)
     # probability of a blur in the first large, the second large and the small crops; 0 for images
     # of some 32 px [paper: 1 0.1 0.5]
@@ -101,12 +109,11 @@ class CropConfig:
     solarize_probability: tuple[float, float, float] = field(
         default=(0.0, 0.2, 0.0), metadata=SHARE
     )
-    # mean of red, green and blue within 0..1, which is subtracted [default: ImageNet's]
-    mean: tuple[float, float, float] = field(default=(0.485, 0.456, 0.406), metadata=SHARE)
-    # standard deviation of the same, which is divided by [default: ImageNet's]
-    std: tuple[float, float, float] = field(
-        default=(0.229, 0.224, 0.225), metadata={"above": 0, "most": 1}
-    )
+    # mean of each channel within 0..1, which is subtracted; None: ImageNet's for RGB, else measured
+    # on some training images
+    mean: tuple[float, ...] | None = field(default=None, metadata=SHARE)
+    # standard deviation of each channel, which is divided by; None: as the mean
+    std: tuple[float, ...] | None = field(default=None, metadata={"above": 0, "most": 1})
 
 
 def resolve_crop_sizes(config: CropConfig, image_size: int, patch_size: int = 1) -> CropConfig:
@@ -203,7 +210,7 @@ def crops_by_matrices(images: Tensor, boxes: Tensor, size: int, dtype: torch.dty
 
 
 def resized_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Return boxes (v, b, 4) of uint8 images (b, 3, s, s), resized: (v b, 3, size, size) in 0..1.
+    """Return boxes (v, b, 4) of uint8 images (b, c, s, s), resized: (v b, c, size, size) in 0..1.
 
     Equals torchvision's resized_crop(antialias=True, BICUBIC). On a CPU it is that, box by box.
     Elsewhere it is done by matrix products, on a GPU in float16 with a mean error of 0.03 of 255.
@@ -211,7 +218,7 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     if not _on_cpu(images):
         dtype = torch.float16 if images.device.type == "cuda" else torch.float32
         return crops_by_matrices(images, boxes, size, dtype)
-    crops = torch.empty(*boxes.shape[:2], 3, size, size)
+    crops = torch.empty(*boxes.shape[:2], images.shape[1], size, size)
     for view, view_boxes in enumerate(boxes.tolist()):
         for i, (top, left, height, width) in enumerate(view_boxes):
             region = images[i, :, top : top + height, left : left + width]
@@ -238,12 +245,19 @@ def _grayscale(images: Tensor) -> Tensor:
     return TF.rgb_to_grayscale(images, num_output_channels=3)
 
 
+def _gray(images: Tensor) -> Tensor:
+    """Return images (n, c, h, w) in grey, (n, 1, h, w): of other channels than RGB their mean."""
+    if images.shape[1] == 3:
+        return TF.rgb_to_grayscale(images, num_output_channels=1)
+    return images.mean(dim=1, keepdim=True)
+
+
 def _blend(images: Tensor, factor: Tensor, kind: Tensor) -> Tensor:
     """Return images with another brightness, contrast or saturation (kind 0, 1, 2).
 
     These are mixtures with black, with the image's mean grey, and with the image in grey.
     """
-    gray = TF.rgb_to_grayscale(images, num_output_channels=1)
+    gray = _gray(images)
     kind, factor = kind[:, None, None, None], factor[:, None, None, None]
     gray_or_black = gray * (kind == 2)
     other = torch.where(kind == 1, gray.mean(dim=(1, 2, 3), keepdim=True), gray_or_black)
@@ -251,10 +265,10 @@ def _blend(images: Tensor, factor: Tensor, kind: Tensor) -> Tensor:
 
 
 def _blend_one(image: Tensor, factor: float, kind: int) -> Tensor:
-    """Blend one image (1, 3, h, w) in place, without computing what its kind does not need."""
+    """Blend one image (1, c, h, w) in place, without computing what its kind does not need."""
     if kind == 0:
         return image.mul_(factor).clamp_(0, 1)
-    other = TF.rgb_to_grayscale(image, num_output_channels=1).mul_(1 - factor)
+    other = _gray(image).mul_(1 - factor)
     if kind == 1:
         other = other.mean()
     return image.mul_(factor).add_(other).clamp_(0, 1)
@@ -287,15 +301,19 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
 
 
 def colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Return images (n, 3, h, w) in 0..1 with changed brightness, contrast, saturation and hue.
+    """Return images (n, c, h, w) in 0..1 with changed brightness, contrast, saturation and hue.
 
     `factors` (n, 4) holds three factors and the turn of the hue. `order` (n, 4) is each sample's
-    permutation of 0 to 3, the order in which the four are applied. The images may be changed.
+    permutation of 0 to 3, the order in which the four are applied. Images of other channels than
+    RGB keep saturation and hue. The images may be changed.
     """
+    is_rgb = images.shape[1] == 3
     if _on_cpu(images):
         for i, (kinds, values) in enumerate(zip(order.tolist(), factors.tolist(), strict=True)):
             image = images[i : i + 1]
             for kind in kinds:
+                if kind >= 2 and not is_rgb:
+                    continue
                 if kind == 3:
                     image = _turn_hue(image, factors[i : i + 1, 3])
                 else:
@@ -304,8 +322,10 @@ def colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         return images
     for kind in order.unbind(dim=1):
         factor = factors.gather(1, kind[:, None])[:, 0]
-        images = _where(kind == 3, _turn_hue, images, factor)
-        images = _where(kind != 3, _blend, images, factor, kind)
+        if is_rgb:
+            images = _where(kind == 3, _turn_hue, images, factor)
+        is_blended = kind != 3 if is_rgb else kind < 2
+        images = _where(is_blended, _blend, images, factor, kind)
     return images
 
 
@@ -337,6 +357,14 @@ def _solarize(images: Tensor) -> Tensor:
     return torch.where(images >= 128 / 255, 1 - images, images)
 
 
+def _quarter_turn(images: Tensor) -> Tensor:
+    return images.rot90(1, dims=(2, 3))
+
+
+def _half_turn(images: Tensor) -> Tensor:
+    return images.flip(dims=(2, 3))
+
+
 # Where each random choice of a crop stands among the crop's draws
 BOX = slice(0, 22)
 FLIP = 22
@@ -348,15 +376,21 @@ BLUR = 33
 SIGMA = 34
 SOLARIZE = 35
 NUM_DRAWS = 36
+# Draws of keys of their own: whoever does not use them gets the crops of before they were there
+VERTICAL_FLIP = 0
+QUARTER_TURN = 1
+HALF_TURN = 2
+NUM_TURN_DRAWS = 3
 
 
 class MultiCrop(nn.Module):
     """Cut and augment uint8 images into two global and some local crops, on whatever device.
 
-    multi_crop(images, sizes, keys) takes images (b, 3, s, s), which are square canvases; sizes
+    multi_crop(images, sizes, keys) takes images (b, c, s, s), which are square canvases; sizes
     (b, 2), the true heights and widths in which boxes are drawn (None: square); and keys (b,)
-    int64, which fix each sample's randomness. It returns float32 crops (b, 3, size, size),
+    int64, which fix each sample's randomness. It returns float32 crops (b, c, size, size),
     normalised, the global ones first. Section 3.1; changes are made in the original's order.
+    Images have as many channels as the config's mean has numbers. Without one they are RGB.
     """
 
     def __init__(self, config: CropConfig) -> None:
@@ -370,13 +404,17 @@ class MultiCrop(nn.Module):
         if not 0 < config.blur_sigma[0] <= config.blur_sigma[1]:
             raise ValueError(f"need blur_sigma 0 < low <= high, got {config.blur_sigma}")
         self.num_views = 2 + config.num_local_crops
+        mean, std = config.mean or IMAGENET_MEAN, config.std or IMAGENET_STD
+        self.num_channels = len(mean)
+        if len(std) != len(mean):
+            raise ValueError(f"need a std for each mean, got {len(std)} for {len(mean)}")
         # buffers, so that they follow the module to its device
         constants = {
             "jitter": [config.brightness, config.contrast, config.saturation, config.hue],
             "blur": self._of_views(config.blur_probability),
             "solarize": self._of_views(config.solarize_probability),
-            "mean": [[[value]] for value in config.mean],
-            "std": [[[value]] for value in config.std],
+            "mean": [[[value]] for value in mean],
+            "std": [[[value]] for value in std],
         }
         for name, values in constants.items():
             self.register_buffer(name, torch.tensor(values), persistent=False)
@@ -388,16 +426,20 @@ class MultiCrop(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, sizes: Tensor | None, keys: Tensor) -> list[Tensor]:
-        shape = tuple(images.shape)
-        is_rgb_square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]
-        if images.dtype != torch.uint8 or not is_rgb_square:
+        shape, channels = tuple(images.shape), self.num_channels
+        is_square = len(shape) == 4 and shape[1] == channels and shape[2] == shape[3]
+        if images.dtype != torch.uint8 or not is_square:
             given = f"{images.dtype} of shape {shape}"
-            raise ValueError(f"need uint8 images (b, 3, s, s), got {given}")
+            raise ValueError(f"need uint8 images (b, {channels}, s, s), got {given}")
         if sizes is None:
             sizes = torch.full((len(images), 2), images.shape[-1], device=images.device)
         draws = uniforms(keys, self.num_views * NUM_DRAWS)
         draws = rearrange(draws, "b (v draw) -> v b draw", v=self.num_views)
         config = self.config
+        if config.vertical_flip or config.quarter_turns:
+            of_turns = uniforms(hash_keys(keys), self.num_views * NUM_TURN_DRAWS)
+            of_turns = rearrange(of_turns, "b (v draw) -> v b draw", v=self.num_views)
+            draws = torch.cat([draws, of_turns], dim=2)
         crops = self._crops_of_views(
             images,
             sizes,
@@ -438,15 +480,24 @@ class MultiCrop(nn.Module):
         return list(self._augment(pixels, draws, blur, solarize).chunk(num_views))
 
     def _augment(self, pixels: Tensor, draws: Tensor, blur: Tensor, solarize: Tensor) -> Tensor:
-        """Change crops (n, 3, h, w) in 0..1, in place, as draws (n, draw) say; normalise them."""
+        """Change crops (n, c, h, w) in 0..1, in place, as draws (n, draw) say; normalise them."""
         config = self.config
         pixels = _where(draws[:, FLIP] < config.flip_probability, TF.horizontal_flip, pixels)
+        turn_draws = draws[:, NUM_DRAWS:]
+        if config.vertical_flip:
+            is_flipped = turn_draws[:, VERTICAL_FLIP] < config.vertical_flip
+            pixels = _where(is_flipped, TF.vertical_flip, pixels)
+        if config.quarter_turns:
+            pixels = _where(turn_draws[:, QUARTER_TURN] < 0.5, _quarter_turn, pixels)
+            pixels = _where(turn_draws[:, HALF_TURN] < 0.5, _half_turn, pixels)
         factors = (2 * draws[:, FACTORS] - 1) * self.jitter
         factors = torch.cat([factors[:, :3] + 1, factors[:, 3:]], dim=1)
         order = draws[:, ORDER].argsort(dim=1)
         is_jittered = draws[:, JITTER] < config.jitter_probability
         pixels = _where(is_jittered, colour_jitter, pixels, factors, order)
-        pixels = _where(draws[:, GRAY] < config.grayscale_probability, _grayscale, pixels)
+        if self.num_channels == 3:
+            is_gray = draws[:, GRAY] < config.grayscale_probability
+            pixels = _where(is_gray, _grayscale, pixels)
         low, high = config.blur_sigma
         sigma = low + (high - low) * draws[:, SIGMA]
         radius = math.ceil(3 * config.blur_sigma[1])

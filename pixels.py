@@ -1,22 +1,27 @@
-"""Which pixels: what Pillow reads as RGB uint8, more than 8 bits by two levels, square canvases.
+"""Which pixels: images as uint8, more than 8 bits by two levels, any number of bands, canvases.
 
     image = decode(b"photo.jpg")                        # (3, h, w) uint8
     image = decode(b"cells.tif", levels=(200, 4095))    # up to 200 black, from 4,095 white
+    image = decode(b"satellite.tif", channels=13)       # (13, h, w), each band by its own levels
     canvas = to_canvas(image, 384)                      # (3, 384, 384), whatever its aspect ratio
 
 Of several pages or frames the first is taken, an image is turned as EXIF says, and transparency is
-dropped: what a transparent pixel's colour was is seen. Stands alone: needs torch, torchvision,
-NumPy and Pillow; tifffile for colour TIFFs of 16 bits. Axes: c h w image.
+dropped: what a transparent pixel's colour was is seen. With `channels` 1 the image becomes grey;
+with a number above 3, or 2, it must have so many bands. Stands alone: needs torch, torchvision,
+NumPy and Pillow; tifffile for TIFFs of other bands than 1 or 3, and for colours of 16 bits.
+Axes: c h w image.
 """
 
 import contextlib
 import functools
 import io
+import itertools
 import os
 import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +31,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-Levels = tuple[float, float]  # the values that become black and white
+# the values that become black and white: two for all bands, or two of each band in turn
+Levels = tuple[float, ...]
 
 MAX_PIXELS = 64_000_000  # 0.9 GiB while it is decoded; a JPEG is decoded at a part of its size
+NPY = b"\x93NUMPY"  # what a file of NumPy's begins with
+TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # and a TIFF or a BigTIFF of either byte order
 # Formats of Pillow's that run another program, or that it knows but cannot decode
 NOT_DECODED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF", "PDF"}
 JPEGS = ("JPEG", "MPO")  # MPO: a JPEG with more of them behind it, as phones write
@@ -51,11 +59,16 @@ def image_formats() -> tuple[str, ...]:
 
 
 @functools.cache
-def image_suffixes() -> frozenset[str]:
-    """Return the suffixes, in small letters, of the files that are read as images."""
+def image_suffixes(channels: int = 3) -> frozenset[str]:
+    """Return the suffixes, in small letters, of the files that are read as images.
+
+    With other channels than 3 .npy is among them; beside photographs it rather is a file of
+    features or labels.
+    """
     formats = image_formats()
     suffixes = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, name in suffixes if name in formats)
+    of_pillow = frozenset(suffix for suffix, name in suffixes if name in formats)
+    return of_pillow if channels == 3 else of_pillow | {".npy"}
 
 
 @contextlib.contextmanager
@@ -87,6 +100,14 @@ def _is_deep(image: Image.Image) -> bool:
 
 def _deep_values(image: Image.Image, content: bytes) -> np.ndarray:
     """Return the numbers (h, w) or (h, w, 3) of an opened image of more than 8 bits, unscaled."""
+    values = _deep_channels(image, content)
+    if values.ndim == 3:
+        values = values[..., :3] if values.shape[-1] >= 3 else values[..., 0]  # no transparency
+    return _turned(values, image.getexif().get(0x0112, 1))
+
+
+def _deep_channels(image: Image.Image, content: bytes) -> np.ndarray:
+    """Return the numbers (h, w) or (h, w, c) as they are stored, not turned."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         # Pillow has no unsigned 32 bits: it reads them as signed. A TIFF without tag 339 has them.
@@ -101,18 +122,20 @@ def _deep_values(image: Image.Image, content: bytes) -> np.ndarray:
         values = _read_deep_tiff(content)
     else:
         raise ValueError(f"colours of 16 bits in a file of {image.format} are not read")
-    if values.ndim == 3:
-        values = values[..., :3] if values.shape[-1] >= 3 else values[..., 0]  # no transparency
-    return _turned(values, image.getexif().get(0x0112, 1))
+    return values
+
+
+def _tifffile(what: str) -> ModuleType:
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ValueError(f"{what} needs the package tifffile") from error
+    return tifffile
 
 
 def _read_deep_tiff(content: bytes) -> np.ndarray:
     """Return the first page (h, w, c) of a TIFF with 16 bits a colour."""
-    try:
-        import tifffile
-    except ImportError as error:
-        raise ValueError("a colour TIFF of 16 bits needs the package tifffile") from error
-    values = tifffile.imread(io.BytesIO(content), key=0)
+    values = _tifffile("a colour TIFF of 16 bits").imread(io.BytesIO(content), key=0)
     is_channel_first = values.ndim == 3 and values.shape[0] <= 4 < values.shape[-1]
     return np.moveaxis(values, 0, -1) if is_channel_first else values
 
@@ -129,41 +152,132 @@ def _turned(values: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _to_8_bits(values: np.ndarray, levels: Levels | None) -> np.ndarray:
-    """Return numbers of any kind as uint8: linear between two levels, which are 0 and 255."""
+    """Return numbers (h, w) or (h, w, c) as uint8: linear between two levels, which are 0 and 255.
+
+    Levels are two numbers, or two of each band in turn; None: the image's own.
+    """
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         raise ValueError("it holds a nan or an infinity")
-    low, high = levels or measured_levels([values])
+    low, high = np.array(levels or measured_levels([values])).reshape(-1, 2).T
+    if len(low) not in (1, values.shape[-1]):
+        raise ValueError(f"need levels of {values.shape[-1]} bands, got those of {len(low)}")
     shares = (values.astype(np.float64) - low) / (high - low)
     return (255 * shares.clip(0, 1)).round().astype(np.uint8)
 
 
 def measured_levels(images: Sequence[np.ndarray]) -> Levels:
-    """Return the 0.1 and 99.9 percentile of some images' numbers, which never are the same."""
+    """Return the 0.1 and 99.9 percentile of some images' numbers, which never are the same.
+
+    Of images (h, w) and (h, w, 3) they are two, whatever the colour; of others two of each band.
+    """
+    first = images[0]
+    if first.ndim == 3 and first.shape[-1] != 3:
+        bands = range(first.shape[-1])
+        of_bands = [measured_levels([values[..., band] for values in images]) for band in bands]
+        return tuple(itertools.chain.from_iterable(of_bands))
     some = [values.ravel()[:: max(1, values.size // 1_000_000)] for values in images]
     low, high = np.percentile(np.concatenate(some).astype(np.float64), [0.1, 99.9]).tolist()
     return low, high if high > low else low + 1
+
+
+def levels_in_words(levels: Levels) -> str:
+    """Return what becomes black and white: `of more than 8 bits, 0 is black and 4095 white`."""
+    pairs = list(zip(levels[::2], levels[1::2], strict=True))
+    if len(pairs) == 1:
+        low, high = levels
+        return f"of more than 8 bits, {low:g} is black and {high:g} white"
+    first = ", ".join(f"{low:g} to {high:g}" for low, high in pairs[:4])
+    more = f" and {len(pairs) - 4} more" if len(pairs) > 4 else ""
+    return f"of more than 8 bits, black to white is by band {first}{more}"
+
+
+# ---------------------------------------------------------------- bands
+
+
+def _is_of_bands(content: bytes, channels: int) -> bool:
+    """Tell whether a file is read band by band, and not as grey or RGB by Pillow."""
+    return channels not in (1, 3) or content.startswith(NPY)
+
+
+def _read_bands(content: bytes, channels: int) -> np.ndarray:
+    """Return the numbers (h, w, c) of a file, unscaled, of so many bands as there are channels.
+
+    Grey and RGB are also taken for each other's: for 1 and 3 channels c may be 3 or 1.
+    """
+    if content.startswith(NPY):
+        values = np.load(io.BytesIO(content), allow_pickle=False)
+    elif content.startswith(TIFFS):
+        values = _read_bands_of_tiff(content)
+    else:
+        with _opened(content) as opened:
+            _require_few(opened.width * opened.height)
+            values = _deep_channels(opened, content) if _is_deep(opened) else np.asarray(opened)
+            values = _turned(values, opened.getexif().get(0x0112, 1))
+    if values.dtype.kind not in "uif":
+        raise ValueError(f"need numbers of uint8, uint16 or float, got {values.dtype}")
+    if values.ndim == 2:
+        values = values[..., None]
+    wanted = (1, 3) if channels in (1, 3) else (channels,)
+    if values.ndim == 3 and values.shape[-1] not in wanted and values.shape[0] in wanted:
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim != 3 or values.shape[-1] not in wanted or not values.size:
+        raise ValueError(f"need an image (h, w, {channels}), got shape {values.shape}")
+    return values
+
+
+def _read_bands_of_tiff(content: bytes) -> np.ndarray:
+    """Return a TIFF's first image, whose bands may be samples of a page or pages."""
+    tifffile = _tifffile("a TIFF of several bands")
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        first = file.series[0]
+        _require_few(first.size / 3)  # numbers, of which a photograph's pixel has 3
+        return first.asarray().squeeze()
+
+
+def _decode_bands(content: bytes, levels: Levels | None, channels: int) -> Tensor:
+    """Return (channels, h, w) uint8 of a file that is read band by band."""
+    values = _read_bands(content, channels)
+    if values.dtype != np.uint8:
+        values = _to_8_bits(values, levels)
+    pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 0)))
+    return _of_channels(pixels, channels)
+
+
+def _of_channels(pixels: Tensor, channels: int) -> Tensor:
+    """Return (c, h, w) uint8 with so many channels: grey is made of RGB, and RGB of grey."""
+    if len(pixels) == channels:
+        return pixels
+    if len(pixels) == 3 and channels == 1:
+        return TF.pil_to_tensor(TF.to_pil_image(pixels).convert("L"))
+    if len(pixels) == 1 and channels == 3:
+        return pixels.expand(3, -1, -1)
+    raise ValueError(f"need an image of {channels} channels, got {len(pixels)}")
 
 
 # ---------------------------------------------------------------- decode
 
 
 class Pixels(NamedTuple):
-    image: Tensor  # (3, h, w) uint8; of a large JPEG at a part of its size
+    image: Tensor  # (c, h, w) uint8; of a large JPEG at a part of its size
     size: tuple[int, int]  # the true height and width
 
 
-def decode(image: object, levels: Levels | None = None) -> Tensor:
-    """Return (3, h, w) uint8 RGB of a path (bytes), of what has read(), or of a Pillow image.
+def decode(image: object, levels: Levels | None = None, channels: int = 3) -> Tensor:
+    """Return (channels, h, w) uint8 of a path (bytes), of what has read(), or of a Pillow image.
 
     8 bits stay as they are. More, and floats, are mapped by `levels`: what becomes black and what
-    white; None: the image's own 0.1 and 99.9 percentile. A pair (Pillow image, label) is taken for
-    its image; a tensor is returned as it is. Raises ValueError with the name where a file cannot be
-    decoded, is no regular file, or has more than 64 megapixels (a JPEG: 179).
+    white; None: the image's own 0.1 and 99.9 percentile. 3 channels are RGB, 1 is grey; other
+    numbers are the bands of a TIFF, of a .npy (h, w, c) or (c, h, w), or of a picture with
+    transparency. A pair (Pillow image, label) is taken for its image; a uint8 tensor (c, h, w) for
+    one. Raises ValueError with the name where a file cannot be decoded, has other channels, is no
+    regular file, or has more than 64 megapixels (a JPEG: 179).
     """
-    return read_pixels(image, levels).image
+    return read_pixels(image, levels, channels=channels).image
 
 
-def read_pixels(image: object, levels: Levels | None = None, at_least: int = 0) -> Pixels:
+def read_pixels(
+    image: object, levels: Levels | None = None, at_least: int = 0, channels: int = 3
+) -> Pixels:
     """Return what `decode` does, with the true size.
 
     A JPEG is decoded at a quarter or an eighth of its size where both its sides are still twice
@@ -172,35 +286,50 @@ def read_pixels(image: object, levels: Levels | None = None, at_least: int = 0) 
     """
     if isinstance(image, tuple):
         image = image[0]
-    if isinstance(image, Tensor):
-        return Pixels(image, tuple(image.shape[1:]))
     if isinstance(image, Image.Image):
-        pixels = TF.pil_to_tensor(image.convert("RGB"))
-        return Pixels(pixels, tuple(pixels.shape[1:]))
+        image = TF.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
+    if isinstance(image, Tensor):
+        return Pixels(_of_channels(image, channels), tuple(image.shape[1:]))
     name, content = _name_of(image), None
     try:
         content = _content_of(image)
+        if _is_of_bands(content, channels):
+            pixels = _decode_bands(content, levels, channels)
+            return Pixels(pixels, tuple(pixels.shape[1:]))
         with _opened(content) as opened:
-            return _decode_opened(opened, content, levels, at_least)
+            return _decode_opened(opened, content, levels, at_least, channels)
     except Exception as error:  # a broken file can make a decoder raise anything
-        raise ValueError(f"cannot decode {name}: {_reason_of(error, name)}") from error
+        raise ValueError(f"cannot decode {name}: {_reason_of(error, name, content)}") from error
 
 
 class ImageFacts(NamedTuple):
     values: np.ndarray | None  # unscaled, of an image of more than 8 bits
     has_frames: bool  # pages or frames, of which `decode` takes the first
+    num_bands: int  # of a TIFF without those of transparency, of which `decode` may take 3; else 0
 
 
-def image_facts(image: object) -> ImageFacts:
+def image_facts(image: object, channels: int = 3) -> ImageFacts:
     """Return what is to be known of a readable image beside its 8-bit pixels."""
     if isinstance(image, tuple | Tensor | Image.Image):
-        return ImageFacts(None, False)
+        return ImageFacts(None, False, 0)
     content = _content_of(image)
+    if _is_of_bands(content, channels):
+        values = _read_bands(content, channels)
+        return ImageFacts(None if values.dtype == np.uint8 else values, False, values.shape[-1])
     with _opened(content) as opened:
         # a photograph's other frames, in a JPEG, are its preview or its depth
         has_frames = opened.format not in JPEGS and getattr(opened, "n_frames", 1) > 1
         values = _deep_values(opened, content) if _is_deep(opened) else None
-    return ImageFacts(values, has_frames)
+        return ImageFacts(values, has_frames, _num_bands(opened))
+
+
+def _num_bands(image: Image.Image) -> int:
+    """Return how many bands a TIFF has, without transparency; 0 for other formats."""
+    if image.format != "TIFF" or image.mode == "CMYK":
+        return 0
+    extra_samples = image.tag_v2.get(338, ())  # 1 and 2 stand for transparency
+    transparent = sum(kind in (1, 2) for kind in extra_samples)
+    return image.tag_v2.get(277, 1) - transparent
 
 
 def _name_of(image: object) -> str:
@@ -217,60 +346,72 @@ def _content_of(image: object) -> bytes:
     return path.read_bytes()
 
 
-def _reason_of(error: Exception, name: str) -> str:
+def _reason_of(error: Exception, name: str, content: bytes | None) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
+        if content is not None and content.startswith(TIFFS):
+            return "it is a TIFF that Pillow does not read: need its number of bands as channels"
         return "it is no image that Pillow reads"
     return str(error).replace(repr(name), "").strip(" :") or type(error).__name__
 
 
+def _require_few(num_pixels: float) -> None:
+    if num_pixels > MAX_PIXELS:
+        millions = f"{num_pixels / 1e6:.0f} megapixels"
+        raise ValueError(f"need at most {MAX_PIXELS / 1e6:.0f} megapixels, got {millions}")
+
+
 def _decode_opened(
-    image: Image.Image, content: bytes, levels: Levels | None, at_least: int
+    image: Image.Image, content: bytes, levels: Levels | None, at_least: int, channels: int
 ) -> Pixels:
+    """Return the pixels of an opened image, as RGB or, with one channel, grey."""
+    mode = "L" if channels == 1 else "RGB"
     width, height = image.size
     orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
     size = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
     if image.format in JPEGS:
-        return Pixels(_decode_jpeg(image, content, orientation, at_least), size)
-    if width * height > MAX_PIXELS:
-        millions = f"{width * height / 1e6:.0f} megapixels"
-        raise ValueError(f"need at most {MAX_PIXELS / 1e6:.0f} megapixels, got {millions}")
+        return Pixels(_decode_jpeg(image, content, orientation, at_least, mode), size)
+    _require_few(width * height)
     if _is_deep(image):
         values = _to_8_bits(_deep_values(image, content), levels)
-        pixels = TF.pil_to_tensor(Image.fromarray(values).convert("RGB"))
+        pixels = TF.pil_to_tensor(Image.fromarray(values).convert(mode))
     else:
-        pixels = _turned_rgb(image)
+        pixels = _turned_in(mode, image)
     return Pixels(pixels, tuple(pixels.shape[1:]))
 
 
-def _decode_jpeg(image: Image.Image, content: bytes, orientation: int, at_least: int) -> Tensor:
+def _decode_jpeg(
+    image: Image.Image, content: bytes, orientation: int, at_least: int, mode: str
+) -> Tensor:
     quarter = tuple(side // 4 for side in image.size)
     if at_least and min(quarter) >= 2 * at_least:
-        image.draft("RGB", (2 * at_least, 2 * at_least))  # by the cosine transform: much less work
-        return _turned_rgb(image)
+        image.draft(mode, (2 * at_least, 2 * at_least))  # by the cosine transform: much less work
+        return _turned_in(mode, image)
     if image.mode in ("RGB", "L"):
         # torchvision's decoder is faster; where it fails, or is not there, Pillow's decides
         with contextlib.suppress(RuntimeError, AttributeError):
             encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             return torchvision.io.decode_jpeg(
-                encoded, "RGB", apply_exif_orientation=orientation != 1
+                encoded,
+                "GRAY" if mode == "L" else "RGB",
+                apply_exif_orientation=orientation != 1,
             )
-    return _turned_rgb(image)
+    return _turned_in(mode, image)
 
 
-def _turned_rgb(image: Image.Image) -> Tensor:
-    return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+def _turned_in(mode: str, image: Image.Image) -> Tensor:
+    return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert(mode))
 
 
 # ---------------------------------------------------------------- squares
 
 
 def to_canvas(image: Tensor, size: int) -> Tensor:
-    """Return (3, h, w) uint8 resized to a square (3, size, size), whatever its aspect ratio."""
+    """Return (c, h, w) uint8 resized to a square (c, size, size), whatever its aspect ratio."""
     return TF.resize(image, [size, size], TF.InterpolationMode.BICUBIC)
 
 
 def center_crop(image: Tensor, resize: int, size: int) -> Tensor:
-    """Return the central square of (3, h, w) uint8 whose shorter side is resized to `resize`."""
+    """Return the central square of (c, h, w) uint8 whose shorter side is resized to `resize`."""
     longest = 8 * min(image.shape[1:])  # of a strip of 20,000 x 10, only the middle is enlarged
     if max(image.shape[1:]) > longest:
         image = TF.center_crop(image, [min(side, longest) for side in image.shape[1:]])

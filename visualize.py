@@ -36,7 +36,6 @@ from data import (
     ImageDataset,
     build_dataset,
     center_crop,
-    decode,
     to_canvas,
 )
 from folders import is_list, was_drawn_here
@@ -69,6 +68,7 @@ from harness.pictures import (
     png_mark,
     scatter,
     sheet,
+    shown_channels,
     tile,
     with_scale,
 )
@@ -183,7 +183,7 @@ class Observer:
 
     def _num_cells(self, size: int) -> int:
         """Return the cells of a feature map on a side of a square image."""
-        blank = torch.zeros(3, size, size, dtype=torch.uint8)
+        blank = torch.zeros(self.preparation.channels, size, size, dtype=torch.uint8)
         blank = fit_patches(blank, size, self.backbone.patch_size)
         return self.map_of("pca", blank).shape[-1]
 
@@ -196,7 +196,7 @@ class Observer:
         return f"images enlarged to {self.size} px, {factor}, for {MIN_CELLS} cells"
 
     def fit(self, image: Tensor) -> Tensor:
-        """Return (3, h, w) uint8 in the size that attention and feature maps are made of."""
+        """Return (c, h, w) uint8 in the size that attention and feature maps are made of."""
         return fit_patches(image, self.size, self.backbone.patch_size)
 
     def map_of(self, kind: str, image: Tensor) -> Tensor:
@@ -225,14 +225,16 @@ class Observer:
 # ---------------------------------------------------------------- images
 
 
-def open_images(source: str) -> ImageDataset:
+def open_images(source: str, channels: int) -> ImageDataset:
     """Open a photo, a folder or a data set by name. ValueError where there are no images."""
     path = Path(source)
     if path.is_file() and path.suffix != ".tar" and not is_list(path):
-        return ImageDataset([os.fsencode(path)], None)
+        photo = ImageDataset([os.fsencode(path)], None)
+        photo.channels = channels
+        return photo
     if not path.exists() and source not in ("patterns", *TORCHVISION_SETS):
         raise ValueError(f"no such photo, folder or data set: {source}")
-    images = build_dataset(source)
+    images = build_dataset(source, channels=channels)
     for note in images.notes:
         print(f"data: {printable(note)}")
     return images
@@ -272,7 +274,7 @@ def read(images: ImageDataset, rows: Sequence[int]) -> Iterator[tuple[int, Tenso
     num_read = 0
     for row in rows:
         try:
-            image = decode(images.images[row], images.levels)
+            image = images.decode(images.images[row])
         except ValueError as error:
             if len(images) == 1:
                 raise
@@ -393,13 +395,13 @@ def neighbours_sheet(
             row = rows[own]
             source, query_class = images.images[row], class_of(images, row)
             query_label = label_of(images, row)
-        query_crop = observer.crop(decode(source, images.levels))
+        query_crop = observer.crop(images.decode(source))
         similarity = features @ observer.features([query_crop])[0]
         order = [i for i in similarity.argsort(descending=True).tolist() if i != own]
         cells.append((framed(tile(query_crop, SMALL_TILE), INK), f"query\n{query_label}"))
         cells.append((divider(SMALL_TILE), ""))
         for i in order[:num_neighbours]:
-            picture = tile(observer.crop(decode(images.images[rows[i]], images.levels)), SMALL_TILE)
+            picture = tile(observer.crop(images.decode(images.images[rows[i]])), SMALL_TILE)
             if query_class and class_of(images, rows[i]) != query_class:
                 picture = framed(picture, WRONG)
             cells.append((picture, f"{similarity[i]:.2f} {label_of(images, rows[i])}"))
@@ -502,8 +504,11 @@ def _why_not(options: VisualizeConfig, observer: Observer, images: ImageDataset)
 
 def draw_pictures(options: VisualizeConfig) -> Pictures:
     """Compute all pictures; of a video the first frame, and the others when they are asked for."""
-    images = open_images(options.images)
     observer = Observer(options.checkpoint, options.size)
+    images = open_images(options.images, observer.preparation.channels)
+    shown = shown_channels(images.channels)
+    if shown:
+        print(f"images are shown by {shown}")
     images.levels = observer.preparation.levels or images.measure_levels()
     kinds = kinds_to_draw(options, observer, images)
     if options.video:

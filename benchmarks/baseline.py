@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from data import CropConfig
+from multicrop import IMAGENET_MEAN, IMAGENET_STD
 
 
 class PairwiseLoss(nn.Module):
@@ -69,7 +70,7 @@ def plain_pipelines(config: CropConfig) -> list[Callable[[Image.Image], Tensor]]
                 v2.RandomSolarize(128, config.solarize_probability[kind]),
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(config.mean, config.std),
+                v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             ]
         )
 

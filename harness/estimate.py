@@ -40,7 +40,7 @@ def step_cost(model: ModelConfig, crop_sizes: Sequence[int], batch_size: int) ->
     """
     with torch.device("meta"):
         student = DinoModel.from_config(replace(model, pretrained=False, drop_path_rate=0.0))
-        crops = [torch.empty(IMAGES, 3, size, size) for size in crop_sizes]
+        crops = [torch.empty(IMAGES, model.channels, size, size) for size in crop_sizes]
     weights = {StorageWeakRef(param.untyped_storage()): param for param in student.parameters()}
     saved: dict[StorageWeakRef, torch.Tensor] = {}
 

@@ -63,7 +63,7 @@ from models import (
     what_is_left,
 )
 from multicrop import CropConfig
-from pixels import Levels
+from pixels import Levels, levels_in_words
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,12 @@ class Preparation:
     data: str | None  # a folder or a data set's name; None where the weights come without
     size: int  # pixels, side of the central crop
     resize: int  # pixels, shorter side before it
-    mean: tuple[float, float, float]  # of RGB within 0..1
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # of each channel within 0..1
+    std: tuple[float, ...]
     val: str | None = None  # what tests; None: the data's own split, or a fixed tenth
     take_splits: bool = True  # folders called train, val and test are splits, not classes
     levels: Levels | None = None  # of images with more than 8 bits; None: measured
+    channels: int = 3
 
     @classmethod
     def of_run(cls, config: Config) -> "Preparation":
@@ -117,6 +118,7 @@ class Preparation:
             val=config.data.val,
             take_splits=config.data.splits,
             levels=config.data.levels,
+            channels=config.model.channels,
         )
 
     @classmethod
@@ -136,6 +138,7 @@ class Preparation:
             val=data.get("val"),
             take_splits=data.get("splits", True),
             levels=None if levels is None else tuple(levels),
+            channels=config.get("model", {}).get("channels", 3),
         )
 
     @classmethod
@@ -151,6 +154,7 @@ class Preparation:
             resize=round(size / timms.get("crop_pct", 0.875)),
             mean=tuple(timms.get("mean", IMAGENET_DEFAULT_MEAN)),
             std=tuple(timms.get("std", IMAGENET_DEFAULT_STD)),
+            channels=config.channels,
         )
 
 
@@ -347,6 +351,7 @@ def open_split(preparation: Preparation, split: str) -> ImageDataset:
         index_folder=cache_folder(),
         val=preparation.val,
         take_splits=preparation.take_splits,
+        channels=preparation.channels,
     )
     dataset.levels = preparation.levels
     return dataset.as_center_crops(preparation.resize, preparation.size)
@@ -378,12 +383,11 @@ def say_notes(dataset: ImageDataset, accelerator: Accelerator) -> None:
     for note in dataset.notes:
         accelerator.print(f"data: {note}")
     if dataset.levels is not None:
-        low, high = dataset.levels
-        accelerator.print(f"data: of more than 8 bits, {low:g} is black and {high:g} white")
+        accelerator.print(f"data: {levels_in_words(dataset.levels)}")
 
 
 def normalized(images: Tensor, preparation: Preparation) -> Tensor:
-    """Return uint8 images (b, 3, h, w) as the network was trained on them: float32, normalised."""
+    """Return uint8 images (b, c, h, w) as the network was trained on them: float32, normalised."""
     images = TF.to_dtype(images, torch.float32, scale=True)
     return TF.normalize(images, list(preparation.mean), list(preparation.std))
 

@@ -83,7 +83,7 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
 
 
 def fit_patches(image: Tensor, size: int, patch_size: int) -> Tensor:
-    """Return (3, h, w) uint8 whose shorter side is `size`, rounded to whole patches, aspect kept.
+    """Return (c, h, w) uint8 whose shorter side is `size`, rounded to whole patches, aspect kept.
 
     What is left of the longer side is cut; strips of more than 8 to 1 are cut to that.
     """

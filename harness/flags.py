@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from config import SETTINGS, Config
 from data import ImageDataset, Survey
@@ -27,7 +27,7 @@ from harness.command import read_flags
 from harness.distributed import cores_per_process, is_set, num_local_processes, num_shards
 from harness.estimate import memory_of_machine
 from models import ModelConfig, get_backbone, load_tensors
-from multicrop import CropConfig, resolve_crop_sizes
+from multicrop import IMAGENET_MEAN, IMAGENET_STD, CropConfig, resolve_crop_sizes
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
@@ -198,9 +198,7 @@ LARGEST = 1e38  # near the end of float32's range
 def check_values(config: Config) -> None:
     """Raise ValueError for numbers out of range, and for flags that contradict each other."""
     check_ranges(config)
-    levels = config.data.levels
-    if levels is not None and not levels[0] < levels[1]:
-        raise ValueError(f"need --levels LOW HIGH with LOW < HIGH, got {levels[0]} {levels[1]}")
+    _check_channels(config)
     run = config.run
     for flag, text in (
         ("--output-dir", None if run.output_dir is None else os.fspath(run.output_dir)),
@@ -221,6 +219,24 @@ def check_values(config: Config) -> None:
     if run.log_with and not _is_installed(run.log_with):
         text = f"--log-with {run.log_with} needs that package: pip install {run.log_with}"
         raise ValueError(text)
+
+
+def _check_channels(config: Config) -> None:
+    """Raise ValueError for numbers by channel that are not as many as the channels."""
+    channels, levels = config.model.channels, config.data.levels
+    if levels is not None:
+        given = " ".join(f"{level:g}" for level in levels)
+        if len(levels) not in (2, 2 * channels):
+            counts = "two" if channels == 1 else f"two or {2 * channels}"
+            raise ValueError(f"need {counts} numbers for --levels, got {len(levels)}: {given}")
+        for low, high in zip(levels[::2], levels[1::2], strict=True):
+            if not low < high:
+                raise ValueError(f"need --levels LOW HIGH with LOW < HIGH, got {low} {high}")
+    for name in ("mean", "std"):
+        values = getattr(config.crops, name)
+        if values is not None and len(values) != channels:
+            given = f"{len(values)} with --channels {channels}"
+            raise ValueError(f"need as many numbers for --{name} as channels, got {given}")
 
 
 def memory_of_process() -> tuple[int, str]:
@@ -259,7 +275,8 @@ def _require_memory_for_batch(config: Config) -> None:
     """Raise ValueError where a batch's canvases and crops are more than there is."""
     crops = config.crops
     pixels = 2 * crops.global_crop_size**2 + crops.num_local_crops * crops.local_crop_size**2
-    each = 3 * (config.data.canvas_size**2 + 4 * pixels)  # uint8 canvases, float32 crops
+    channels = config.model.channels
+    each = channels * (config.data.canvas_size**2 + 4 * pixels)  # uint8 canvases, float32 crops
     flags = "--batch-size (with more --accumulation-steps), --canvas-size or crop size"
     _require_memory(config.optim.batch_size * each, "a batch's canvases and crops", flags)
 
@@ -322,8 +339,11 @@ def _is_of(value: object, kind: object) -> bool:
     if typing.get_origin(kind) is Literal:
         return value in parts
     if typing.get_origin(kind) is tuple:
-        is_long_enough = isinstance(value, list | tuple) and len(value) == len(parts)
-        return is_long_enough and all(map(_is_of, value, parts))
+        if not isinstance(value, list | tuple):
+            return False
+        if parts[-1] is Ellipsis:
+            return bool(value) and all(_is_of(item, parts[0]) for item in value)
+        return len(value) == len(parts) and all(map(_is_of, value, parts))
     if parts:  # a union
         return any(_is_of(value, part) for part in parts)
     if kind is float:
@@ -362,10 +382,11 @@ def default_precision() -> str:
 
 
 def finish(config: Config, dataset: ImageDataset, survey: Survey, precision: str) -> Config:
-    """Return the config with sizes, levels, workers, the data's path and precision filled in.
+    """Return the config with what follows from images, architecture and machine filled in.
 
-    They follow from the images, of which `survey` tells what they are like, the architecture and
-    the machine. Raises ValueError for sizes that do not fit each other.
+    These are sizes, levels, mean and deviation, workers, the data's path and precision; `survey`
+    tells what the images are like. The data set has its levels from then on. Raises ValueError for
+    sizes that do not fit each other.
     """
     batch_size = config.optim.batch_size
     if config.optim.koleo_weight and batch_size < 2:
@@ -373,6 +394,8 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, precision: str
     model, crops = _fit_sizes(config.model, config.crops, survey.short, batch_size)
     size = crops.global_crop_size
     data = config.data
+    dataset.levels = data.levels or survey.levels
+    crops = _with_mean_and_std(crops, dataset)
     eval_resize = data.eval_resize
     if eval_resize is None:  # the paper's 256 for 224, in proportion; no margin for small images
         eval_resize = round(size * 8 / 7) if survey.short >= 192 else size
@@ -387,7 +410,7 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, precision: str
         data=_absolute(data.data),
         val=_absolute(data.val),
         knn_data=_absolute(data.knn_data),
-        levels=data.levels or survey.levels,
+        levels=dataset.levels,
         canvas_size=data.canvas_size or _canvas_for(survey.long),
         eval_resize=eval_resize,
         num_workers=num_workers,
@@ -399,10 +422,21 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, precision: str
     return finished
 
 
+def _with_mean_and_std(crops: CropConfig, dataset: ImageDataset) -> CropConfig:
+    """Fill in mean and deviation: ImageNet's for RGB, else those of some images."""
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if dataset.channels != 3 and None in (crops.mean, crops.std):
+        mean, std = dataset.measure_mean_and_std()
+    return replace(crops, mean=crops.mean or mean, std=crops.std or std)
+
+
 def _num_backbone_parameters(model: ModelConfig) -> int:
     with torch.device("meta"):
         backbone = get_backbone(
-            model.arch, patch_size=model.patch_size, image_size=model.image_size
+            model.arch,
+            patch_size=model.patch_size,
+            image_size=model.image_size,
+            channels=model.channels,
         )
     return sum(parameter.numel() for parameter in backbone.parameters())
 
@@ -432,22 +466,26 @@ def _fit_sizes(
         if model.image_size is None and not model.pretrained:
             model = replace(model, image_size=crops.global_crop_size)
         backbone = get_backbone(
-            model.arch, patch_size=model.patch_size, image_size=model.image_size
+            model.arch,
+            patch_size=model.patch_size,
+            image_size=model.image_size,
+            channels=model.channels,
         ).train()  # in which BatchNorm refuses what it cannot normalise
         views = {crops.global_crop_size: 2, crops.local_crop_size: crops.num_local_crops}
         for crop_size, num_views in views.items():
             if num_views:
-                _require_that_it_takes(backbone, crop_size, num_views * batch_size, model.arch)
+                blank = torch.empty(num_views * batch_size, model.channels, crop_size, crop_size)
+                _require_that_it_takes(backbone, blank, model.arch)
     return model, crops
 
 
-def _require_that_it_takes(backbone: nn.Module, crop_size: int, num: int, arch: str) -> None:
-    """Raise ValueError where a network does not take so many crops of a size in a batch."""
+def _require_that_it_takes(backbone: nn.Module, crops: Tensor, arch: str) -> None:
+    """Raise ValueError where a network does not take such crops."""
     try:
-        backbone(torch.empty(num, 3, crop_size, crop_size))
+        backbone(crops)
     except Exception as error:  # a network can raise anything for a size that it was not made for
         reason = str(error).split("\n")[0]
-        given = f"crops of {crop_size} px, {num} in a batch"
+        given = f"crops of {crops.shape[-1]} px, {len(crops)} in a batch"
         raise ValueError(f"{arch} does not take {given}: {reason}") from error
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,11 +20,12 @@ from harness.distributed import has_compiler, is_compiled
 from harness.estimate import flops_per_second, memory_of_machine, step_cost
 from harness.flags import as_plain_data
 from harness.monitor import Monitor, duration, peak_memory, three_digits, write_picture
-from harness.pictures import crop_cells, sheet
+from harness.pictures import crop_cells, sheet, shown_channels
 from harness.run import Due, Run, TrainingState
 from harness.run_lock import FolderLock
 from harness.terminal import printable
 from multicrop import MultiCrop
+from pixels import levels_in_words
 
 # ---------------------------------------------------------------- words and numbers
 
@@ -81,12 +82,25 @@ def header(run: Run, student: nn.Module) -> Table:
         "device": f"{_devices_of(run)}, {_precision_of(run)}{_compiling_of(config, student)}",
     }
     if config.data.levels is not None:
-        low, high = config.data.levels
-        rows["levels"] = f"of more than 8 bits: {low:g} is black, {high:g} white"
+        rows["levels"] = levels_in_words(config.data.levels)
+    if config.model.channels != 3:
+        rows["channels"] = _channels_of(config)
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
         table.add_row(f"[bold]{name}[/]", escape(printable(text)))
     return table
+
+
+def _channels_of(config: Config) -> str:
+    """Return how many channels the images have, and what follows from that."""
+    mean, std = _some_numbers(config.crops.mean), _some_numbers(config.crops.std)
+    rgb_alone = "hue, saturation and grayscale are for RGB alone"
+    return f"{config.model.channels}; mean {mean}, standard deviation {std}; {rgb_alone}"
+
+
+def _some_numbers(numbers: Sequence[float], most: int = 16) -> str:
+    first = " ".join(f"{number:.3g}" for number in numbers[:most])
+    return first if len(numbers) <= most else f"{first} and {len(numbers) - most} more"
 
 
 def tracked_settings(run: Run, student: nn.Module) -> dict[str, bool | int | float | str | None]:
@@ -364,6 +378,9 @@ class DryRun(Run):
         for row in range(num_images):
             cells += crop_cells(crops, multi_crop.mean, multi_crop.std, row)
         title = f"crops of {num_images} images, as the network sees them"
+        shown = shown_channels(multi_crop.num_channels)
+        if shown:
+            title += f"; {shown}"
         if self.config.run.output_dir is None:  # beside the folder that the run itself would take
             folder, name = self.folder.parent, f"{self.folder.name}-crops"
         else:

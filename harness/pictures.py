@@ -72,12 +72,28 @@ def png_mark() -> PngInfo:
     return info
 
 
+def as_rgb(image: Tensor) -> Tensor:
+    """Return (3, h, w) of an image (c, h, w): its first three channels, or its first as grey."""
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+
+
+def shown_channels(channels: int) -> str:
+    """Return which channels of an image `as_rgb` shows, in words; nothing for RGB and grey."""
+    if channels in (1, 3):
+        return ""
+    which = "channel 1 as grey" if channels == 2 else "channels 1, 2, 3 as red, green, blue"
+    return f"{which} of {channels}"
+
+
 def tile(image: Tensor, side: int) -> Image.Image:
-    """Return (3, h, w) uint8 fitted into a square, aspect kept; enlarged, it keeps its pixels."""
+    """Return (c, h, w) uint8 fitted into a square, aspect kept; enlarged, it keeps its pixels.
+
+    It is shown as by `as_rgb`.
+    """
     scale = side / max(image.shape[1:])
     height, width = (max(1, round(scale * length)) for length in image.shape[1:])
     resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    return TF.to_pil_image(image).resize((width, height), resample)
+    return TF.to_pil_image(as_rgb(image)).resize((width, height), resample)
 
 
 def clipped(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
@@ -296,7 +312,7 @@ def curves(log: Sequence[dict], output_dim: int) -> Image.Image:
 
 
 def crop_cells(crops: Sequence[Tensor], mean: Tensor, std: Tensor, row: int) -> list[Cell]:
-    """Return the crops, (b, 3, h, w) each and globals first, of image `row` of a batch, as seen."""
+    """Return the crops, (b, c, h, w) each and globals first, of image `row` of a batch, as seen."""
     cells = []
     for view, crop in enumerate(crops):
         pixels = (crop[row] * std + mean).clamp(0, 1).cpu()

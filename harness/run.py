@@ -317,6 +317,7 @@ class Run:
                 index_folder=None if config.run.dry_run else cache_folder(),
                 val=config.data.val,
                 take_splits=config.data.splits,
+                channels=config.model.channels,
             )
         try:
             survey = dataset.survey()
@@ -325,7 +326,6 @@ class Run:
         dataset.notes += survey.notes()
         config = finish(config, dataset, survey, accelerator.mixed_precision)
         dataset.seed = config.run.seed
-        dataset.levels = config.data.levels
         dataset = dataset.as_canvases(config.data.canvas_size)
         return cls(config, accelerator, dataset, lock)
 

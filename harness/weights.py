@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -274,6 +275,7 @@ def load_parts(model: DinoModel, weights: Weights, source: str | Path) -> list[s
         f"backbone.{key}": tensor for key, tensor in weights.backbone.items() if key not in left_out
     }
     lines += _resample_positions(tensors, model.backbone)
+    lines += _adapt_stem(tensors, own)
     head = _without_fixed_gain(weights.head, model, source)
     if head:
         lines.append(f"projection head: from {source}, {len(head)} tensors")
@@ -316,6 +318,22 @@ def _resample_positions(tensors: Tensors, net: nn.Module) -> list[str]:
         positions, grid, num_prefix_tokens=num_prefix
     )
     return [f"position embeddings: resampled from {num_patches} patches to {grid}"]
+
+
+def _adapt_stem(tensors: Tensors, own: Tensors) -> list[str]:
+    """Fit the first convolution of RGB weights to other channels, in place; return a line of it.
+
+    It is the one tensor that differs in its input channels alone, 3 in the source.
+    """
+    for key, tensor in tensors.items():
+        wanted = own[key].shape if key in own else ()
+        if len(wanted) != 4 or tensor.ndim != 4 or tensor.shape[1] != 3 or wanted[1] == 3:
+            continue
+        if (tensor.shape[0], *tensor.shape[2:]) == (wanted[0], *wanted[2:]):
+            tensors[key] = adapt_input_conv(wanted[1], tensor)
+            how = "summed" if wanted[1] == 1 else "repeated and rescaled"
+            return [f"stem: the weights of its 3 channels are {how} for {wanted[1]}"]
+    return []
 
 
 def _without_fixed_gain(head: Tensors, model: DinoModel, source: str | Path) -> Tensors:
