@@ -29,20 +29,22 @@ from harness.distributed import make_accelerator
 from harness.evaluation import (
     EvalConfig,
     FrozenBackbone,
-    ShotsConfig,
-    caption_of_shots,
     check_folder,
-    check_shots,
-    draw_shots,
-    evenly,
     features_of_splits,
-    mean_and_spread,
     open_backbone,
     open_split,
     open_splits,
     report,
     say_notes,
     size_facts,
+)
+from harness.feature_quality import evenly
+from harness.few_labels import (
+    ShotsConfig,
+    caption_of_shots,
+    check_shots,
+    draw_shots,
+    mean_and_spread,
 )
 from harness.flags import check_ranges
 from models import save_tensors

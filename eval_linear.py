@@ -35,18 +35,20 @@ from harness.distributed import make_accelerator
 from harness.evaluation import (
     EvalConfig,
     Preparation,
-    ShotsConfig,
-    caption_of_shots,
-    check_shots,
-    draw_shots,
     features_of_splits,
     is_vit,
     layer_features,
-    mean_and_spread,
     open_backbone,
     open_splits,
     report,
     size_facts,
+)
+from harness.few_labels import (
+    ShotsConfig,
+    caption_of_shots,
+    check_shots,
+    draw_shots,
+    mean_and_spread,
 )
 from harness.flags import check_ranges
 from multicrop import boxes_on_canvas, draw_boxes, hash_keys, resized_crops, uniforms

@@ -40,7 +40,7 @@ from data import (
 )
 from folders import is_list, was_drawn_here
 from harness.command import read_flags, run_command, write_whole
-from harness.evaluation import evenly, normalized, open_network, require_preparation
+from harness.evaluation import normalized, open_network, require_preparation
 from harness.feature_maps import (
     PCA,
     class_attention,
@@ -51,6 +51,7 @@ from harness.feature_maps import (
     patch_map,
     peak,
 )
+from harness.feature_quality import evenly
 from harness.flags import check_ranges
 from harness.pictures import (
     CARD,

@@ -1,21 +1,23 @@
 """What keeps a run alive and an evaluation honest, a room a file, from the ground up:
 
-terminal       printing that outlives its terminal
-command        flags, errors, signals, workers, whole files, rows: what stands around every main
-run_lock       one owner for a run's folder
-distributed    launch lines and their guards, networks laid out, common decisions of processes
-fast_backbone  shortcuts for backbones in training
-feature_maps   attention and feature maps of a backbone, their components as colours
-pictures       sheets, curves, heat maps and points, drawn by Pillow
-weights        weights from elsewhere: read, matched, loaded
-estimate       what a step will take on this machine, before the first
-flags          recipes, checks of settings, what follows from data and machine
-run            a run's folder: what is saved, when, and how it goes on
-trackers       TensorBoard and W&B, which go on where the run goes on
-monitor        progress, log, curves, unreadable images, collapse
-outlook        header, warnings, dry run
-evaluation     a frozen backbone: opened, its images prepared, its features
-online_knn     the teacher's k-NN and RankMe during training
+terminal         printing that outlives its terminal
+command          flags, errors, signals, workers, whole files, rows: what stands around every main
+run_lock         one owner for a run's folder
+distributed      launch lines and their guards, networks laid out, common decisions of processes
+fast_backbone    shortcuts for backbones in training
+feature_maps     attention and feature maps of a backbone, their components as colours
+pictures         sheets, curves, heat maps and points, drawn by Pillow
+weights          weights from elsewhere: read, matched, loaded
+estimate         what a step will take on this machine, before the first
+flags            recipes, checks of settings, what follows from data and machine
+run              a run's folder: what is saved, when, and how it goes on
+trackers         TensorBoard and W&B, which go on where the run goes on
+monitor          progress, log, curves, unreadable images, collapse
+outlook          header, warnings, dry run
+feature_quality  what features are worth, without labels: RankMe
+few_labels       a few labelled images of each class, drawn by chance
+evaluation       a frozen backbone: opened, its images prepared, its features
+online_knn       the teacher's k-NN and RankMe during training
 
 A file imports only those listed above it, and the top level's models.py, losses.py, multicrop.py,
 data.py, tar_shards.py, optimizers.py and config.py. None imports a script.

@@ -7,8 +7,6 @@ Source: DINO, arXiv 2104.14294, appendix F. Axes: n images, d features, b batch.
 """
 
 import json
-import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,9 +34,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
 from config import SETTINGS, Config, setting
-from data import ImageDataset, Sample, build_dataset, collate, permutation
+from data import ImageDataset, Sample, build_dataset, collate
 from folders import cache_folder
 from harness.command import iterate, write_whole
+from harness.feature_quality import feature_quality
 from harness.flags import wrong_setting
 from harness.terminal import printable
 from harness.weights import (
@@ -532,98 +531,6 @@ def layer_features(
     return forward
 
 
-# ---------------------------------------------------------------- few labels
-
-
-@dataclass(frozen=True)
-class ShotsConfig:
-    # labelled images of each class that are used, drawn by chance: 1 5 10 20; none: all images
-    shots: tuple[int, ...] = ()
-    # draws for each number of --shots, of which mean and spread are shown
-    draws: int = 5
-    # fixes what is drawn
-    draw_seed: int = 0
-
-
-def check_shots(config: ShotsConfig) -> None:
-    """Raise ValueError for numbers of images or draws out of range."""
-    if min(config.shots, default=1) < 1 or config.draws < 1:
-        given = f"shots {list(config.shots)}, draws {config.draws}"
-        raise ValueError(f"need --shots >= 1 and --draws >= 1, got {given}")
-
-
-def draw_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
-    """Return the rows of `shots` random images of each class, all of a class that has fewer.
-
-    Labels are (n,), rows (m,) ascending, on the labels' device. More shots of the same draw add to
-    the fewer.
-    """
-    order = permutation(len(labels), seed, draw).to(labels.device)
-    taken = [order[labels[order] == label][:shots] for label in labels.unique()]
-    return torch.cat(taken).sort().values
-
-
-def mean_and_spread(values: Sequence[float]) -> dict[str, object]:
-    """Return mean and standard deviation (of a sample: by n - 1) of one value a draw, and these."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": spread, "draws": list(values)}
-
-
-def caption_of_shots(labels: Tensor, config: ShotsConfig) -> str:
-    """Return what stands below a table of few labels drawn from labels (n,)."""
-    text = f"mean ± standard deviation of {config.draws} draws"
-    smallest = int(labels.bincount()[labels.unique()].min())
-    if max(config.shots) > smallest:
-        text += f"; of classes with fewer images, down to {smallest}, all are used"
-    return text
-
-
-# ---------------------------------------------------------------- quality without labels
-
-RANKME_IMAGES = 25_600  # as many as its authors took
-
-
-def evenly(num: int, most: int = RANKME_IMAGES) -> Tensor:
-    """Return at most `most` of the rows 0 to num - 1, evenly spaced."""
-    return torch.linspace(0, num - 1, min(num, most), dtype=torch.float64).long()
-
-
-def _some_in_float64(features: Tensor) -> Tensor:
-    """Return at most RANKME_IMAGES of features (n, d), evenly spaced."""
-    features = features[evenly(len(features)).to(features.device)]
-    # Apple's GPUs know no float64
-    return features.cpu().double() if features.device.type == "mps" else features.double()
-
-
-@torch.no_grad()
-def rank_me(features: Tensor) -> float:
-    """Return RankMe of features (n, d), of at most RANKME_IMAGES; nan if they are not finite.
-
-    RankMe (Garrido et al., arXiv 2210.02885) is exp of the entropy of the singular values' shares:
-    the number of dimensions in use, 1 for a collapsed network.
-    """
-    features = _some_in_float64(features)
-    if not features.isfinite().all():  # of which there are no singular values
-        return math.nan
-    values = torch.linalg.svdvals(features)
-    shares = values / values.sum().clamp(min=1e-300) + 1e-7
-    return (-(shares * shares.log()).sum()).exp().item()
-
-
-@torch.no_grad()
-def feature_quality(features: Tensor) -> dict[str, object]:
-    """Judge features (n, d) without labels: RankMe and the leading components' share of variance.
-
-    Of at most RANKME_IMAGES.
-    """
-    rankme = rank_me(features)
-    features = _some_in_float64(features)
-    variances = torch.linalg.svdvals(features - features.mean(dim=0)).square()
-    variances = variances.cumsum(dim=0) / variances.sum().clamp(min=1e-300)
-    leading = {k: variances[k - 1].item() for k in (1, 10, 100) if k <= len(variances)}
-    return {"rankme": rankme, "variance_share": leading}
-
-
 # ---------------------------------------------------------------- report
 
 
@@ -651,7 +558,8 @@ def report(facts: dict, table: Table | None, results: dict, json_out: Path | Non
     if "rankme" in facts:
         leading = facts["variance_share"].items()
         shares = ", ".join(f"{100 * share:.0f} % in {k}" for k, share in leading)
-        console.print(f"RankMe {facts['rankme']:.1f}; variance by components: {shares}")
+        shares = f"variance by components: {shares}" if leading else "features that are not finite"
+        console.print(f"RankMe {facts['rankme']:.1f}; {shares}")
     if "knn_top1_untrained" in facts:
         before = facts["knn_top1_untrained"]
         console.print(

@@ -10,14 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from data import permutation
-from harness.evaluation import (
-    RANKME_IMAGES,
-    Preparation,
-    evaluation_splits,
-    features_of_splits,
-    open_split,
-    rank_me,
-)
+from harness.evaluation import Preparation, evaluation_splits, features_of_splits, open_split
+from harness.feature_quality import RANKME_IMAGES, rank_me
 from harness.monitor import Monitor
 from harness.run import Run
 

@@ -21,7 +21,8 @@ from eval_linear import (
     train_on_crops,
     train_probes,
 )
-from harness.evaluation import EvalConfig, draw_shots
+from harness.evaluation import EvalConfig
+from harness.few_labels import draw_shots
 
 
 def config(**kwargs: object) -> LinearConfig:

@@ -6,14 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.evaluation import (
-    draw_shots,
-    evenly,
-    feature_quality,
-    layer_features,
-    mean_and_spread,
-    rank_me,
-)
+from harness.evaluation import layer_features
 from models import get_backbone, load_checkpoint, save_checkpoint
 
 
@@ -42,37 +35,6 @@ def test_layers_that_a_network_lacks_are_named() -> None:
         layer_features(vit, 13)
     with pytest.raises(ValueError, match="need a ViT"):
         layer_features(get_backbone("resnet18"), 4)
-
-
-def test_rank_is_the_number_of_directions_in_use() -> None:
-    axes = torch.linalg.qr(torch.randn(16, 16)).Q
-    for rank in (1, 3, 16):  # as many orthogonal directions, of the same size
-        features = axes[:rank].repeat(16, 1)
-        quality = feature_quality(features)
-        assert quality["rankme"] == pytest.approx(rank, rel=1e-3)
-    assert feature_quality(torch.ones(50, 8))["rankme"] == pytest.approx(1, rel=1e-3)
-
-
-def test_rank_and_shares_against_their_formulas() -> None:
-    features = torch.randn(60, 12) * torch.arange(1, 13)
-    quality = feature_quality(features)
-    values = torch.linalg.svdvals(features.double()).tolist()
-    shares = [value / sum(values) + 1e-7 for value in values]
-    entropy = -sum(share * math.log(share) for share in shares)
-    assert quality["rankme"] == pytest.approx(math.exp(entropy))
-    variances = torch.linalg.eigvalsh(torch.cov(features.double().T)).flip(0)
-    for k, share in quality["variance_share"].items():
-        assert share == pytest.approx((variances[:k].sum() / variances.sum()).item())
-    assert list(quality["variance_share"]) == [1, 10]
-
-
-def test_quality_of_many_images_is_that_of_some() -> None:
-    features = torch.randn(60_000, 4)
-    rows = evenly(60_000)
-    assert len(rows) == 25_600 and rows[0] == 0 and rows[-1] == 59_999
-    assert set(rows.diff().tolist()) == {2, 3}
-    assert feature_quality(features) == feature_quality(features[rows])
-    assert torch.equal(evenly(9), torch.arange(9))
 
 
 def test_evaluation_reports_the_rank(tmp_path: Path, tiny_run: Path, script) -> None:
@@ -122,51 +84,3 @@ def test_brackets_in_a_folders_name_are_text(
     assert result.returncode == 0, result.stderr
     assert "a[/b] [red]: " in result.stdout
     assert json.loads(out.read_text())["data"] == str(folder)
-
-
-def test_rank_of_features_is_that_of_the_report_and_nan_of_what_is_not_finite() -> None:
-    features = torch.randn(60, 8)
-    assert rank_me(features) == feature_quality(features)["rankme"]
-    features[3, 4] = math.inf
-    assert math.isnan(rank_me(features))
-
-
-def test_shots_are_random_images_of_each_class() -> None:
-    labels = torch.tensor([0, 3, 1, 0, 3, 3, 0, 3, 1, 0])  # no image of class 2
-    drawn = {tuple(draw_shots(labels, 2, seed=0, draw=draw).tolist()) for draw in range(30)}
-    assert len(drawn) > 5
-    for rows in drawn:
-        assert list(rows) == sorted(set(rows))
-        assert sorted(labels[list(rows)].tolist()) == [0, 0, 1, 1, 3, 3]
-    for draw in range(5):
-        one, two, many = (draw_shots(labels, shots, 7, draw) for shots in (1, 2, 100))
-        assert set(one.tolist()) < set(two.tolist())  # more shots of a draw add to the fewer
-        assert torch.equal(two, draw_shots(labels, 2, 7, draw))
-        assert many.tolist() == list(range(10))  # a class that has fewer gives all
-
-
-def test_every_image_is_drawn_about_as_often() -> None:
-    labels = torch.zeros(10, dtype=torch.int64)
-    rows = torch.cat([draw_shots(labels, 3, seed=1, draw=draw) for draw in range(1000)])
-    assert (rows.bincount(minlength=10) - 300).abs().max() < 60  # four standard deviations
-
-
-def test_spread_is_the_standard_deviation_of_a_sample() -> None:
-    values = [3.0, 5.0, 10.0]
-    found = mean_and_spread(values)
-    assert found["mean"] == 6 and found["draws"] == values
-    assert found["std"] == pytest.approx(torch.tensor(values).std().item())
-    assert mean_and_spread([4.0]) == {"mean": 4.0, "std": 0.0, "draws": [4.0]}
-
-
-@pytest.mark.parametrize("name", ["eval_knn", "eval_linear"])
-def test_impossible_shots_are_one_line(name: str, tiny_run: Path, script) -> None:
-    unfit = "--rank-only" if name == "eval_knn" else "--augment"
-    for flags, said in (
-        (("--shots", 0, 5), "need --shots >= 1"),
-        (("--shots", 5, "--draws", 0), "--draws >= 1"),
-        (("--shots", 5, unfit), f"not with {unfit}"),
-    ):
-        result = script(name, tiny_run, *flags)
-        assert result.returncode == 2 and said in result.stderr
-        assert result.stderr.count("\n") == 1

@@ -1,0 +1,56 @@
+"""Evaluate with a few labelled images of each class: which are drawn, and what the draws come to.
+
+Axes: n images, m of them drawn.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data import permutation
+
+
+@dataclass(frozen=True)
+class ShotsConfig:
+    # labelled images of each class that are used, drawn by chance: 1 5 10 20; none: all images
+    shots: tuple[int, ...] = ()
+    # draws for each number of --shots, of which mean and spread are shown
+    draws: int = 5
+    # fixes what is drawn
+    draw_seed: int = 0
+
+
+def check_shots(config: ShotsConfig) -> None:
+    """Raise ValueError for numbers of images or draws out of range."""
+    if min(config.shots, default=1) < 1 or config.draws < 1:
+        given = f"shots {list(config.shots)}, draws {config.draws}"
+        raise ValueError(f"need --shots >= 1 and --draws >= 1, got {given}")
+
+
+def draw_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
+    """Return the rows of `shots` random images of each class, all of a class that has fewer.
+
+    Labels are (n,), rows (m,) ascending, on the labels' device. More shots of the same draw add to
+    the fewer.
+    """
+    order = permutation(len(labels), seed, draw).to(labels.device)
+    taken = [order[labels[order] == label][:shots] for label in labels.unique()]
+    return torch.cat(taken).sort().values
+
+
+def mean_and_spread(values: Sequence[float]) -> dict[str, object]:
+    """Return mean and standard deviation (of a sample: by n - 1) of one value a draw, and these."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": spread, "draws": list(values)}
+
+
+def caption_of_shots(labels: Tensor, config: ShotsConfig) -> str:
+    """Return what stands below a table of few labels drawn from labels (n,)."""
+    text = f"mean ± standard deviation of {config.draws} draws"
+    smallest = int(labels.bincount()[labels.unique()].min())
+    if max(config.shots) > smallest:
+        text += f"; of classes with fewer images, down to {smallest}, all are used"
+    return text
