@@ -235,8 +235,8 @@ class Survey(NamedTuple):
             share = f"{self.num_with_frames} of {self.num_images} images looked at"
             notes.append(f"{share} have several pages or frames: the first is taken")
         if self.num_bands:
-            flag = f"--channels {self.num_bands}"
-            notes.append(f"of images with {self.num_bands} bands the first three are taken: {flag}")
+            text = f"of images with {self.num_bands} bands the first three are taken"
+            notes.append(f"{text}: --channels {self.num_bands} takes all")
         return notes
 
 

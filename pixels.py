@@ -188,7 +188,7 @@ def levels_in_words(levels: Levels) -> str:
         return f"of more than 8 bits, {low:g} is black and {high:g} white"
     first = ", ".join(f"{low:g} to {high:g}" for low, high in pairs[:4])
     more = f" and {len(pairs) - 4} more" if len(pairs) > 4 else ""
-    return f"of more than 8 bits, black to white is by band {first}{more}"
+    return f"of more than 8 bits; black and white of each band: {first}{more}"
 
 
 # ---------------------------------------------------------------- bands

@@ -803,3 +803,33 @@ def test_weights_that_do_not_fit_are_named(
     result = script("dino_train", *flags, checkpoint, "--pretrained")
     assert result.returncode == 2 and "need one" in result.stderr
     assert not folder.exists()
+
+
+def test_bands_are_trained_on_kept_and_evaluated(script, tmp_path: Path) -> None:
+    """The class is in the fourth band alone, whose numbers are on a scale of their own."""
+    for i in range(40):
+        values = np.random.default_rng(i).random((16, 16, 5)) * [1, 10, 100, 3000, 1e4]
+        if i % 2:
+            values[:8, :, 3] += 3000
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "data" / "ab"[i % 2] / f"{i:02}.npy", values.astype(np.float32))
+    run = tmp_path / "run"
+    flags = "--channels 5 --arch resnet10_half --epochs 1 --batch-size 8 --num-local-crops 1"
+    flags += " --projection-output-dim 16 --projection-hidden-dim 16 --num-workers 0"
+    flags += " --vertical-flip 0.5 --quarter-turns"
+    arguments = ["--data", tmp_path / "data", *flags.split(), "--output-dir", run]
+    result = script("dino_train", *arguments)
+    assert result.returncode == 0, result.stderr
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert len(settings["crops"]["mean"]) == 5 and len(settings["data"]["levels"]) == 10
+    kept = [f"{value:.3g}" for value in settings["crops"]["mean"]]
+    assert " ".join(kept) in " ".join(result.stdout.split())
+    result = script("eval_knn", run)
+    assert result.returncode == 0, result.stderr
+    logged = [line["knn_top1"] for line in read_log(run) if "knn_top1" in line][-1]
+    assert f"{logged:.2f}" in result.stdout
+    pictures = tmp_path / "pictures"
+    result = script("visualize", run, tmp_path / "data", "--output-dir", pictures)
+    assert result.returncode == 0, result.stderr
+    assert "channels 1, 2, 3 as red, green, blue of 5" in result.stdout
+    assert (pictures / "crops.png").exists() and (pictures / "neighbours.png").exists()

@@ -138,7 +138,7 @@ def bomb() -> str:
         ("[" * 5000, "cannot read"),
         ("optim:\n  lr: 0.o1\n", "need float for lr, got '0.o1'"),
         ("optim:\n  epochs: 3.5\n", "need int for epochs, got 3.5"),
-        ("crops:\n  mean: [0.5, 0.5]\n", "need tuple[float, float, float] for mean, got [0.5"),
+        ("crops:\n  blur_sigma: [0.5]\n", "need tuple[float, float] for blur_sigma, got [0.5"),
         ("model:\n  arch: --help\n", "need str for arch, got '--help'"),
     ],
     ids=["twice", "bomb", "object", "tag", "deep", "float", "int", "tuple", "flag"],
@@ -178,3 +178,21 @@ def test_help_begins_with_flags_that_there_are(capsys: pytest.CaptureFixture) ->
     assert len(flags) == 8
     for flag in flags:
         assert re.search(rf"{flag}\b", options), flag
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("--channels 5 --mean 0.1 0.2", "as many numbers for --mean as channels, got 2 with .* 5"),
+        (
+            "--channels 1 --std 0.1 0.2 0.3",
+            "as many numbers for --std as channels, got 3 with .* 1",
+        ),
+        ("--channels 5 --levels 0 1 2", "need two or 10 numbers for --levels, got 3: 0 1 2"),
+        ("--channels 2 --levels 0 1 5 4", "need --levels LOW HIGH with LOW < HIGH, got 5.0 4.0"),
+        ("--channels 0", "need --channels > 0, got 0"),
+    ],
+)
+def test_numbers_by_channel_are_as_many_as_channels(flags: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        check_values(parse_config(["--data", "patterns", *flags.split()]))

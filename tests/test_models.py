@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import models
 from models import (
     DinoModel,
     DinoProjectionHead,
@@ -409,3 +410,28 @@ def test_metadata_is_plain_json_in_the_header(tmp_path: Path) -> None:
     assert json.loads(header["__metadata__"]["metadata"]) == {"step": 7}
     assert json.loads(header["__metadata__"]["model_config"]) == dataclasses.asdict(TINY)
     assert {key.split(".")[0] for key in header} == {"__metadata__", "backbone", "projection_head"}
+
+
+# ---------------------------------------------------------------- channels
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("name", ["resnet18", "resnet10_half", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("image_size", [32, 96])
+def test_backbone_takes_any_number_of_channels(name: str, channels: int, image_size: int) -> None:
+    backbone = get_backbone(name, channels=channels, image_size=image_size).eval()
+    features = backbone(torch.rand(2, channels, image_size, image_size))
+    assert features.shape == (2, backbone.output_dim)
+
+
+def test_grey_stem_sees_in_grey_what_the_rgb_stem_saw_in_three_equal_channels() -> None:
+    """Published weights are summed for one channel, as timm does."""
+    rgb = get_backbone("resnet18").eval()
+    grey = copy.deepcopy(rgb)
+    models._change_stem(grey, 1)
+    images = torch.rand(2, 1, 64, 64)
+    torch.testing.assert_close(
+        grey(images), rgb(images.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4
+    )
+    models._change_stem(rgb, 6)
+    assert rgb.conv1.weight.shape == (64, 6, 7, 7)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -363,3 +364,78 @@ def test_one_by_one_and_batched_jitter_agree(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(multicrop, "_on_cpu", lambda images: False)
     together = multicrop.colour_jitter(images.clone(), factors, order)
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- other channels, no up
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_other_channels_than_rgb_change_in_brightness_and_contrast_alone(
+    channels: int, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multicrop, "_on_cpu", lambda images: on_cpu)
+    images = torch.rand(6, channels, 12, 12)
+    factors = torch.rand(6, 4) + 0.5
+    order = torch.rand(6, 4).argsort(dim=1)
+    changed = multicrop.colour_jitter(images.clone(), factors, order)
+    for image, values, kinds, result in zip(images, factors, order.tolist(), changed, strict=True):
+        expected = image
+        for kind in kinds:
+            if kind == 0:
+                expected = (values[0] * expected).clamp(0, 1)
+            elif kind == 1:
+                expected = (values[1] * expected + (1 - values[1]) * expected.mean()).clamp(0, 1)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_number_of_channels_is_that_of_the_mean() -> None:
+    config = CropConfig(global_crop_size=16, local_crop_size=8, mean=(0.5,) * 5, std=(0.2,) * 5)
+    images = torch.randint(0, 256, (3, 5, 20, 20), dtype=torch.uint8)
+    crops = MultiCrop(config)(images, None, torch.arange(3))
+    assert [tuple(crop.shape) for crop in crops[1:3]] == [(3, 5, 16, 16), (3, 5, 8, 8)]
+    with pytest.raises(ValueError, match=r"need uint8 images \(b, 5, s, s\), got .*\(3, 3, 20, 20"):
+        MultiCrop(config)(images[:, :3], None, torch.arange(3))
+    with pytest.raises(ValueError, match="need a std for each mean, got 1 for 5"):
+        MultiCrop(replace(config, std=(0.2,)))
+
+
+def without_colour(**settings: object) -> MultiCrop:
+    """Return crops that are boxes, and what the settings add to them."""
+    nothing = {"jitter_probability": 0.0, "grayscale_probability": 0.0}
+    nothing |= {"blur_probability": (0.0, 0.0, 0.0), "solarize_probability": (0.0, 0.0, 0.0)}
+    config = CropConfig(global_crop_size=16, local_crop_size=8, num_local_crops=2)
+    return MultiCrop(replace(config, **nothing, **settings))
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_vertical_flips_leave_the_other_choices_as_they_were(
+    on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multicrop, "_on_cpu", lambda images: on_cpu)
+    images, keys = photos(40), torch.arange(40)
+    plain = without_colour()(images, None, keys)
+    always = without_colour(vertical_flip=1.0)(images, None, keys)
+    some = without_colour(vertical_flip=0.3)(images, None, keys)
+    for crop, flipped, mixed in zip(plain, always, some, strict=True):
+        assert torch.equal(flipped, crop.flip(2))
+        is_flipped = (mixed == crop.flip(2)).flatten(1).all(dim=1)
+        is_plain = (mixed == crop).flatten(1).all(dim=1)
+        assert (is_flipped ^ is_plain).all()
+        assert 0.05 < is_flipped.float().mean() < 0.6
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_quarter_turns_are_all_four_and_change_nothing_else(
+    on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multicrop, "_on_cpu", lambda images: on_cpu)
+    images, keys = photos(60), torch.arange(60)
+    plain = without_colour()(images, None, keys)
+    turned = without_colour(quarter_turns=True)(images, None, keys)
+    counts = torch.zeros(4)
+    for crop, result in zip(plain, turned, strict=True):
+        turns = [(result == crop.rot90(k, dims=(2, 3))).flatten(1).all(dim=1) for k in range(4)]
+        assert torch.stack(turns).sum(dim=0).eq(1).all()
+        counts += torch.stack(turns).sum(dim=1)
+    assert (counts / counts.sum() - 0.25).abs().max() < 0.08

@@ -1,6 +1,7 @@
 """Which pixels an image has, whatever its depth, its frames and its size."""
 
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -187,7 +188,7 @@ def test_levels_are_kept_by_run_and_checkpoint_and_used_by_evaluations(
     low, high = np.percentile(all_values, [0.1, 99.9])
     result = script("dino_train", *flags_of(data, "--output-dir", tmp_path / "run"))
     assert result.returncode == 0, result.stderr
-    assert f"of more than 8 bits: {low:g} is black, {high:g} white" in result.stdout
+    assert f"of more than 8 bits, {low:g} is black and {high:g} white" in result.stdout
     assert f"  levels:\n  - {low}\n  - {high}\n" in (tmp_path / "run" / "config.yaml").read_text()
     for name in ("eval_knn", "eval_linear"):
         result = script(name, tmp_path / "run" / "ckpt.safetensors")
@@ -302,3 +303,175 @@ def test_canvas_is_the_smallest_that_holds_the_longer_side(
     result = script("dino_train", *flags_of(tmp_path, "--output-dir", tmp_path / "run", *sizes))
     assert result.returncode == 0, result.stderr
     assert f"from images of {canvas} px" in result.stdout
+
+
+# ---------------------------------------------------------------- bands
+
+
+def bands(dtype: str, num: int = 5) -> np.ndarray:
+    """Return (9, 7, num) numbers, each band on a scale of its own."""
+    scales = np.arange(1, num + 1)
+    return (np.random.default_rng(0).random((9, 7, num)) * 40 * scales + scales).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", ">u2", "float32", "float64"])
+def test_bands_of_an_array_are_mapped_by_the_levels_of_each(dtype: str, tmp_path: Path) -> None:
+    values = bands(dtype)
+    np.save(tmp_path / "last.npy", values)
+    np.save(tmp_path / "first.npy", np.moveaxis(values, -1, 0))
+    levels = (0, 100, 10, 110, 20, 120, 30, 130, 40, 140)
+    for name in ("last.npy", "first.npy"):
+        image = decode(bytes_of(tmp_path / name), levels, channels=5).numpy()
+        own = decode(bytes_of(tmp_path / name), channels=5).numpy()
+        for band in range(5):
+            if dtype == "uint8":  # 8 bits stay as they are
+                assert np.array_equal(image[band], values[..., band])
+                continue
+            low, high = levels[2 * band : 2 * band + 2]
+            of_band = expected(values[..., band], low, high)
+            assert np.abs(image[band].astype(int) - of_band).max() <= 1
+            low, high = np.percentile(values[..., band].astype(np.float64), [0.1, 99.9])
+            of_band = expected(values[..., band], low, high)
+            assert np.abs(own[band].astype(int) - of_band).max() <= 1
+
+
+@pytest.mark.parametrize("layout", ["samples", "planes", "pages", "float", "big"])
+def test_bands_of_a_tiff_are_samples_planes_or_pages(layout: str, tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="the optional package tifffile reads bands")
+    values = bands("float32" if layout == "float" else "uint16")
+    planes = np.moveaxis(values, -1, 0)
+    path = tmp_path / "a.tif"
+    if layout == "planes":
+        tifffile.imwrite(path, planes, photometric="minisblack", planarconfig="separate")
+    elif layout == "pages":
+        tifffile.imwrite(path, planes, photometric="minisblack")
+    else:
+        is_big = layout == "big"
+        tifffile.imwrite(
+            path, values, photometric="minisblack", planarconfig="contig", bigtiff=is_big
+        )
+    np.save(tmp_path / "a.npy", values)
+    of_tiff = decode(bytes_of(path), channels=5)
+    assert torch.equal(of_tiff, decode(bytes_of(tmp_path / "a.npy"), channels=5))
+
+
+def test_tiff_of_bands_says_which_package_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiff(tmp_path / "a.tif", KINDS["uint32.tif"])
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(ValueError, match="a TIFF of several bands needs the package tifffile"):
+        decode(bytes_of(tmp_path / "a.tif"), channels=5)
+
+
+def test_transparency_is_a_band_where_four_are_asked_for(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    Image.fromarray(values, "RGBA").save(tmp_path / "a.png")
+    assert np.array_equal(
+        decode(bytes_of(tmp_path / "a.png"), channels=4), values.transpose(2, 0, 1)
+    )
+    assert np.array_equal(decode(bytes_of(tmp_path / "a.png")), values[..., :3].transpose(2, 0, 1))
+    deep = values.astype(np.uint16) * 256
+    write_png16(tmp_path / "deep.png", deep)
+    image = decode(bytes_of(tmp_path / "deep.png"), (0, 255 * 256), channels=4)
+    assert np.array_equal(image, values.transpose(2, 0, 1))
+
+
+def test_one_channel_is_grey_and_grey_stays_as_it_is(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(colours).save(tmp_path / "rgb.png")
+    Image.fromarray(colours).save(tmp_path / "rgb.jpg")
+    Image.fromarray(colours[..., 0]).save(tmp_path / "grey.png")
+    write_tiff(tmp_path / "deep.tif", KINDS["twelve_bits.tif"])
+    np.save(tmp_path / "rgb.npy", colours)
+    as_grey = np.asarray(Image.fromarray(colours).convert("L"))
+    for name in ("rgb.png", "rgb.npy"):
+        assert np.array_equal(decode(bytes_of(tmp_path / name), channels=1)[0], as_grey)
+    grey = decode(bytes_of(tmp_path / "grey.png"), channels=1)
+    assert np.array_equal(grey[0], colours[..., 0])
+    jpeg = decode(bytes_of(tmp_path / "rgb.jpg"), channels=1)[0].numpy().astype(float)
+    with Image.open(tmp_path / "rgb.jpg") as image:
+        assert np.abs(jpeg - np.asarray(image.convert("L"))).mean() < 1.5
+    deep = decode(bytes_of(tmp_path / "deep.tif"), (0, 4095), channels=1)
+    assert torch.equal(deep[0], decode(bytes_of(tmp_path / "deep.tif"), (0, 4095))[0])
+    pattern = torch.randint(0, 256, (3, 5, 5), dtype=torch.uint8)
+    assert decode(pattern, channels=1).shape == (1, 5, 5)
+
+
+def test_file_of_other_channels_is_named_with_its_shape(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", bands("uint16", 4))
+    np.save(tmp_path / "text.npy", np.array(["a"]))
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(tmp_path / "a.png")
+    cases = {
+        "a.npy": r"a\.npy: need an image \(h, w, 5\), got shape \(9, 7, 4\)",
+        "a.png": r"a\.png: need an image \(h, w, 5\), got shape \(9, 7, 3\)",
+        "text.npy": "need numbers of uint8, uint16 or float, got <U1",
+        "objects.npy": "Object arrays cannot be loaded",
+    }
+    for name, text in cases.items():
+        with pytest.raises(ValueError, match=text):
+            decode(bytes_of(tmp_path / name), channels=5)
+    with pytest.raises(ValueError, match=r"need an image \(h, w, 3\), got shape \(9, 7, 4\)"):
+        decode(bytes_of(tmp_path / "a.npy"))
+    with pytest.raises(ValueError, match="need an image of 5 channels, got 3"):
+        decode(torch.zeros(3, 4, 4, dtype=torch.uint8), channels=5)
+
+
+def test_folder_of_arrays_has_levels_mean_and_deviation_by_band(tmp_path: Path) -> None:
+    images = []
+    for i in range(12):
+        values = np.random.default_rng(i).random((8, 6, 4)) * [1, 2, 0, 4]
+        images.append(values.astype(np.float32))
+        np.save(tmp_path / f"{i:02}.npy", images[-1])
+    dataset = build_dataset(str(tmp_path), channels=4)
+    levels = dataset.survey().levels
+    pooled = np.stack(images).reshape(-1, 4).astype(np.float64)
+    bounds = np.percentile(pooled, [0.1, 99.9], axis=0).T
+    bounds[2] = 0, 1  # nothing is in that band
+    assert levels == pytest.approx(tuple(bounds.ravel()))
+    dataset.levels = levels
+    mean, std = dataset.measure_mean_and_std()
+    shares = (pooled - bounds[:, 0]) / (bounds[:, 1] - bounds[:, 0])
+    shares = (255 * shares.clip(0, 1)).round() / 255
+    assert mean == pytest.approx(tuple(shares.mean(axis=0)), abs=1e-4)
+    assert std == pytest.approx((*shares.std(axis=0)[:2], 1 / 255, shares.std(axis=0)[3]), abs=1e-4)
+
+
+def test_arrays_are_images_only_where_channels_are_given(tmp_path: Path) -> None:
+    """Beside photographs a .npy is a file of features or labels."""
+    write(tmp_path, "a/3", "b/3")
+    np.save(tmp_path / "a" / "features.npy", np.zeros((6, 8), np.float32))
+    assert len(build_dataset(str(tmp_path))) == 6
+    assert len(build_dataset(str(tmp_path), channels=1)) == 7
+
+
+def test_bands_that_are_not_taken_are_said(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    Image.fromarray(values, "RGBA").save(tmp_path / "transparent.tif")
+    assert build_dataset(str(tmp_path)).survey().notes() == []
+    write_interleaved_tiff(tmp_path / "infrared.tif", values)
+    (note,) = build_dataset(str(tmp_path)).survey().notes()
+    assert note == "of images with 4 bands the first three are taken: --channels 4 takes all"
+
+
+def write_interleaved_tiff(path: Path, values: np.ndarray) -> None:
+    """Write (h, w, 4) uint8 as RGB with a fourth band that is no transparency."""
+    height, width, num = values.shape
+    bits = 8 + values.nbytes
+    entries = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 4, bits),  # four bit depths do not fit into their entry
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),  # RGB
+        (273, 4, 1, 8),
+        (277, 3, 1, num),
+        (278, 4, 1, height),
+        (279, 4, 1, values.nbytes),
+        (338, 3, 1, 0),  # the fourth is not said what it is
+    ]
+    directory = struct.pack("<H", len(entries))
+    directory += b"".join(struct.pack("<HHII", *entry) for entry in entries) + b"\0\0\0\0"
+    header = b"II*\0" + struct.pack("<I", bits + 8)
+    path.write_bytes(header + values.tobytes() + struct.pack("<4H", 8, 8, 8, 8) + directory)

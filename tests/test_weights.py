@@ -502,3 +502,21 @@ def test_absurd_weights_are_named_on_opening(value: float, tmp_path: Path) -> No
     save_checkpoint(path, model, {})
     with pytest.raises(ValueError, match=r"is damaged: backbone.conv1.weight holds"):
         open_network(path)
+
+
+@pytest.mark.parametrize("arch", ["resnet10_half", "vit_tiny_patch16_224"])
+def test_rgb_weights_are_fitted_to_other_channels_and_that_is_said(
+    arch: str, tmp_path: Path
+) -> None:
+    config = ModelConfig(arch, image_size=32, projection_output_dim=8)
+    rgb = DinoModel.from_config(config).eval()
+    save_checkpoint(tmp_path / "ckpt.safetensors", rgb, {})
+    grey = DinoModel.from_config(replace(config, channels=1)).eval()
+    lines = load_weights(grey, tmp_path / "ckpt.safetensors")
+    assert "stem: the weights of its 3 channels are summed for 1" in lines
+    images = torch.rand(2, 1, 32, 32)
+    expected = rgb(images.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(grey(images), expected, rtol=1e-4, atol=1e-4)
+    many = DinoModel.from_config(replace(config, channels=6))
+    lines = load_weights(many, tmp_path / "ckpt.safetensors")
+    assert "stem: the weights of its 3 channels are repeated and rescaled for 6" in lines
