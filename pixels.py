@@ -349,7 +349,7 @@ def _content_of(image: object) -> bytes:
 def _reason_of(error: Exception, name: str, content: bytes | None) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         if content is not None and content.startswith(TIFFS):
-            return "it is a TIFF that Pillow does not read: need its number of bands as channels"
+            return "it is a TIFF that Pillow does not read; for several bands need --channels"
         return "it is no image that Pillow reads"
     return str(error).replace(repr(name), "").strip(" :") or type(error).__name__
 

@@ -27,6 +27,8 @@ from harness.run import Run
 from harness.terminal import printable, printable_name
 from harness.trackers import Tracker
 
+MOST_NAMED = 10  # unreadable images that the terminal names at a time
+
 # ---------------------------------------------------------------- collapse
 
 # A collapse is reported after one epoch or this many steps, whichever is shorter.
@@ -275,7 +277,7 @@ class Monitor:
     def report_unreadable(self, step: int) -> None:
         """Name the images that could not be decoded, once each; RunError if they are too many.
 
-        A collective.
+        The log names all of them, the terminal MOST_NAMED at a time. A collective.
         """
         run = self.run
         new = set().union(*run.agreement.gather(run.new_unreadable)) - run.unreadable
@@ -284,18 +286,21 @@ class Monitor:
         if new:
             reasons = [printable_name(run.dataset.why_unreadable(index)) for index in sorted(new)]
             self.log(step, {"unreadable": reasons})
-            for reason in reasons:
-                self.say(f"{reason}; replaced by the next")
         num, total = len(run.unreadable), len(run.dataset)
         most = run.config.run.most_unreadable
         if num > most * total:
             given = f"{num} of {total:,} images cannot be decoded"
             lines = [f"{given}: need at most a share of {most:g}, or a larger --most-unreadable"]
-            first = sorted(run.unreadable)[:10]
+            first = sorted(run.unreadable)[:MOST_NAMED]
             lines += [printable_name(run.dataset.why_unreadable(index)) for index in first]
-            if num > 10:
-                lines.append(f"and {num - 10} more, in {run.log_file}")
+            if num > MOST_NAMED:
+                lines.append(f"and {num - MOST_NAMED} more, in {run.log_file}")
             raise RunError("\n  ".join(lines))
+        if new:
+            for reason in reasons[:MOST_NAMED]:
+                self.say(f"{reason}; replaced by the next")
+            if len(reasons) > MOST_NAMED:
+                self.say(f"and {len(reasons) - MOST_NAMED} more images, in {run.log_file}")
 
     def say_how_to_resume(self, step: int) -> None:
         self.say(f"stopped after step {step:,} of {self.run.total_steps:,}; to go on:")

@@ -283,8 +283,12 @@ def test_more_than_1_percent_unreadable_stops_the_run_with_a_list(
     assert num >= 8
     assert result.stderr.count("cannot decode ") == min(10, num)
     assert "Traceback" not in result.stderr
-    result = script("dino_train", *flags, "--most-unreadable", "0.03", "--overwrite")
+    flags += ["--most-unreadable", "0.03", "--overwrite", "--batch-size", "700"]
+    result = script("dino_train", *flags)
     assert result.returncode == 0, result.stderr
+    said = [line for line in result.stdout.splitlines() if "replaced by the next" in line]
+    assert len(said) == 10
+    assert "and 5 more images, in " in " ".join(result.stdout.split())
 
 
 def test_evaluation_leaves_out_what_cannot_be_decoded(
