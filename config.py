@@ -67,6 +67,9 @@ class DataConfig:
 class OptimConfig:
     # passes over the data [paper: 100 to 800]
     epochs: int = setting(100, above=0, most=1_000_000, may_change=True)
+    # train for about so many minutes on this machine instead: the number of epochs follows from the
+    # speed of some first steps, and a resumed run keeps it; k-NN and saving come on top
+    minutes: float | None = setting(None, above=0, most=MINUTES_OF_A_YEAR, of_one_start=True)
     # images per process and micro-batch; the header shows the whole batch [paper: 1024 in all]
     batch_size: int = setting(64, above=0, most=1_000_000)
     # micro-batches a step: a larger batch in the same memory

@@ -12,6 +12,7 @@ Start here; every flag stands below, by concern:
     --arch NAME        the network: dino_vits16, resnet50, resnet10_half (small), any of timm's
     --config NAME      a recipe of recipes/, or a run's config.yaml; flags override it
     --epochs N         passes over the images
+    --minutes N        as many epochs as fit into that time on this machine
     --batch-size N     images a step in each process
     --output-dir PATH  folder for the run's files; without it, a new one in runs/
     --resume FOLDER    go on with a run that was stopped or killed
@@ -46,7 +47,7 @@ from harness.fast_backbone import share_drop_path, skip_unread_tokens
 from harness.flags import QUICKSTART, parse_config
 from harness.monitor import Monitor, duration
 from harness.online_knn import OnlineKnn
-from harness.outlook import DryRun, introduce, tracked_settings
+from harness.outlook import DryRun, in_epochs, introduce, tracked_settings
 from harness.run import Run, TrainingState
 from harness.run_lock import FolderLock
 from harness.weights import load_weights
@@ -328,7 +329,36 @@ def train(config: Config) -> dict:
     signal exits with 128 + the signal's number.
     """
     with FolderLock() as lock:
+        if config.optim.minutes is not None:
+            config = replace(config, optim=replace(config.optim, epochs=epochs_that_fit(config)))
         return _train(config, lock)
+
+
+def epochs_that_fit(config: Config) -> int:
+    """Return how many epochs --minutes are on this machine, at least one, by some first steps.
+
+    A collective. Nothing is written.
+    """
+    settings = replace(config.run, dry_run=True, overwrite=False)
+    if config.run.overwrite:
+        settings = replace(settings, output_dir=None)  # which holds a run still
+    run = DryRun.prepare(replace(config, run=settings))
+    monitor = Monitor(run)
+    monitor.console.quiet = True
+    knn = OnlineKnn(run, knn_accuracy)
+    with stop_requests() as stop_signals:
+        try:
+            outcome = run_loop(run, build_parts(run), knn, monitor, stop_signals)
+        finally:
+            run.stop_loading()
+    if run.stop_signal:
+        sys.exit(128 + run.stop_signal)
+    seconds_a_step = run.agreement.gather(run.seconds_a_step(outcome.step))[0]
+    minutes = config.optim.minutes
+    epochs = max(1, round(60 * minutes / (seconds_a_step * run.steps_per_epoch)))
+    text = f"{in_epochs(epochs)} of {run.steps_per_epoch:,} steps"
+    run.accelerator.print(f"--minutes {minutes:g}: {text}, at {seconds_a_step:.3g} s a step")
+    return epochs
 
 
 def _train(config: Config, lock: FolderLock) -> dict:

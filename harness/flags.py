@@ -211,6 +211,8 @@ def check_values(config: Config) -> None:
     _require_memory_for_weights(config)
     if run.overwrite and run.output_dir is None:
         raise ValueError("--overwrite needs the --output-dir whose run it deletes")
+    if config.optim.minutes is not None and run.resume:
+        raise ValueError("--minutes chooses the epochs of a new run: not with --resume")
     if run.dry_run and (run.resume or run.overwrite):
         text = "--dry-run starts anew and deletes nothing: no --resume or --overwrite with it"
         raise ValueError(text)

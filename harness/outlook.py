@@ -346,17 +346,20 @@ class DryRun(Run):
         (is_over,) = self.agreement.largest(step == self.last_step or is_long)
         return due._replace(evaluates=False, saves=False, ends=due.ends or bool(is_over))
 
+    def seconds_a_step(self, step: int) -> float:
+        """Return how long a step took since the clock started, `step` being the last one."""
+        self._wait_for_device()
+        return (time.monotonic() - self.began) / (step - self.began_after)
+
     def report(
         self, console: Console, step: int, crops: list[Tensor], multi_crop: MultiCrop
     ) -> None:
         """Print what the timed steps tell of the run, and write crops.png under an unused name."""
         if not self.accelerator.is_main_process:
             return
-        self._wait_for_device()
-        seconds = time.monotonic() - self.began
-        waited = self.waited - self.waited_before
         num_steps = step - self.began_after
-        seconds_a_step = seconds / num_steps
+        seconds_a_step = self.seconds_a_step(step)
+        waited_a_step = (self.waited - self.waited_before) / num_steps
         speed = self.images_per_step / seconds_a_step
         file = self._draw_crops(crops, multi_crop)
         whole_run = duration(self.total_steps * seconds_a_step)
@@ -364,7 +367,7 @@ class DryRun(Run):
         console.print(f"dry run: nothing but {file.name} was written", markup=False)
         rows = {
             "speed": f"{speed:.3g} images/s, {seconds_a_step:.3g} s a step, over {num_steps}",
-            "waiting": f"{waited / seconds:.0%} of the time, for data",
+            "waiting": f"{waited_a_step / seconds_a_step:.0%} of the time, for data",
             "memory": f"{peak_memory():.2f} GiB at most, of the {memory_of}",
             "whole run": f"{whole_run} for {self.total_steps:,} steps, without k-NN and saving",
             "crops": str(file),

@@ -34,6 +34,7 @@ from dino_train import (
 )
 from eval_knn import knn_accuracy
 from harness.flags import check_values, default_precision, finish, parse_config
+from harness.outlook import DryRun
 from harness.run import Run, TrainingState
 from losses import DinoLoss
 from models import DinoModel, DinoProjectionHead, load_checkpoint
@@ -833,3 +834,27 @@ def test_bands_are_trained_on_kept_and_evaluated(script, tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     assert "channels 1, 2, 3 as red, green, blue of 5" in result.stdout
     assert (pictures / "crops.png").exists() and (pictures / "neighbours.png").exists()
+
+
+def test_minutes_are_as_many_epochs_as_fit_by_the_measured_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_flags: list[str], capfd
+) -> None:
+    """80 images in batches of 8 are 10 steps an epoch: 0.5 minutes at a second a step are 3."""
+    monkeypatch.setattr(DryRun, "seconds_a_step", lambda run, step: 1.0)
+    flags = [*tiny_flags, "--knn-every", "0"]
+    train(parse_config([*flags, "--output-dir", str(tmp_path / "three"), "--epochs", "3"]))
+    train(parse_config([*flags, "--output-dir", str(tmp_path / "run")]))
+    flags += ["--output-dir", str(tmp_path / "run"), "--minutes", "0.5"]
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(parse_config(flags))
+    train(parse_config([*flags, "--overwrite"]))
+    assert "--minutes 0.5: 3 epochs of 10 steps, at 1 s a step" in capfd.readouterr().out
+    expected, found = (load_file(tmp_path / x / "state.safetensors") for x in ("three", "run"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert settings["optim"]["epochs"] == 3 and "minutes" not in settings["optim"]
+    with pytest.raises(ValueError, match="--minutes chooses the epochs of a new run"):
+        train(parse_config(["--resume", str(tmp_path / "run"), "--minutes", "1"]))
+    flags = [*tiny_flags, "--output-dir", str(tmp_path / "one"), "--minutes", "0.001"]
+    train(parse_config(flags))
+    assert "--minutes 0.001: 1 epoch of 10 steps" in capfd.readouterr().out
