@@ -114,6 +114,10 @@ class TeacherConfig:
     # momentum of the teacher's moving average at first, 1 at the end; about 0.9995 for a whole
     # batch of 256, less for short runs; with 1 the teacher never learns [paper: 0.996]
     teacher_momentum: float = setting(0.996, below=1)
+    # what keeps prototypes from taking all images: the center, which is a moving average of the
+    # teacher's logits [paper], or sinkhorn, by which all prototypes take equal shares of each batch
+    # [DINOv2's larger models]
+    centering: Literal["center", "sinkhorn"] = "center"
     # momentum of the center's moving average; with 1 it stays 0 [paper: 0.9]
     center_momentum: float = setting(0.9, below=1)
 

@@ -249,6 +249,7 @@ def run_loop(
     """
     config, accelerator = run.config, run.accelerator
     optim, seed, rank = config.optim, config.run.seed, accelerator.process_index
+    has_sinkhorn = config.teacher.centering == "sinkhorn"
     model, student, teacher = parts.model, parts.system.student, parts.system.teacher
     optimizer, dino_loss = parts.optimizer, parts.dino_loss
     last_layer = list(student.projection_head.last_layer.parameters())
@@ -271,6 +272,8 @@ def run_loop(
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     student_features, student_logits, features, teacher_logits = model(crops)
+                if has_sinkhorn:
+                    dino_loss.balance_center(teacher_logits, rates.teacher_temp)  # a collective
                 cross_entropy = dino_loss(
                     student_logits, teacher_logits, rates.teacher_temp, overwrite_student=True
                 )
@@ -288,7 +291,8 @@ def run_loop(
         optimizer.step()
         optimizer.zero_grad()
         if not optimizer.step_was_skipped:  # by fp16, whose gradients overflowed
-            dino_loss.update_center(torch.stack(means.mean_logits))  # eq. 4; a collective
+            if not has_sinkhorn:
+                dino_loss.update_center(torch.stack(means.mean_logits))  # eq. 4; a collective
             update_teacher_EMA(student, teacher, rates.teacher_momentum)
 
         # ---- what is due after it, in all processes alike

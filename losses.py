@@ -1,13 +1,16 @@
 """DINO's loss: cross-entropy of the centred, sharpened teacher and the student, over all views.
-KoLeo, which may be added to it, spreads the features of a batch.
+KoLeo, which may be added to it, spreads the features of a batch; Sinkhorn may take the center's
+place.
 
     dino_loss = DinoLoss(output_dim=65536)
     loss = dino_loss(student_logits, teacher_logits, teacher_temp=0.04)  # (v, b, k), (t, b, k)
     dino_loss.update_center(teacher_logits)                              # after the center was used
     loss = loss + 0.1 * koleo_loss(student_features[:2])                 # (v, b, d)
 
+    dino_loss.balance_center(teacher_logits, teacher_temp=0.04)          # Sinkhorn: before the loss
+
 Stands alone: needs torch only. Sources: DINO, arXiv 2104.14294, equations 1 to 4; KoLeo, arXiv
-1806.03198, as DINOv2 uses it.
+1806.03198, and Sinkhorn, arXiv 2006.09882, as DINOv2 uses them.
 Axes: v student views, t teacher views (the first t of the v), b batch, k output_dim, d features.
 """
 
@@ -182,6 +185,35 @@ class DinoLoss(nn.Module):
             dist.all_reduce(sum_and_count)
         mean = sum_and_count[:-1] / sum_and_count[-1]
         self.center.lerp_(mean[None].to(self.center.dtype), 1 - self.center_momentum)
+
+    @torch.no_grad()
+    def balance_center(self, teacher: Tensor, teacher_temp: float, iterations: int = 3) -> None:
+        """Set the center by which all prototypes take equal shares of teacher (..., k), in place.
+
+        That is Sinkhorn-Knopp: of exp(logits / temp), columns and rows are scaled in turn to equal
+        sums. Rows come last, and scaling rows is what the softmax does. Scaling columns is to
+        subtract a number from each prototype's logits, which is what a center does. So the targets
+        are Sinkhorn's, with the loss as it is. A collective: the rows of all processes count.
+        """
+        with torch.autocast(teacher.device.type, enabled=False):
+            rows = teacher.flatten(end_dim=-2)
+            scores = rows.to(torch.promote_types(rows.dtype, torch.float32)) / teacher_temp
+            log_columns = torch.zeros_like(scores[:1])
+            log_rows = torch.zeros_like(scores[:, :1])
+            for _ in range(iterations):
+                log_columns = -_log_sum_exp_of_all_rows(scores + log_rows)
+                log_rows = -(scores + log_columns).logsumexp(dim=1, keepdim=True)
+            self.center.copy_(-teacher_temp * log_columns)
+
+
+def _log_sum_exp_of_all_rows(rows: Tensor) -> Tensor:
+    """Return the log-sum-exp (1, k) over rows (n, k) of all processes. A collective."""
+    own = rows.logsumexp(dim=0, keepdim=True)
+    if not dist.is_available() or not dist.is_initialized():
+        return own
+    of_all = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_all, own)
+    return torch.cat(of_all).logsumexp(dim=0, keepdim=True)
 
 
 def koleo_loss(features: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ positions.embed                  (1, 1 + 4 * 4, 6) position embeddings, class to
 positions.<height>x<width>       what they become for so many patches
 koleo.features, .values, .grads  (2, 9, 6) features of two views, DINOv2's KoLeo of each view and
                                  the gradient of their sum
+sinkhorn.logits, .targets        (12, 20) teacher logits and DINOv2's targets at temperature 0.05
 
 The metadata holds `param_groups`, a JSON object with the parameter names of the gain head that
 are `regularized` and `not_regularized`, and `source` and `torch`, the versions used.
@@ -181,6 +182,13 @@ def record_koleo(koleo: dict) -> Tensors:
     return {f"koleo.{name}": tensor.detach() for name, tensor in tensors.items()}
 
 
+def record_sinkhorn(dinov2_loss: dict) -> Tensors:
+    torch.manual_seed(6)
+    logits = torch.randn(12, 20).tanh()  # as of unit vectors
+    targets = dinov2_loss["DINOLoss"](20).sinkhorn_knopp_teacher(logits, 0.05)
+    return {"sinkhorn.logits": logits, "sinkhorn.targets": targets}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Record what the original DINO code computes.")
     parser.add_argument("checkout", type=Path, help="a checkout of facebookresearch/dino")
@@ -194,7 +202,9 @@ def main() -> None:
     tensors, groups = record_heads(vits, utils)
     tensors |= record_loss(main_dino) | record_schedules(utils) | record_lars(utils)
     tensors |= record_knn(eval_knn) | record_clip(utils) | record_positions(vits)
-    tensors |= record_koleo(run_path(str(args.dinov2 / "dinov2" / "loss" / "koleo_loss.py")))
+    losses_of_dinov2 = args.dinov2 / "dinov2" / "loss"
+    tensors |= record_koleo(run_path(str(losses_of_dinov2 / "koleo_loss.py")))
+    tensors |= record_sinkhorn(run_path(str(losses_of_dinov2 / "dino_clstoken_loss.py")))
     dist.destroy_process_group()
     tensors = {key: value.clone().contiguous() for key, value in tensors.items()}
     versions = {"source": SOURCE, "torch": torch.__version__}

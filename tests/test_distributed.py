@@ -81,6 +81,21 @@ def test_same_run_on_any_number_of_processes(
             torch.testing.assert_close(tensor, other[key], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
+def test_sinkhorn_balances_the_images_of_all_processes(
+    tmp_path: Path, launch: Launch, vit_flags: list[str]
+) -> None:
+    flags = [*vit_flags, "--centering", "sinkhorn", "--log-every", "1", "--knn-every", "0"]
+    train(parse_config([*flags, "--batch-size", "8", "--output-dir", str(tmp_path / "one")]))
+    answer = launch([*flags, "--batch-size", "4", "--output-dir", tmp_path / "two"], world=2)
+    assert answer.codes == [0, 0], answer.text
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
+    assert [x["loss"] for x in one] == pytest.approx([x["loss"] for x in two], rel=1e-4)
+    centers = [load_file(tmp_path / x / "state.safetensors")["loss.center"] for x in ("one", "two")]
+    torch.testing.assert_close(*centers, rtol=1e-3, atol=1e-3)
+    assert centers[0].std() > 0.01
+
+
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (2, 1), (2, 2), (4, 1), (8, 1)])
 def test_same_crops_in_the_same_order_on_any_number_of_processes(
     world: int, accumulation: int, image_folder: Path

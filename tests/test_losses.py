@@ -241,3 +241,47 @@ def test_koleo_is_finite_for_equal_images_and_under_autocast() -> None:
 def test_koleo_of_one_image_is_refused() -> None:
     with pytest.raises(ValueError, match="b >= 2"):
         koleo_loss(torch.randn(2, 1, 8))
+
+
+# ---------------------------------------------------------------- Sinkhorn
+
+
+def plain_sinkhorn(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
+    """Scale the columns of exp(logits / temp) to equal sums, then its rows, in plain loops."""
+    matrix = (logits.double() / temp).exp()
+    num_rows, num_columns = matrix.shape
+    for _ in range(iterations):
+        for column in range(num_columns):
+            matrix[:, column] /= matrix[:, column].sum() * num_columns
+        for row in range(num_rows):
+            matrix[row] /= matrix[row].sum() * num_rows
+    return matrix * num_rows
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 300])
+def test_targets_of_the_balanced_center_are_sinkhorns(iterations: int) -> None:
+    logits = torch.randn(2, 7, 11, dtype=torch.float64)
+    dino_loss = DinoLoss(11).double()
+    dino_loss.balance_center(logits, teacher_temp=0.2, iterations=iterations)
+    targets = ((logits - dino_loss.center) / 0.2).softmax(dim=-1).flatten(end_dim=1)
+    expected = plain_sinkhorn(logits.flatten(end_dim=1), 0.2, iterations)
+    torch.testing.assert_close(targets, expected)
+    if iterations == 300:  # all prototypes have equal shares by then
+        torch.testing.assert_close(targets.sum(dim=0), torch.full((11,), 14 / 11).double())
+
+
+def test_sinkhorn_equals_dinov2s_own(parity: dict[str, Tensor]) -> None:
+    logits = parity["sinkhorn.logits"]
+    dino_loss = DinoLoss(logits.shape[-1])
+    dino_loss.balance_center(logits, teacher_temp=0.05)
+    targets = ((logits - dino_loss.center) / 0.05).softmax(dim=-1)
+    torch.testing.assert_close(targets, parity["sinkhorn.targets"], rtol=1e-4, atol=1e-6)
+
+
+def test_sinkhorn_is_finite_where_exponentials_overflow() -> None:
+    dino_loss = DinoLoss(5)
+    dino_loss.balance_center(100 * torch.randn(2, 4, 5), teacher_temp=0.02)
+    assert dino_loss.center.isfinite().all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dino_loss.balance_center(torch.randn(2, 4, 5, dtype=torch.bfloat16), teacher_temp=0.02)
+    assert dino_loss.center.isfinite().all()
