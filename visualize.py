@@ -362,8 +362,13 @@ def crops_sheet(
         crops = multi_crop(canvas[None], size[None], keys)
         cells += crop_cells(crops, multi_crop.mean, multi_crop.std, 0)
     config = multi_crop.config
-    sizes = f"global {config.global_crop_size} px, local {config.local_crop_size} px"
-    return sheet(f"training crops: {sizes}", cells, 1 + multi_crop.num_views)
+    title = (
+        f"training crops: global {config.global_crop_size} px, local {config.local_crop_size} px"
+    )
+    shown = shown_channels(multi_crop.num_channels)
+    if shown:
+        title += f"; {shown}"
+    return sheet(title, cells, 1 + multi_crop.num_views)
 
 
 def compute_features(observer: Observer, images: ImageDataset) -> tuple[list[int], Tensor]:

@@ -206,7 +206,10 @@ def _teacher_of(run: Run) -> str:
     if teacher.warmup_teacher_temp_epochs:
         warmup = f"in {teacher.warmup_teacher_temp_epochs} of {epochs}"
         temperature = f"{teacher.warmup_teacher_temp:g} to {teacher.teacher_temp:g} {warmup}"
-    return f"averages about the last {averaged} steps at first; temperature {temperature}"
+    centering = "; sinkhorn in place of the center" if teacher.centering == "sinkhorn" else ""
+    return (
+        f"averages about the last {averaged} steps at first; temperature {temperature}{centering}"
+    )
 
 
 # ---------------------------------------------------------------- warnings
