@@ -1,0 +1,441 @@
+"""Evaluate a frozen backbone by copy detection: which image a distorted copy was made of.
+
+    python eval_copies.py runs/vits16 --data photos
+    python eval_copies.py runs/vits16 --data photos --distractors more_photos --whitening others
+    python eval_copies.py dino_vits16 --copydays copydays --distractors more_photos --image-size 320
+
+Copies of some of the images are made here, by a list of distortions; each is to find its image
+among all of --data and --distractors. No labels are needed. DINO trains for crops, blur, flips
+and most of these colours, so that those rows say whether it learned what it was asked; JPEG,
+rotation and text are new to it. With --copydays the copies are the published ones (Douze et al.,
+2009), as DINO has it (arXiv 2104.14294, section 4.2.2). Images are squashed to squares. A ViT gives
+its class token and the generalised mean of its patch tokens, other networks their output.
+Similarity is the cosine, and the first 20 images count.
+Axes: n images of the database, m queries, d features, b batch, c h w image.
+"""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from einops import reduce
+from PIL import Image, ImageDraw, ImageFont
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as TF
+
+from config import setting
+from data import ImageDataset, Sample
+from eval_retrieval import average_precision
+from harness.command import read_flags, run_command
+from harness.distributed import make_accelerator
+from harness.evaluation import (
+    EvalConfig,
+    Extracted,
+    FrozenBackbone,
+    extract,
+    is_vit,
+    normalized,
+    open_backbone,
+    open_split,
+    report,
+    say_notes,
+    size_facts,
+)
+from harness.feature_quality import evenly
+from harness.flags import check_ranges
+from multicrop import hash_keys, uniforms
+from pixels import image_suffixes, to_canvas
+from tar_shards import as_bytes
+
+COUNTED = 20  # images that a query finds, as the published protocol has it
+SMALLEST_SHARE = 1e-5  # of the largest eigenvalue: smaller ones are whitened as if they were this
+
+
+@dataclass(frozen=True)
+class CopiesConfig:
+    evaluation: EvalConfig
+    # images that copies are made of, evenly spaced in --data
+    num_queries: int = setting(100, above=0, most=100_000)
+    # more images to search among, as --data takes them
+    distractors: str | None = None
+    # images that whitening is learned from, as --data takes them; best none of the others
+    whitening: str | None = None
+    # folder of the published copies: original/, strong/, jpegqual/15/ ..., crops/10/ ...
+    copydays: Path | None = None
+    # pixels, side of the squares that images are squashed to [paper: 320]; None: as in training
+    image_size: int | None = setting(None, above=0, most=4096)
+    # fixes where copies are cropped, and what is written on them
+    seed: int = setting(0, most=1 << 62)
+
+
+# ---------------------------------------------------------------- distortions
+
+Distortion = Callable[[Tensor, Sequence[float]], Tensor]  # image (c, h, w) uint8, draws in 0..1
+NUM_DRAWS = 8  # random numbers that a copy has
+WORDS = ("COPY", "sample", "not for sale", "2009", "breaking news", "property of")
+
+
+def jpeg(image: Tensor, draws: Sequence[float], quality: int) -> Tensor:
+    content = io.BytesIO()
+    TF.to_pil_image(image).save(content, "JPEG", quality=quality)
+    return TF.pil_to_tensor(Image.open(content))
+
+
+def crop(image: Tensor, draws: Sequence[float], percent: int) -> Tensor:
+    """Keep so many percent of the area, anywhere, in the image's aspect ratio."""
+    height, width = image.shape[1:]
+    new_height, new_width = (
+        max(1, round(side * (percent / 100) ** 0.5)) for side in (height, width)
+    )
+    top = round(draws[0] * (height - new_height))
+    left = round(draws[1] * (width - new_width))
+    return image[:, top : top + new_height, left : left + new_width]
+
+
+def blur(image: Tensor, draws: Sequence[float], percent: float) -> Tensor:
+    """Blur by a standard deviation of so many percent of the shorter side."""
+    sigma = percent / 100 * min(image.shape[1:])
+    radius = min(math.ceil(3 * sigma), min(image.shape[1:]) - 1)
+    return TF.gaussian_blur(image, 2 * radius + 1, sigma)
+
+
+def rotate(image: Tensor, draws: Sequence[float], degrees: int) -> Tensor:
+    """Rotate, and keep the largest part in the image's aspect ratio that has no empty corners."""
+    if degrees % 90 == 0:
+        return image.rot90(degrees // 90, dims=(1, 2))
+    height, width = image.shape[1:]
+    angle, aspect = math.radians(degrees), max(width / height, height / width)
+    scale = 1 / (math.cos(angle) + aspect * math.sin(angle))
+    rotated = TF.rotate(image, degrees, TF.InterpolationMode.BILINEAR)
+    # less two pixels, which are mixed with what is outside
+    return TF.center_crop(rotated, [max(1, int(scale * side) - 2) for side in (height, width)])
+
+
+def text(image: Tensor, draws: Sequence[float]) -> Tensor:
+    """Write a line of large white words with dark edges across the image."""
+    picture = TF.to_pil_image(image)
+    words = WORDS[int(draws[0] * len(WORDS))]
+    largest = ImageFont.load_default(100).getlength(words)
+    size = max(6, 0.9 * picture.width * 100 / largest)
+    font = ImageFont.load_default(min(size, picture.height / 3))
+    place = (0.05 * picture.width, draws[1] * 0.7 * picture.height)
+    edge = max(1, round(font.size / 16))
+    ImageDraw.Draw(picture).text(
+        place, words, fill="white", font=font, stroke_width=edge, stroke_fill="black"
+    )
+    return TF.pil_to_tensor(picture)
+
+
+def gray(image: Tensor, draws: Sequence[float]) -> Tensor:
+    return TF.rgb_to_grayscale(image, num_output_channels=3)
+
+
+def brightness(image: Tensor, draws: Sequence[float], factor: float) -> Tensor:
+    return (image.float() * factor).clamp(0, 255).round().to(torch.uint8)
+
+
+def hue(image: Tensor, draws: Sequence[float], turn: float) -> Tensor:
+    return TF.adjust_hue(image, turn)
+
+
+def flip(image: Tensor, draws: Sequence[float]) -> Tensor:
+    return image.flip(2)
+
+
+DISTORTIONS: dict[str, Distortion] = {
+    **{f"JPEG quality {q}": partial(jpeg, quality=q) for q in (75, 30, 10, 5, 3)},
+    **{f"crop to {p} % of the area": partial(crop, percent=p) for p in (80, 50, 30, 20, 10)},
+    **{f"blur by {p} % of the side": partial(blur, percent=p) for p in (1, 2, 4)},
+    **{f"rotation by {angle} degrees": partial(rotate, degrees=angle) for angle in (5, 15, 45, 90)},
+    "text": text,
+    "gray": gray,
+    "half as bright": partial(brightness, factor=0.5),
+    "twice as bright": partial(brightness, factor=2),
+    "hue turned by a quarter": partial(hue, turn=0.25),
+    "flip": flip,
+}
+FOR_RGB = ("JPEG", "text", "gray", "hue")  # what the names begin with that other channels lack
+
+
+def distortions_for(channels: int) -> dict[str, Distortion]:
+    """Return the distortions that images of so many channels can have."""
+    if channels == 3:
+        return DISTORTIONS
+    return {name: x for name, x in DISTORTIONS.items() if not name.startswith(FOR_RGB)}
+
+
+class Copies(Dataset):
+    """Distorted copies of some rows of a data set, squashed to squares of `size` pixels.
+
+    A copy depends on seed, row and the distortion's name alone. Its index is its place in `rows`.
+    """
+
+    def __init__(
+        self,
+        images: ImageDataset,
+        rows: Sequence[int],
+        name: str,
+        distortion: Distortion,
+        size: int,
+        seed: int,
+    ) -> None:
+        self.images = images  # whole
+        self.rows = rows
+        self.distortion = distortion
+        self.size = size
+        keys = hash_keys(seed, *name.encode(), torch.tensor(rows))
+        self.draws = uniforms(keys, NUM_DRAWS).tolist()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        sample = self.images[row]
+        copy = self.distortion(sample.image, self.draws[index])
+        is_read = sample.source == row
+        canvas = to_canvas(copy, self.size)
+        return sample._replace(image=canvas, index=index, source=index if is_read else -1)
+
+
+# ---------------------------------------------------------------- the published copies
+
+
+def open_copydays(folder: Path) -> tuple[dict[str, ImageDataset], dict[str, np.ndarray]]:
+    """Open Copydays. Return the images of each block, `original` first, and their groups.
+
+    A copy is of the group that the first four digits of its name say, as its original is. Raises
+    ValueError for a folder of another layout.
+    """
+    blocks = {"original": folder / "original", "strong": folder / "strong"}
+    for kind in ("jpegqual", "crops"):
+        of_kind = [path for path in (folder / kind).glob("*") if path.is_dir()]
+        of_kind.sort(key=lambda path: path.name.zfill(4))
+        blocks |= {f"{kind} {path.name}": path for path in of_kind}
+    images: dict[str, ImageDataset] = {}
+    groups: dict[str, np.ndarray] = {}
+    for name, place in blocks.items():
+        paths = sorted(x for x in place.glob("*") if x.suffix.lower() in image_suffixes())
+        numbers = [path.stem[:4] for path in paths if path.stem[:4].isdecimal()]
+        if len(numbers) < len(paths):
+            raise ValueError(f"need names like 200001.jpg in {place}, got {paths[0].name}")
+        if paths:
+            images[name] = ImageDataset(as_bytes(map(str, paths)), None)
+            groups[name] = np.array(numbers, np.int64)
+    if "original" not in images or len(images) < 2:
+        wanted = "original/ and strong/, jpegqual/* or crops/*"
+        raise ValueError(
+            f"need {wanted} with images in {folder}, got {', '.join(images) or 'none'}"
+        )
+    return images, groups
+
+
+# ---------------------------------------------------------------- features and scores
+
+
+def copy_features(backbone: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the function from normalised images (b, c, h, w) to features (b, d).
+
+    Of a ViT the class token and the generalised mean, of power 4, of its patch tokens.
+    """
+    if not is_vit(backbone):
+        return backbone
+
+    def features_of(images: Tensor) -> Tensor:
+        tokens = backbone.forward_features(images)
+        patches = tokens[:, backbone.num_prefix_tokens :].clamp(min=1e-6)
+        mean = reduce(patches**4, "b p d -> b d", "mean") ** (1 / 4)
+        return torch.cat([tokens[:, 0], mean], dim=1)
+
+    return features_of
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """What makes all directions of some features equally strong: (features - mean) @ axes."""
+
+    mean: Tensor  # (d,)
+    axes: Tensor  # (d, d)
+
+    @classmethod
+    def learn(cls, features: Tensor) -> "Whitening":
+        """Learn from features (n, d). As published, the mean stays in what the axes are made of."""
+        features = features.double()
+        values, vectors = torch.linalg.eigh(features.T @ features / len(features))
+        values = values.clamp(min=SMALLEST_SHARE * values.max().item())
+        return cls(features.mean(dim=0), vectors / values.sqrt())
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features.double() - self.mean) @ self.axes
+
+
+def copy_scores(
+    queries: Tensor, query_groups: Tensor, database: Tensor, groups: Tensor
+) -> dict[str, float | int]:
+    """Return mAP and recall at 1 in % of queries (m, d) among images (n, d) of the same group.
+
+    Both are of norm 1. Images that are as similar as the one searched for come before it, so that
+    a network that sees no difference finds nothing.
+    """
+    precisions: list[float] = []
+    is_first: list[bool] = []
+    for query, group in zip(queries, query_groups, strict=True):
+        similarity = database @ query
+        positives = similarity[groups == group].sort(descending=True).values
+        if not len(positives):
+            continue
+        others = similarity[groups != group]
+        above = torch.stack([(others >= positive).sum() for positive in positives])
+        places = (above + torch.arange(len(positives), device=above.device)).cpu().numpy()
+        precisions.append(average_precision(places[places < COUNTED], len(positives)))
+        is_first.append(bool(places[0] == 0))
+    if not precisions:
+        raise ValueError("none of the copies has its image among those that are searched")
+    return {
+        "map": 100 * float(np.mean(precisions)),
+        "recall_at_1": 100 * float(np.mean(is_first)),
+        "queries": len(precisions),
+    }
+
+
+# ---------------------------------------------------------------- main
+
+
+class Extractor:
+    """Features of images as copy detection wants them, from one frozen backbone."""
+
+    def __init__(
+        self, network: FrozenBackbone, options: CopiesConfig, accelerator: Accelerator
+    ) -> None:
+        self.network = network
+        self.options = options
+        self.accelerator = accelerator
+        self.size = options.image_size or network.preparation.size
+        self.features_of = copy_features(network.backbone)
+
+    def _forward(self, pixels: Tensor) -> Tensor:
+        return self.features_of(normalized(pixels, self.network.preparation))
+
+    def features(self, images: Dataset) -> Extracted:
+        """Compute features of squares. A collective."""
+        evaluation = self.options.evaluation
+        return extract(
+            self._forward, images, self.accelerator, evaluation.batch_size, evaluation.num_workers
+        )
+
+    def features_at(self, data: str) -> Tensor:
+        """Return the features (n, d) of images that --data could name. A collective."""
+        preparation = replace(self.network.preparation, data=data, val=None, take_splits=False)
+        with self.accelerator.local_main_process_first():  # which may have to download
+            images = open_split(preparation, "train")
+        if images.levels is None:
+            images.levels = images.measure_levels()
+        say_notes(images, self.accelerator)
+        return self.features(images.as_canvases(self.size)).features
+
+
+def made_copies(extractor: Extractor) -> tuple[Extracted, dict[str, Extracted]]:
+    """Return the features of --data, and of the copies made of some of it. A collective."""
+    network, accelerator = extractor.network, extractor.accelerator
+    options = extractor.options
+    with accelerator.local_main_process_first():  # which may have to download
+        images, whole = (open_split(network.preparation, "train") for _ in range(2))
+    levels = images.levels or images.measure_levels()
+    images.levels = whole.levels = levels
+    whole.transform, whole.resized_to = nn.Identity(), 0
+    say_notes(images, accelerator)
+    database = extractor.features(images.as_canvases(extractor.size))
+    rows = evenly(len(images), options.num_queries).tolist()
+    copies: dict[str, Extracted] = {}
+    for name, distortion in distortions_for(network.preparation.channels).items():
+        dataset = Copies(whole, rows, name, distortion, extractor.size, options.seed)
+        found = extractor.features(dataset)
+        of_rows = torch.tensor(rows, device=found.rows.device)[found.rows]
+        copies[name] = found._replace(rows=of_rows)
+    return database, copies
+
+
+def published_copies(extractor: Extractor) -> tuple[Extracted, dict[str, Extracted]]:
+    """Return the features of Copydays' originals, and of its copies; rows are groups. A collective.
+
+    The originals are queries, too, as published.
+    """
+    images, groups = open_copydays(extractor.options.copydays)
+    copies: dict[str, Extracted] = {}
+    for name, block in images.items():
+        block.channels = extractor.network.preparation.channels
+        found = extractor.features(block.as_canvases(extractor.size))
+        of_group = torch.from_numpy(groups[name]).to(found.rows.device)
+        copies[name] = found._replace(rows=of_group[found.rows])
+    return copies["original"], copies
+
+
+def evaluate(options: CopiesConfig, accelerator: Accelerator) -> tuple[dict, Table, dict]:
+    """Search each copy's image. Return facts, table and results. A collective."""
+    evaluation = options.evaluation
+    if options.copydays is not None:
+        open_copydays(options.copydays)  # before a network is loaded
+        evaluation = replace(evaluation, data=str(options.copydays))
+    network = open_backbone(evaluation, accelerator)
+    extractor = Extractor(network, options, accelerator)
+    known = made_copies if options.copydays is None else published_copies
+    database, copies = known(extractor)
+    features, groups = database.features, database.rows
+    if options.distractors is not None:
+        more = extractor.features_at(options.distractors)
+        features = torch.cat([features, more])
+        groups = torch.cat([groups, groups.new_full((len(more),), -1)])
+    whiten = torch.nn.Identity()
+    if options.whitening is not None:
+        whiten = Whitening.learn(extractor.features_at(options.whitening))
+    searched = F.normalize(whiten(features).float(), dim=1)
+    scores: dict[str, dict] = {}
+    for name, of_copy in copies.items():
+        queries = F.normalize(whiten(of_copy.features).float(), dim=1)
+        scores[name] = copy_scores(queries, of_copy.rows, searched, groups)
+    table = Table("copies", "mAP %", "recall at 1 %", title=f"found among {len(features):,} images")
+    for name, of_name in scores.items():
+        table.add_row(name, f"{of_name['map']:.2f}", f"{of_name['recall_at_1']:.2f}")
+    mean = {
+        key: float(np.mean([x[key] for x in scores.values()])) for key in ("map", "recall_at_1")
+    }
+    table.add_section()
+    table.add_row("mean", f"{mean['map']:.2f}", f"{mean['recall_at_1']:.2f}")
+    table.caption = f"{max(x['queries'] for x in scores.values()):,} copies of each kind"
+    settings = {
+        "image_size": extractor.size,
+        "distractors": options.distractors,
+        "whitening": options.whitening,
+    }
+    facts = network.facts | size_facts(features) | settings
+    return facts, table, {"copies": scores, "mean": mean}
+
+
+def check_flags(options: CopiesConfig) -> None:
+    """Raise ValueError for settings out of range, or that contradict each other."""
+    check_ranges(options)
+    if options.copydays is not None and options.evaluation.data is not None:
+        raise ValueError("--copydays brings its images: not with --data")
+
+
+def main() -> None:
+    options = read_flags(CopiesConfig, None, __doc__)
+    check_flags(options)
+    accelerator = make_accelerator()
+    facts, table, results = evaluate(options, accelerator)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        report(facts, table, results, options.evaluation.json_out)
+
+
+if __name__ == "__main__":
+    run_command(main)
