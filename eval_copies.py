@@ -29,12 +29,11 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
 from config import setting
 from data import ImageDataset, Sample
-from eval_retrieval import average_precision
 from harness.command import read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
@@ -52,12 +51,15 @@ from harness.evaluation import (
 )
 from harness.feature_quality import evenly
 from harness.flags import check_ranges
+from harness.ranking import average_precision
 from multicrop import hash_keys, uniforms
 from pixels import image_suffixes, to_canvas
 from tar_shards import as_bytes
 
 COUNTED = 20  # images that a query finds, as the published protocol has it
 SMALLEST_SHARE = 1e-5  # of the largest eigenvalue: smaller ones are whitened as if they were this
+WHITENING_IMAGES = 20_000  # that whitening is learned from at most: as many as published
+LARGEST = 1024  # pixels, shorter side of what copies are made of: larger photographs are reduced
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class CopiesConfig:
     num_queries: int = setting(100, above=0, most=100_000)
     # more images to search among, as --data takes them
     distractors: str | None = None
-    # images that whitening is learned from, as --data takes them; best none of the others
+    # images that whitening is learned from, as --data takes them: none of the others, and more than
+    # there are features
     whitening: str | None = None
     # folder of the published copies: original/, strong/, jpegqual/15/ ..., crops/10/ ...
     copydays: Path | None = None
@@ -201,7 +204,10 @@ class Copies(Dataset):
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
         sample = self.images[row]
-        copy = self.distortion(sample.image, self.draws[index])
+        image = sample.image
+        if min(image.shape[1:]) > LARGEST:
+            image = TF.resize(image, [LARGEST])
+        copy = self.distortion(image, self.draws[index])
         is_read = sample.source == row
         canvas = to_canvas(copy, self.size)
         return sample._replace(image=canvas, index=index, source=index if is_read else -1)
@@ -268,7 +274,15 @@ class Whitening:
 
     @classmethod
     def learn(cls, features: Tensor) -> "Whitening":
-        """Learn from features (n, d). As published, the mean stays in what the axes are made of."""
+        """Learn from features (n, d). As published, the mean stays in what the axes are made of.
+
+        Raises ValueError for fewer images than features, whose axes are not known.
+        """
+        num, width = features.shape
+        if num <= width:
+            raise ValueError(
+                f"need more images for --whitening than {width:,} features, got {num:,}"
+            )
         features = features.double()
         values, vectors = torch.linalg.eigh(features.T @ features / len(features))
         values = values.clamp(min=SMALLEST_SHARE * values.max().item())
@@ -332,15 +346,16 @@ class Extractor:
             self._forward, images, self.accelerator, evaluation.batch_size, evaluation.num_workers
         )
 
-    def features_at(self, data: str) -> Tensor:
-        """Return the features (n, d) of images that --data could name. A collective."""
+    def features_at(self, data: str, most: int | None = None) -> Tensor:
+        """Return the features (n, d) of images that --data could name, of `most`. A collective."""
         preparation = replace(self.network.preparation, data=data, val=None, take_splits=False)
         with self.accelerator.local_main_process_first():  # which may have to download
             images = open_split(preparation, "train")
         if images.levels is None:
             images.levels = images.measure_levels()
         say_notes(images, self.accelerator)
-        return self.features(images.as_canvases(self.size)).features
+        rows = evenly(len(images), most or len(images)).tolist()
+        return self.features(Subset(images.as_canvases(self.size), rows)).features
 
 
 def made_copies(extractor: Extractor) -> tuple[Extracted, dict[str, Extracted]]:
@@ -351,7 +366,7 @@ def made_copies(extractor: Extractor) -> tuple[Extracted, dict[str, Extracted]]:
         images, whole = (open_split(network.preparation, "train") for _ in range(2))
     levels = images.levels or images.measure_levels()
     images.levels = whole.levels = levels
-    whole.transform, whole.resized_to = nn.Identity(), 0
+    whole.resized_to = LARGEST
     say_notes(images, accelerator)
     database = extractor.features(images.as_canvases(extractor.size))
     rows = evenly(len(images), options.num_queries).tolist()
@@ -396,7 +411,7 @@ def evaluate(options: CopiesConfig, accelerator: Accelerator) -> tuple[dict, Tab
         groups = torch.cat([groups, groups.new_full((len(more),), -1)])
     whiten = torch.nn.Identity()
     if options.whitening is not None:
-        whiten = Whitening.learn(extractor.features_at(options.whitening))
+        whiten = Whitening.learn(extractor.features_at(options.whitening, WHITENING_IMAGES))
     searched = F.normalize(whiten(features).float(), dim=1)
     scores: dict[str, dict] = {}
     for name, of_copy in copies.items():
@@ -425,6 +440,12 @@ def check_flags(options: CopiesConfig) -> None:
     check_ranges(options)
     if options.copydays is not None and options.evaluation.data is not None:
         raise ValueError("--copydays brings its images: not with --data")
+    if options.evaluation.val is not None:
+        raise ValueError("copies are made of --data and need no --val")
+    searched = (options.evaluation.data, options.distractors, options.copydays)
+    if options.whitening is not None and options.whitening in map(str, filter(None, searched)):
+        text = f"got {options.whitening} for both"
+        raise ValueError(f"need other images for --whitening than those that are searched, {text}")
 
 
 def main() -> None:

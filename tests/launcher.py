@@ -33,6 +33,7 @@ from accelerate.utils import DistributedType
 import data
 import dino_train
 import embed
+import eval_copies
 import eval_knn
 import eval_linear
 import eval_retrieval
@@ -44,6 +45,7 @@ SCRIPTS = {
     "embed": embed,
     "eval_knn": eval_knn,
     "eval_linear": eval_linear,
+    "eval_copies": eval_copies,
     "eval_retrieval": eval_retrieval,
 }
 

@@ -71,6 +71,8 @@ def test_equal_features_find_themselves_and_a_collapsed_network_nothing() -> Non
 
 
 def test_whitened_features_have_the_identity_for_second_moments() -> None:
+    with pytest.raises(ValueError, match="need more images for --whitening than 6 features, got 6"):
+        Whitening.learn(torch.randn(6, 6))
     features = torch.randn(400, 6) @ torch.randn(6, 6) + 3
     whitening = Whitening.learn(features)
     whitened = (features.double() @ whitening.axes).numpy()

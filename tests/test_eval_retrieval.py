@@ -14,7 +14,6 @@ import eval_retrieval
 from data import draw_patterns
 from eval_retrieval import (
     RetrievalConfig,
-    average_precision,
     fit_longer_side,
     pooled,
     read_ground_truth,
@@ -23,6 +22,7 @@ from eval_retrieval import (
 )
 from harness.evaluation import EvalConfig
 from harness.feature_maps import feature_map
+from harness.ranking import average_precision
 from models import get_backbone, load_checkpoint
 
 

@@ -11,6 +11,7 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 import embed
+import eval_copies
 import eval_knn
 import eval_linear
 import eval_retrieval
@@ -38,6 +39,7 @@ def _reader(kind: type) -> Callable[[list[str]], object]:
 READERS = {
     "dino_train.py": _train,
     "embed.py": _reader(embed.EmbedConfig),
+    "eval_copies.py": _reader(eval_copies.CopiesConfig),
     "eval_knn.py": _reader(eval_knn.KnnConfig),
     "eval_linear.py": _reader(eval_linear.LinearConfig),
     "eval_retrieval.py": _reader(eval_retrieval.RetrievalConfig),

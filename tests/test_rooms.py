@@ -16,6 +16,7 @@ SCRIPTS = (
     "dino_train",
     "eval_knn",
     "eval_linear",
+    "eval_copies",
     "eval_retrieval",
     "embed",
     "visualize",
