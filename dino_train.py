@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from config import Config
+from config import Config, OptimConfig
 from data import Cropper, hash_keys
 from eval_knn import knn_accuracy
 from harness.command import print_rows, run_command, stop_requests
@@ -230,6 +230,17 @@ class StepMeans:
         return {"teacher_entropy": entropy, "kl": cross_entropy - entropy, "feature_spread": spread}
 
 
+def drop_frozen_gradients(student: DinoModel, optim: OptimConfig, epoch: int) -> None:
+    """Drop the gradients of what is frozen in an epoch: no optimizer changes it then."""
+    frozen: list[nn.Parameter] = []
+    if epoch < optim.freeze_last_layer_epochs:
+        frozen += student.projection_head.last_layer.parameters()
+    if epoch < optim.freeze_backbone_epochs:
+        frozen += student.backbone.parameters()
+    for param in frozen:
+        param.grad = None
+
+
 class Outcome(NamedTuple):
     """What a run came to."""
 
@@ -250,7 +261,6 @@ def run_loop(
     optim, seed, rank = config.optim, config.run.seed, accelerator.process_index
     model, student, teacher = parts.model, parts.system.student, parts.system.teacher
     optimizer, dino_loss = parts.optimizer, parts.dino_loss
-    last_layer = list(student.projection_head.last_layer.parameters())
     crops_of = Cropper(parts.multi_crop, seed, accelerator.device)
     metrics = knn.catch_up(model, monitor)
     if run.lacks_teacher():
@@ -281,9 +291,7 @@ def run_loop(
         if optim.clip_grad:
             accelerator.unscale_gradients(optimizer)
             clip_gradients(student.parameters(), optim.clip_grad)
-        if rates.epoch < optim.freeze_last_layer_epochs:
-            for param in last_layer:
-                param.grad = None
+        drop_frozen_gradients(student, optim, rates.epoch)
         optimizer.step()
         optimizer.zero_grad()
         if not optimizer.step_was_skipped:  # by fp16, whose gradients overflowed

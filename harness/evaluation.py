@@ -610,14 +610,18 @@ def rank_me(features: Tensor) -> float:
 def feature_quality(features: Tensor) -> dict[str, object]:
     """Judge features (n, d) without labels: RankMe and the leading components' share of variance.
 
-    Of at most RANKME_IMAGES.
+    Of at most RANKME_IMAGES; nan if they are not finite.
     """
     rankme = rank_me(features)
     features = _some_in_float64(features)
-    variances = torch.linalg.svdvals(features - features.mean(dim=0)).square()
+    ks = [k for k in (1, 10, 100) if k <= min(features.shape)]
+    if math.isnan(rankme):
+        return {"rankme": rankme, "variance_share": dict.fromkeys(ks, math.nan)}
+    centred = features - features.mean(dim=0)
+    # of the covariance, times n: a quarter of the time that the singular values would take
+    variances = torch.linalg.eigvalsh(centred.T @ centred).flip(0).clamp(min=0)
     variances = variances.cumsum(dim=0) / variances.sum().clamp(min=1e-300)
-    leading = {k: variances[k - 1].item() for k in (1, 10, 100) if k <= len(variances)}
-    return {"rankme": rankme, "variance_share": leading}
+    return {"rankme": rankme, "variance_share": {k: variances[k - 1].item() for k in ks}}
 
 
 # ---------------------------------------------------------------- report

@@ -47,7 +47,7 @@ CLASS_COLOURS = (
     "#6a6ad0",
     "#a9a9a9",
 )
-LINES = ("#5b86f5", "#f58b3c")  # colours of a panel's curves
+LINES = ("#5b86f5", "#f58b3c", "#4cc46a")  # colours of a panel's curves
 
 GAP = 8  # pixels between pictures
 TITLE_HEIGHT = 40  # pixels of one line
@@ -276,16 +276,26 @@ def curves(log: Sequence[dict], output_dim: int) -> Image.Image:
         is_known = len(values) > 1 and epochs[0] == 0 and math.isfinite(values[0])
         return {"untrained": values[0]} if is_known else {}
 
-    knn, rankme = curve("knn_top1", ""), curve("rankme", "")
+    knn, probe, rankme = (
+        curve("knn_top1", "k-NN"),
+        curve("probe_top1", "linear probe"),
+        curve("rankme", ""),
+    )
+    accuracies = [knn, probe] if probe[2] else [("", *knn[1:])]
+    spreads = [
+        curve("feature_spread", "spread"),
+        curve("variance_share_1", "in 1"),
+        curve("variance_share_10", "in 10"),
+    ]
     without_knn = "no k-NN: RankMe alone" if rankme[2] else "nothing yet"
     uniform = {f"ln K = {math.log(output_dim):.2f}: uniform": math.log(output_dim)}
     entropies = [curve("teacher_entropy", "entropy"), curve("kl", "KL")]
     panels = [
         panel("loss", [curve("loss", "")], {}),
-        panel("k-NN top-1, %", [knn], untrained(knn), without_knn),
+        panel("top-1, %" if probe[2] else "k-NN top-1, %", accuracies, untrained(knn), without_knn),
         panel("RankMe: dimensions in use", [rankme], untrained(rankme)),
         panel("teacher entropy and KL", entropies, uniform),
-        panel("feature spread", [curve("feature_spread", "")], {}),
+        panel("spread, share of variance", spreads, {}),
         panel("learning rate", [curve("lr", "")], {}),
     ]
     epoch = max((row["epoch"] for row in log), default=0)

@@ -129,6 +129,7 @@ def test_rank_of_features_is_that_of_the_report_and_nan_of_what_is_not_finite() 
     assert rank_me(features) == feature_quality(features)["rankme"]
     features[3, 4] = math.inf
     assert math.isnan(rank_me(features))
+    assert all(math.isnan(x) for x in feature_quality(features)["variance_share"].values())
 
 
 def test_shots_are_random_images_of_each_class() -> None:

@@ -202,12 +202,12 @@ def test_teacher_that_is_worse_than_untrained_for_a_fifth_of_the_run_is_named(
     script,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    figures = iter([50, 40, 40, 40, 60, 40, 40, 40, 40, 50, 40])  # before, and after ten epochs
+    figures = iter([50.0, 40, 40, 40, 60, 40, 40, 40, 40, 50, 40])  # before, and after ten epochs
     source = image_folder if has_classes else image_folder / "checks"
     if has_classes:
         monkeypatch.setattr(dino_train, "knn_accuracy", lambda *_, **__: {20: (next(figures), 0)})
     else:
-        monkeypatch.setattr(online_knn, "rank_me", lambda features: float(next(figures)))
+        monkeypatch.setattr(online_knn, "quality_figures", lambda _: {"rankme": next(figures)})
     folder = tmp_path / "run"
     flags = [*tiny_flags, "--data", source, "--epochs", "10", "--output-dir", folder]
     each = 10 if has_classes else 5  # steps of an epoch
