@@ -231,7 +231,10 @@ class StepMeans:
 
 
 def drop_frozen_gradients(student: DinoModel, optim: OptimConfig, epoch: int) -> None:
-    """Drop the gradients of what is frozen in an epoch: no optimizer changes it then."""
+    """Drop the gradients of what is frozen in an epoch: no optimizer changes it then.
+
+    BatchNorm's running statistics follow the images all the same, as in every training step.
+    """
     frozen: list[nn.Parameter] = []
     if epoch < optim.freeze_last_layer_epochs:
         frozen += student.projection_head.last_layer.parameters()

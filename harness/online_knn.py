@@ -55,7 +55,8 @@ def in_words(measured: dict[str, float]) -> str:
         for name, share in measured.items()
         if name.startswith("variance_share_")
     ]
-    return f"{', '.join(texts)}; variance by components: {', '.join(shares)}"
+    in_all = ", ".join(texts)
+    return f"{in_all}; variance by components: {', '.join(shares)}" if shares else in_all
 
 
 class OnlineKnn:
