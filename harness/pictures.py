@@ -276,12 +276,11 @@ def curves(log: Sequence[dict], output_dim: int) -> Image.Image:
         is_known = len(values) > 1 and epochs[0] == 0 and math.isfinite(values[0])
         return {"untrained": values[0]} if is_known else {}
 
-    knn, probe, rankme = (
-        curve("knn_top1", "k-NN"),
-        curve("probe_top1", "linear probe"),
-        curve("rankme", ""),
-    )
-    accuracies = [knn, probe] if probe[2] else [("", *knn[1:])]
+    knn, rankme = curve("knn_top1", ""), curve("rankme", "")
+    top1_title, top1_curves = "k-NN top-1, %", [knn]
+    if any("probe_top1" in row for row in log):
+        top1_title = "top-1, %"
+        top1_curves = [curve("knn_top1", "k-NN"), curve("probe_top1", "linear probe")]
     spreads = [
         curve("feature_spread", "spread"),
         curve("variance_share_1", "in 1"),
@@ -292,7 +291,7 @@ def curves(log: Sequence[dict], output_dim: int) -> Image.Image:
     entropies = [curve("teacher_entropy", "entropy"), curve("kl", "KL")]
     panels = [
         panel("loss", [curve("loss", "")], {}),
-        panel("top-1, %" if probe[2] else "k-NN top-1, %", accuracies, untrained(knn), without_knn),
+        panel(top1_title, top1_curves, untrained(knn), without_knn),
         panel("RankMe: dimensions in use", [rankme], untrained(rankme)),
         panel("teacher entropy and KL", entropies, uniform),
         panel("spread, share of variance", spreads, {}),
