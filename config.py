@@ -167,7 +167,8 @@ class RunConfig:
     # training images that this k-NN remembers, at most
     knn_images: int = setting(50_000, above=0, most=1_000_000_000, may_change=True)
     # epochs between linear probes of the teacher, on the features that k-NN compares, also before
-    # and after the run; a multiple of --knn-every; 0: none
+    # and after the run; a multiple of --knn-every; 0: none. One takes 4 s on a CPU core for 50,000
+    # images of 384 features and 10 classes, in proportion to images, features and classes
     probe_every: int = setting(0, most=1_000_000, may_change=True)
     # a tracker besides log.jsonl
     log_with: Literal["tensorboard", "wandb"] | None = setting(None, may_change=True)

@@ -66,12 +66,12 @@ def introduce(run: Run, monitor: Monitor, student: nn.Module, why_no_knn: str) -
 
 
 def advice_on_stopping(run: Run, has_knn: bool) -> list[str]:
-    """Return a line on what tells when to stop where there is no k-NN, and what then goes back."""
+    """Return a line on when to stop where there is no k-NN, and on what keeps the way back."""
     if has_knn or not run.config.run.knn_every or run.config.run.dry_run:
         return []
-    text = "when to stop: where RankMe no longer rises, or the share of one component grows"
+    text = "when to stop: once RankMe has risen and falls, while one component's share grows"
     if not run.config.run.keep_every:
-        text += f"; --keep-every {run.config.run.knn_every} keeps the teachers to go back to"
+        text += f"; --keep-every {run.config.run.knn_every} keeps the teachers from before"
     return [f"{text} (docs/science.md: When to stop without labels)"]
 
 

@@ -68,6 +68,24 @@ def test_what_cannot_be_meant_is_a_warning_that_names_the_flag(
     )
 
 
+def test_frozen_backbone_is_a_warning_where_it_has_learned_nothing_or_never_will(
+    tiny_flags, tmp_path: Path
+) -> None:
+    student = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    flags = [*tiny_flags, "--freeze-backbone-epochs", "1", "--output-dir", str(tmp_path / "run")]
+    for more, said in (
+        ([], "--freeze-backbone-epochs 1 freezes random weights: need --init-from, or 0"),
+        (["--init-from", "weights.pth"], ""),
+        (
+            ["--init-from", "weights.pth", "--epochs", "1"],
+            "--freeze-backbone-epochs 1 covers the run of 1 epoch: the backbone stays as it is, "
+            "and so do k-NN and RankMe",
+        ),
+    ):
+        lines = outlook.unlikely_settings(Run.prepare(parse_config([*flags, *more])), student)
+        assert [line for line in lines if "backbone" in line] == ([said] if said else [])
+
+
 def test_header_says_whether_blocks_are_compiled_and_what_is_missing(
     tiny_flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
