@@ -6,6 +6,8 @@ One convex problem with one solution: no learning rate, no epochs, no chance. Ax
 m test images, d features, c classes.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,7 +64,12 @@ class LogisticRegression:
 def probe_accuracy(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
 ) -> float:
-    """Return top-1 in % on test features (m, d) of a probe fitted to train features (n, d)."""
+    """Return top-1 in % on test features (m, d) of a probe fitted to train features (n, d).
+
+    It is nan where train features are not finite, which have no probe.
+    """
+    if not train_features.isfinite().all():
+        return math.nan
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     probe = LogisticRegression(train_features, train_labels, num_classes)
     return 100 * (probe.predict(test_features) == test_labels).double().mean().item()

@@ -1,7 +1,9 @@
 """The probe against the conditions of a minimum, against a plain descent, and in a run."""
 
+import math
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import read_log
 from safetensors.torch import load_file
@@ -50,6 +52,13 @@ def test_a_class_without_training_images_is_never_said_and_constant_features_do_
     features[:, 4] = 3.0
     assert probe_accuracy(features, labels, features, labels + 3) == 0
     assert probe_accuracy(features, labels, features, labels) == 100
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_have_no_probe(value: float) -> None:
+    features, labels = clouds(60, 12.0, seed=0)
+    features[7, 1] = value
+    assert math.isnan(probe_accuracy(features, labels, features, labels))
 
 
 def test_probe_draws_nothing_by_chance_and_gives_no_gradient_to_its_features() -> None:
