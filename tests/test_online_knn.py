@@ -1,12 +1,14 @@
 """What a run measures of its teacher, against the checkpoint read by other means."""
 
 import math
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_log
+from conftest import read_log, stop_at
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision.transforms.v2 import functional as TF
 
 from harness.linear_probe import probe_accuracy
@@ -79,6 +81,26 @@ def test_labelled_run_logs_the_probe_that_its_checkpoint_gives(
     # one image of 80 may lie on the boundary
     assert read_log(folder)[-1]["probe_top1"] == pytest.approx(expected, abs=1.3)
     assert f"linear probe {read_log(folder)[-1]['probe_top1']:.1f} %" in result.stdout
+
+
+def test_resumed_run_measures_what_the_uninterrupted_one_does(
+    tmp_path: Path, tiny_flags, script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a probe after the stop, in the log and in the last tensors, bit for bit."""
+    flags = [*tiny_flags, "--probe-every", 1, "--log-every", 1, "--output-dir"]
+    assert script("dino_train", *flags, tmp_path / "whole").returncode == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10, signal.SIGTERM)  # where an evaluation is due, and put off
+        assert script("dino_train", *flags, tmp_path / "cut").returncode == 128 + signal.SIGTERM
+    assert script("dino_train", "--resume", tmp_path / "cut").returncode == 0
+    whole, cut = (
+        [line for line in read_log(tmp_path / name) if "rankme" in line]
+        for name in ("whole", "cut")
+    )
+    assert [line["step"] for line in whole] == [0, 10, 20]
+    assert cut == whole and all("probe_top1" in line for line in whole)
+    states = [load_file(tmp_path / name / "state.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 def test_evaluation_is_said_in_words() -> None:
