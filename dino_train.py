@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from config import Config
+from config import Config, OptimConfig
 from data import Cropper, hash_keys
 from eval_knn import knn_accuracy
 from harness.command import print_rows, run_command, stop_requests
@@ -231,6 +231,20 @@ class StepMeans:
         return {"teacher_entropy": entropy, "kl": cross_entropy - entropy, "feature_spread": spread}
 
 
+def drop_frozen_gradients(student: DinoModel, optim: OptimConfig, epoch: int) -> None:
+    """Drop the gradients of what is frozen in an epoch: no optimizer changes it then.
+
+    BatchNorm's running statistics follow the images all the same, as in every training step.
+    """
+    frozen: list[nn.Parameter] = []
+    if epoch < optim.freeze_last_layer_epochs:
+        frozen += student.projection_head.last_layer.parameters()
+    if epoch < optim.freeze_backbone_epochs:
+        frozen += student.backbone.parameters()
+    for param in frozen:
+        param.grad = None
+
+
 class Outcome(NamedTuple):
     """What a run came to."""
 
@@ -252,7 +266,6 @@ def run_loop(
     has_sinkhorn = config.teacher.centering == "sinkhorn"
     model, student, teacher = parts.model, parts.system.student, parts.system.teacher
     optimizer, dino_loss = parts.optimizer, parts.dino_loss
-    last_layer = list(student.projection_head.last_layer.parameters())
     crops_of = Cropper(parts.multi_crop, seed, accelerator.device)
     metrics = knn.catch_up(model, monitor)
     if run.lacks_teacher():
@@ -285,9 +298,7 @@ def run_loop(
         if optim.clip_grad:
             accelerator.unscale_gradients(optimizer)
             clip_gradients(student.parameters(), optim.clip_grad)
-        if rates.epoch < optim.freeze_last_layer_epochs:
-            for param in last_layer:
-                param.grad = None
+        drop_frozen_gradients(student, optim, rates.epoch)
         optimizer.step()
         optimizer.zero_grad()
         if not optimizer.step_was_skipped:  # by fp16, whose gradients overflowed
@@ -325,12 +336,12 @@ def train(config: Config) -> dict:
     """Train as `config` says.
 
     Return folder, checkpoint, step, loss, unreadable_images, has_labels (which evaluations need)
-    and, if the teacher was evaluated, knn_step, rankme, with classes knn_top1 and
-    knn_top1_untrained, without them rankme_untrained, and worse_since, the step since which it has
-    been below that. Raises ValueError for settings that make no sense, before anything is written;
-    FloatingPointError for a loss that is not finite and RunError for a full disk, a dead worker or
-    too many unreadable images, with the last good checkpoint kept. A run that is stopped by a
-    signal exits with 128 + the signal's number.
+    and, if the teacher was evaluated, knn_step, rankme, variance_share_1, _10 and _100, with
+    classes knn_top1, knn_top1_untrained and maybe probe_top1, without them rankme_untrained, and
+    worse_since, the step since which it has been below that. Raises ValueError for settings that
+    make no sense, before anything is written; FloatingPointError for a loss that is not finite and
+    RunError for a full disk, a dead worker or too many unreadable images, with the last good
+    checkpoint kept. A run that is stopped by a signal exits with 128 + the signal's number.
     """
     with FolderLock() as lock:
         if config.optim.minutes is not None:

@@ -7,6 +7,7 @@ distributed      launch lines and their guards, networks laid out, common decisi
 fast_backbone    shortcuts for backbones in training
 feature_maps     attention and feature maps of a backbone, their components as colours
 pictures         sheets, curves, heat maps and points, drawn by Pillow
+linear_probe     logistic regression on features that are computed already
 ranking          average precision of what a search brings, in its order
 weights          weights from elsewhere: read, matched, loaded
 estimate         what a step will take on this machine, before the first

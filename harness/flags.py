@@ -218,6 +218,10 @@ def check_values(config: Config) -> None:
         raise ValueError(text)
     if run.init_from and config.model.pretrained:
         raise ValueError("--init-from and --pretrained both name weights to start from: need one")
+    if run.probe_every and (not run.knn_every or run.probe_every % run.knn_every):
+        given = f"--probe-every {run.probe_every}"
+        text = "a multiple of --knn-every, with which it shares its features"
+        raise ValueError(f"{given}: need {text}, and that is {run.knn_every}")
     if run.log_with and not _is_installed(run.log_with):
         text = f"--log-with {run.log_with} needs that package: pip install {run.log_with}"
         raise ValueError(text)

@@ -136,7 +136,7 @@ class Monitor:
         self.first_step: tuple[int, float] | None = None  # of this start, and when it ended
         self.has_told_time = False
         self.epochs_told = int(run.epoch(run.steps_before))
-        self.knn = ""  # the last k-NN, in words
+        self.quality = ""  # the last k-NN and RankMe, in words
         self.failure = ""  # of writing the log, which all processes learn of after a step
         saved = run.saved.collapse
         self.collapse = Collapse(**saved) if saved else None
@@ -193,8 +193,9 @@ class Monitor:
             except OSError as error:
                 text = f"cannot write {self.run.log_file}: {error.strerror}"
                 self.failure = f"{text}; {self.run.kept()}"
-        if "knn_top1" in values:
-            self.knn = f"k-NN {values['knn_top1']:.1f} %, "
+        if "rankme" in values:
+            knn = f"k-NN {values['knn_top1']:.1f} %, " if "knn_top1" in values else ""
+            self.quality = f"{knn}RankMe {values['rankme']:.1f}, "
         figures = {name: value for name, value in values.items() if not isinstance(value, list)}
         self.tracker.log(step, figures)
 
@@ -230,7 +231,7 @@ class Monitor:
         if int(epoch) > self.epochs_told and self.progress.disable:
             self.epochs_told = int(epoch)
             place = f"step {step:,} of {run.total_steps:,}, epoch {epoch:.4g}"
-            self.say(f"{place}: loss {loss:.3f}, {self.knn}{at_speed}, {duration(left)} to go")
+            self.say(f"{place}: loss {loss:.3f}, {self.quality}{at_speed}, {duration(left)} to go")
 
     def draw_curves(self) -> None:
         """Draw curves.png anew from the log; a failure is said, and ends nothing."""

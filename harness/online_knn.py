@@ -1,4 +1,4 @@
-"""The teacher's k-NN and RankMe during training: they show what the loss does not."""
+"""The teacher's k-NN, RankMe and linear probe during training: they show what the loss does not."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, Subset
 
 from data import permutation
 from harness.evaluation import Preparation, evaluation_splits, features_of_splits, open_split
-from harness.feature_quality import RANKME_IMAGES, rank_me
+from harness.feature_quality import RANKME_IMAGES, feature_quality
+from harness.linear_probe import probe_accuracy
 from harness.monitor import Monitor
 from harness.run import Run
 
@@ -28,17 +29,42 @@ def copy_buffers_of_main(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-class OnlineKnn:
-    """Evaluate the teacher by k-NN and RankMe after the steps where that is due.
+def quality_figures(features: Tensor) -> dict[str, float]:
+    """Return what features (n, d) say without labels, by the names that the log has."""
+    quality = feature_quality(features)
+    shares = {f"variance_share_{k}": share for k, share in quality["variance_share"].items()}
+    return {"rankme": quality["rankme"]} | shares
 
-    `why_not` says why there is no k-NN; images without classes have RankMe alone. `knn_accuracy`
-    is eval_knn's. All processes have to build it, together.
+
+def in_words(measured: dict[str, float]) -> str:
+    """Return an evaluation as a line has it."""
+    texts: list[str] = []
+    if "knn_top1" in measured:
+        texts.append(f"k-NN top-1 {measured['knn_top1']:.1f} %")
+    if "probe_top1" in measured:
+        texts.append(f"linear probe {measured['probe_top1']:.1f} %")
+    texts.append(f"RankMe {measured['rankme']:.1f}")
+    shares = [
+        f"{100 * share:.0f} % in {name.removeprefix('variance_share_')}"
+        for name, share in measured.items()
+        if name.startswith("variance_share_")
+    ]
+    in_all = ", ".join(texts)
+    return f"{in_all}; variance by components: {', '.join(shares)}" if shares else in_all
+
+
+class OnlineKnn:
+    """Evaluate the teacher by k-NN, RankMe and a linear probe after the steps where that is due.
+
+    `why_not` says why there is no k-NN; images without classes have RankMe and their components'
+    share of variance. `knn_accuracy` is eval_knn's. All processes have to build it, together.
     """
 
     def __init__(self, run: Run, knn_accuracy: Callable[..., dict]) -> None:
         self.run = run
         self.knn_accuracy = knn_accuracy
         self.interval = run.config.run.knn_every * run.steps_per_epoch  # steps
+        self.probe_interval = run.config.run.probe_every * run.steps_per_epoch  # steps
         self.metrics = run.saved.metrics  # of the last evaluation
         self.has_warned = False
         self.preparation = Preparation.of_run(run.config)
@@ -72,10 +98,15 @@ class OnlineKnn:
     def _some_of(self, images: Dataset, most: int) -> Dataset:
         return Subset(images, permutation(len(images), 0)[:most].tolist())
 
+    @property
+    def has_classes(self) -> bool:
+        return len(self.splits) == 2
+
     def is_due(self, step: int) -> bool:
-        if not self.splits:
-            return False
-        return step == self.run.total_steps or step % self.interval == 0
+        return bool(self.splits) and self._is_time(step, self.interval)
+
+    def _is_time(self, step: int, interval: int) -> bool:
+        return step == self.run.total_steps or step % interval == 0
 
     def catch_up(self, model: nn.Module, monitor: Monitor) -> dict:
         """Evaluate the untrained teacher, or what a stop put off; return the metrics there are."""
@@ -88,14 +119,13 @@ class OnlineKnn:
         """Measure the teacher after a step, log and print it, and return the run's metrics."""
         copy_buffers_of_main(model)
         features, *labels_and_test = self._features(model)
-        figure = "rankme"
-        measured = {"rankme": rank_me(features)}
-        said = f"RankMe {measured['rankme']:.1f}"
+        figure = "knn_top1" if labels_and_test else "rankme"
+        measured: dict[str, float] = {}
         if labels_and_test:
-            figure = "knn_top1"
-            top1 = self.knn_accuracy(features, *labels_and_test, ks=(20,))[20][0]
-            measured = {"knn_top1": top1} | measured
-            said = f"k-NN top-1 {top1:.1f} %, {said}"
+            measured["knn_top1"] = self.knn_accuracy(features, *labels_and_test, ks=(20,))[20][0]
+            if self.probe_interval and self._is_time(step, self.probe_interval):
+                measured["probe_top1"] = probe_accuracy(features, *labels_and_test)
+        measured |= quality_figures(features)
         before = self.metrics.get(f"{figure}_untrained", measured[figure])
         kept = {"knn_step": step, f"{figure}_untrained": before}
         if measured[figure] < before:
@@ -103,7 +133,7 @@ class OnlineKnn:
         self.metrics = measured | kept
         is_worse = self._is_worse_for_long(step)
         monitor.log(step, measured | ({"worse_than_untrained": True} if is_worse else {}))
-        monitor.say(f"step {step:,}: the teacher's {said}")
+        monitor.say(f"step {step:,}: the teacher's {in_words(measured)}")
         if is_worse and not self.has_warned:
             monitor.say(f"warning: step {step:,}: {self._what_is_worse(figure)}")
         self.has_warned = is_worse
@@ -142,4 +172,4 @@ class OnlineKnn:
                 num_workers=self.run.config.data.num_workers,
             )
         model.train()
-        return tensors if len(self.splits) == 2 else tensors[:1]  # less labels that say nothing
+        return tensors if self.has_classes else tensors[:1]  # less labels that say nothing

@@ -53,6 +53,8 @@ def introduce(run: Run, monitor: Monitor, student: nn.Module, why_no_knn: str) -
         monitor.say(f"data: {note}")
     if why_no_knn:
         monitor.say(f"no k-NN during training: {why_no_knn}")
+    for line in advice_on_stopping(run, has_knn=not why_no_knn):
+        monitor.say(line)
     for warning in unlikely_settings(run, student):
         monitor.say(f"warning: {warning}")
     if run.is_resumed:
@@ -62,6 +64,16 @@ def introduce(run: Run, monitor: Monitor, student: nn.Module, why_no_knn: str) -
         monitor.say(f"no state was saved in {run.folder}: it starts from its first step")
     for change in run.changes:
         monitor.say(f"taken over: {change}")
+
+
+def advice_on_stopping(run: Run, has_knn: bool) -> list[str]:
+    """Return a line on when to stop where there is no k-NN, and on what keeps the way back."""
+    if has_knn or not run.config.run.knn_every or run.config.run.dry_run:
+        return []
+    text = "when to stop: once RankMe has risen and falls, while one component's share grows"
+    if not run.config.run.keep_every:
+        text += f"; --keep-every {run.config.run.knn_every} keeps the teachers from before"
+    return [f"{text} (docs/science.md: When to stop without labels)"]
 
 
 def header(run: Run, student: nn.Module) -> Table:
@@ -246,6 +258,7 @@ def unlikely_settings(run: Run, student: nn.Module) -> list[str]:
         given = f"--freeze-last-layer-epochs {frozen}"
         text = f"covers the run of {in_epochs(epochs)}: the last layer stays as it is"
         lines.append(f"{given} {text}")
+    lines += _frozen_backbone(config)
     if run.accelerator.num_processes > 1 and _has_plain_batch_norm(student):
         is_on_gpus = run.accelerator.device.type == "cuda"
         reason = "--no-sync-bn" if is_on_gpus else "only GPUs share them"
@@ -255,6 +268,18 @@ def unlikely_settings(run: Run, student: nn.Module) -> list[str]:
     if config.run.compile and not has_compiler():
         lines.append("--compile needs a C compiler and Python's headers, which were not found")
     return lines
+
+
+def _frozen_backbone(config: Config) -> list[str]:
+    """Return a line where a backbone is frozen that has learned nothing, or for the whole run."""
+    frozen = config.optim.freeze_backbone_epochs
+    given = f"--freeze-backbone-epochs {frozen}"
+    if frozen >= config.optim.epochs:
+        run = f"the run of {in_epochs(config.optim.epochs)}"
+        return [f"{given} covers {run}: the backbone stays as it is, and so do k-NN and RankMe"]
+    if frozen and not config.run.init_from and not config.model.pretrained:
+        return [f"{given} freezes random weights: need --init-from, or 0"]
+    return []
 
 
 SLOW_STEP = 5.0  # seconds, from which on a step is said to be slow

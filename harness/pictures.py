@@ -47,7 +47,7 @@ CLASS_COLOURS = (
     "#6a6ad0",
     "#a9a9a9",
 )
-LINES = ("#5b86f5", "#f58b3c")  # colours of a panel's curves
+LINES = ("#5b86f5", "#f58b3c", "#4cc46a")  # colours of a panel's curves
 
 GAP = 8  # pixels between pictures
 TITLE_HEIGHT = 40  # pixels of one line
@@ -293,15 +293,24 @@ def curves(log: Sequence[dict], output_dim: int) -> Image.Image:
         return {"untrained": values[0]} if is_known else {}
 
     knn, rankme = curve("knn_top1", ""), curve("rankme", "")
+    top1_title, top1_curves = "k-NN top-1, %", [knn]
+    if any("probe_top1" in row for row in log):
+        top1_title = "top-1, %"
+        top1_curves = [curve("knn_top1", "k-NN"), curve("probe_top1", "linear probe")]
+    spreads = [
+        curve("feature_spread", "spread"),
+        curve("variance_share_1", "in 1"),
+        curve("variance_share_10", "in 10"),
+    ]
     without_knn = "no k-NN: RankMe alone" if rankme[2] else "nothing yet"
     uniform = {f"ln K = {math.log(output_dim):.2f}: uniform": math.log(output_dim)}
     entropies = [curve("teacher_entropy", "entropy"), curve("kl", "KL")]
     panels = [
         panel("loss", [curve("loss", "")], {}),
-        panel("k-NN top-1, %", [knn], untrained(knn), without_knn),
+        panel(top1_title, top1_curves, untrained(knn), without_knn),
         panel("RankMe: dimensions in use", [rankme], untrained(rankme)),
         panel("teacher entropy and KL", entropies, uniform),
-        panel("feature spread", [curve("feature_spread", "")], {}),
+        panel("spread, share of variance", spreads, {}),
         panel("learning rate", [curve("lr", "")], {}),
     ]
     epoch = max((row["epoch"] for row in log), default=0)

@@ -218,7 +218,8 @@ def test_run_leaves_its_files_and_log_lines(tiny_run: Path) -> None:
     assert names[:2] == ["ckpt.safetensors", "config.yaml"]
     assert names[2:] == ["curves.png", "log.jsonl", "state.safetensors"]
     log = read_log(tiny_run)
-    assert log[0].keys() == {"step", "epoch", "knn_top1", "rankme"}
+    shares = {f"variance_share_{k}" for k in (1, 10)}  # of 72 images, fewer than 100
+    assert log[0].keys() == {"step", "epoch", "knn_top1", "rankme"} | shares
     assert log[0]["step"] == 0
     steps = [line for line in log if "loss" in line]
     assert {"step", "epoch", "loss", "lr", "images_per_second"} <= steps[0].keys()
@@ -376,7 +377,7 @@ def test_drop_path_repeats_on_resume_and_vit_trains_on_a_folder(
     assert "knn_top1" not in result and 1 <= result["rankme"] <= 8
     measured = [line for line in read_log(tmp_path / "whole") if "rankme" in line]
     assert [line["step"] for line in measured] == [0, 4]
-    assert measured[0].keys() == {"step", "epoch", "rankme"}
+    assert measured[0].keys() == {"step", "epoch", "rankme", "variance_share_1"}
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 2, signal.SIGINT)
         train(config("cut"))
@@ -400,6 +401,27 @@ def test_last_layer_waits_in_the_first_epochs(tmp_path: Path, tiny: Callable[...
     )
     assert torch.equal(frozen, initial)
     assert not torch.equal(free, initial)
+
+
+def test_backbone_waits_bit_for_bit_while_the_head_trains(
+    tmp_path: Path, tiny: Callable[..., Config]
+) -> None:
+    """In both networks; and it is free from the epoch after."""
+    flags = ("--knn-every", 0, "--save-every", 10, "--keep-last", 9, "--freeze-backbone-epochs", 1)
+    train(tiny(tmp_path / "run", *flags, "--freeze-last-layer-epochs", 0))
+    torch.manual_seed(0)
+    initial = DinoModel.from_config(replace(tiny(tmp_path / "none").model, image_size=16))
+    frozen, freed = (
+        load_file(tmp_path / "run" / f"state-{step:08}.safetensors") for step in (10, 20)
+    )
+    for role in ("student", "teacher"):
+        for name, param in initial.named_parameters():
+            is_backbone = name.startswith("backbone.")
+            is_gain = name.endswith("last_layer.gain")  # fixed at 1
+            is_as_before = torch.equal(frozen[f"{role}.{name}"], param)
+            assert is_as_before == (is_backbone or is_gain), name
+        weight = f"{role}.backbone.conv1.weight"
+        assert not torch.equal(freed[weight], frozen[weight])
 
 
 @pytest.mark.slow

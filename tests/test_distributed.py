@@ -26,7 +26,7 @@ from data import CropConfig, MultiCrop, StepSampler, build_dataset, hash_keys
 from dino_train import train
 from harness import distributed
 from harness.flags import parse_config
-from models import get_backbone
+from models import DinoModel, get_backbone
 
 Launch = Callable[..., Answer]
 
@@ -166,6 +166,26 @@ def test_loss_that_is_nan_in_one_process_stops_all_at_its_step(
     assert answer.codes == [1, 1]
     assert answer.text.count("error: the loss is nan at step 4; ") == 1
     assert "Traceback" not in answer.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_frozen_backbone_stays_bit_for_bit_on_several_processes(
+    fsdp: bool, tmp_path: Path, launch: Launch, vit_flags: list[str]
+) -> None:
+    folder = tmp_path / "run"
+    flags = [*vit_flags, "--batch-size", 4, "--epochs", 1, "--freeze-backbone-epochs", 1]
+    answer = launch([*flags, "--output-dir", folder], world=2, fsdp=fsdp)
+    assert answer.codes == [0, 0], answer.text
+    config = parse_config(["--config", str(folder / "config.yaml")])
+    torch.manual_seed(config.run.seed)
+    initial = DinoModel.from_config(config.model)
+    state = load_file(folder / "state.safetensors")
+    for role in ("student", "teacher"):
+        for name, param in initial.backbone.named_parameters():
+            assert torch.equal(state[f"{role}.backbone.{name}"], param), name
+        weight = initial.projection_head.mlp[0].weight
+        assert not torch.equal(state[f"{role}.projection_head.mlp.0.weight"], weight)
 
 
 @pytest.mark.slow

@@ -68,6 +68,24 @@ def test_what_cannot_be_meant_is_a_warning_that_names_the_flag(
     )
 
 
+def test_frozen_backbone_is_a_warning_where_it_has_learned_nothing_or_never_will(
+    tiny_flags, tmp_path: Path
+) -> None:
+    student = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    flags = [*tiny_flags, "--freeze-backbone-epochs", "1", "--output-dir", str(tmp_path / "run")]
+    for more, said in (
+        ([], "--freeze-backbone-epochs 1 freezes random weights: need --init-from, or 0"),
+        (["--init-from", "weights.pth"], ""),
+        (
+            ["--init-from", "weights.pth", "--epochs", "1"],
+            "--freeze-backbone-epochs 1 covers the run of 1 epoch: the backbone stays as it is, "
+            "and so do k-NN and RankMe",
+        ),
+    ):
+        lines = outlook.unlikely_settings(Run.prepare(parse_config([*flags, *more])), student)
+        assert [line for line in lines if "backbone" in line] == ([said] if said else [])
+
+
 def test_header_says_whether_blocks_are_compiled_and_what_is_missing(
     tiny_flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,12 +220,12 @@ def test_teacher_that_is_worse_than_untrained_for_a_fifth_of_the_run_is_named(
     script,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    figures = iter([50, 40, 40, 40, 60, 40, 40, 40, 40, 50, 40])  # before, and after ten epochs
+    figures = iter([50.0, 40, 40, 40, 60, 40, 40, 40, 40, 50, 40])  # before, and after ten epochs
     source = image_folder if has_classes else image_folder / "checks"
     if has_classes:
         monkeypatch.setattr(dino_train, "knn_accuracy", lambda *_, **__: {20: (next(figures), 0)})
     else:
-        monkeypatch.setattr(online_knn, "rank_me", lambda features: float(next(figures)))
+        monkeypatch.setattr(online_knn, "quality_figures", lambda _: {"rankme": next(figures)})
     folder = tmp_path / "run"
     flags = [*tiny_flags, "--data", source, "--epochs", "10", "--output-dir", folder]
     each = 10 if has_classes else 5  # steps of an epoch

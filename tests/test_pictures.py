@@ -81,6 +81,27 @@ def test_rank_is_drawn_beside_knn_and_alone_without_classes(
     assert rank[1:3] == ([("", [1, 2], [6, 7])], {})
 
 
+def test_probe_is_drawn_beside_knn_and_shares_of_variance_beside_the_spread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: dict[str, list] = {}
+
+    def panel_of(title: str, curves: list, *more: object) -> Image.Image:
+        drawn[title] = curves
+        return Image.new("RGB", (9, 9))
+
+    monkeypatch.setattr(pictures, "panel", panel_of)
+    log = [{"epoch": 0, "knn_top1": 30.0, "probe_top1": 40.0, "variance_share_1": 0.5}]
+    log += [{"epoch": 1, "knn_top1": 31.0, "variance_share_1": 0.6, "variance_share_10": 0.9}]
+    curves([*log, {"epoch": 2, "feature_spread": 0.7}], 1024)
+    assert drawn["top-1, %"] == [("k-NN", [0, 1], [30, 31]), ("linear probe", [0], [40])]
+    assert drawn["spread, share of variance"] == [
+        ("spread", [2], [0.7]),
+        ("in 1", [0, 1], [0.5, 0.6]),
+        ("in 10", [1], [0.9]),
+    ]
+
+
 def test_curve_leaves_out_what_is_no_number() -> None:
     epochs = [0.0, 1.0, 2.0, 3.0]
     with_nan = panel("RankMe", [("", epochs, [1.0, math.nan, 3.0, 4.0])], {})

@@ -9,6 +9,7 @@ from conftest import ROOT, stop_at
 from config import Config
 from dino_train import schedules, train
 from harness.flags import parse_config
+from harness.outlook import ema_half_life
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # processes, images a step, epochs, peak lr, its end, decay at both ends, temperature at both ends
@@ -61,6 +62,24 @@ def test_published_recipe_has_the_published_schedules(name: str) -> None:
     assert config.optim.clip_grad == clip
     assert config.optim.freeze_last_layer_epochs == frozen
     assert config.crops.num_local_crops == num_local
+
+
+def test_going_on_from_weights_is_gentler_than_starting_from_nothing() -> None:
+    """By its schedules, for 10,000 images."""
+    config, anew = (
+        load(ROOT / "recipes" / f"{name}.yaml") for name in ("continue_vits16", "vits16_one_gpu")
+    )
+    assert config.model.arch == anew.model.arch and config.crops == anew.crops
+    images = config.optim.images_per_step(world=1)
+    steps = 10_000 // images
+    rates = [schedules(config, step, steps, images) for step in range(config.optim.epochs * steps)]
+    assert max(rate.lr for rate in rates) / images <= 0.1 * anew.optim.lr / 256
+    assert rates[0].teacher_momentum == anew.teacher.teacher_momentum
+    assert ema_half_life(rates[0].teacher_momentum) < len(rates) - 2 * steps
+    # the head has had its warm-up before the backbone is free
+    assert 0 < config.optim.warmup_epochs < config.optim.freeze_backbone_epochs
+    assert config.optim.freeze_last_layer_epochs < config.optim.freeze_backbone_epochs
+    assert config.run.knn_every == 1 and config.run.keep_every
 
 
 @pytest.mark.slow
