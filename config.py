@@ -94,7 +94,7 @@ class OptimConfig:
     # epochs in which the head's last layer is frozen; raise it if the loss does not fall [paper: 1]
     freeze_last_layer_epochs: int = setting(1, most=1_000_000)
     # epochs in which the whole backbone is frozen and the head alone trains: 1 or 2 with
-    # --init-from and a new head, whose first gradients would undo what the weights know
+    # --init-from and a new head, whose first gradients say nothing yet; as slow as other epochs
     freeze_backbone_epochs: int = setting(0, most=1_000_000)
 
     def images_per_step(self, world: int) -> int:
@@ -176,7 +176,7 @@ class RunConfig:
     knn_images: int = setting(50_000, above=0, most=1_000_000_000, may_change=True)
     # epochs between linear probes of the teacher, on the features that k-NN compares, also before
     # and after the run; a multiple of --knn-every; 0: none. One takes 4 s on a CPU core for 50,000
-    # images of 384 features and 10 classes, in proportion to images, features and classes
+    # images of 384 features and 10 classes, and grows with all three
     probe_every: int = setting(0, most=1_000_000, may_change=True)
     # a tracker besides log.jsonl
     log_with: Literal["tensorboard", "wandb"] | None = setting(None, may_change=True)
