@@ -7,6 +7,7 @@ distributed    launch lines and their guards, networks laid out, common decision
 fast_backbone  shortcuts for backbones in training
 feature_maps   attention and feature maps of a backbone, their components as colours
 pictures       sheets, curves, heat maps and points, drawn by Pillow
+foreign        weights as other projects write them: unwrapped, renamed
 weights        weights from elsewhere: read, matched, loaded
 estimate       what a step will take on this machine, before the first
 flags          recipes, checks of settings, what follows from data and machine

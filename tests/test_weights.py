@@ -339,8 +339,8 @@ def test_position_embeddings_of_another_image_size_are_resampled(tmp_path: Path)
 @pytest.mark.parametrize(
     "config",
     [
-        ModelConfig("dino_vits16", patch_size=16, image_size=224),
-        ModelConfig("dino_vits8", patch_size=8, image_size=96),
+        ModelConfig("dino_vits16", patch_size=16, image_size=224, original_pos_embed=True),
+        ModelConfig("dino_vits8", patch_size=8, image_size=96, original_pos_embed=True),
         ModelConfig("vit_tiny_patch16_224", patch_size=8, image_size=32),
         ModelConfig("resnet34"),
         ModelConfig("resnet50"),
