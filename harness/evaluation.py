@@ -40,8 +40,8 @@ from data import ImageDataset, Sample, build_dataset, collate, permutation
 from folders import cache_folder
 from harness.command import iterate, write_whole
 from harness.flags import wrong_setting
-from harness.terminal import printable
 from harness.foreign import Role
+from harness.terminal import printable
 from harness.weights import (
     BACKBONE_CONFIG,
     UnknownArchitecture,
@@ -145,9 +145,12 @@ class Preparation:
     @classmethod
     def of_published(cls, backbone: nn.Module, config: ModelConfig) -> "Preparation":
         """Return what the paper has or, for another model of timm's, what timm says of it."""
-        timms = {}
-        if config.pretrained and config.arch not in (*RESNETS, *TIMM_NAMES):
-            timms = backbone.pretrained_cfg
+        is_timms = config.pretrained and config.arch not in (*RESNETS, *TIMM_NAMES)
+        return cls.of_timm(backbone.pretrained_cfg if is_timms else {}, config)
+
+    @classmethod
+    def of_timm(cls, timms: dict, config: ModelConfig) -> "Preparation":
+        """Return what a configuration of timm's says, and the paper's where it does not."""
         size = config.image_size or timms.get("input_size", (3, 224, 224))[-1]
         return cls(
             data=None,
@@ -229,18 +232,40 @@ def open_file(file: WeightsFile, role: Role, arch: str | None = None) -> OpenedN
 def _open_foreign(file: WeightsFile, role: Role, arch: str | None) -> OpenedNetwork:
     """Open a file that does not say of itself what this project's files say."""
     weights = weights_of(file, role)
+    if arch is None and file.timm_config:
+        arch = file.arch
     try:
         recognised = recognise(weights, file.path, arch)
     except UnknownArchitecture:
         if file.arch is None:
             raise
         recognised = recognise(weights, file.path, file.arch)
-    network = _open_backbone(
-        recognised.config, weights._replace(backbone=recognised.backbone), file.path
-    )
-    size = network.preparation.size
-    guessed = f"it does not say how its images were prepared: ImageNet's colours, {size} px"
-    return replace(network, notes=(*network.notes, *recognised.notes, guessed))
+    config = recognised.config
+    preparation, guessed = _preparation_beside(file, config), ()
+    if preparation is None:
+        size = config.image_size or 224
+        text = f"it does not say how its images were prepared: ImageNet's colours, {size} px"
+        guessed = (text,)
+    weights = weights._replace(backbone=recognised.backbone)
+    network = _open_backbone(config, weights, file.path, preparation)
+    return replace(network, notes=(*network.notes, *recognised.notes, *guessed))
+
+
+def _preparation_beside(file: WeightsFile, config: ModelConfig) -> Preparation | None:
+    """Return what timm's config.json beside a file says, None where there is none."""
+    timms = file.timm_config.get("pretrained_cfg")
+    if not isinstance(timms, dict):
+        return None
+    try:
+        preparation = Preparation.of_timm(timms, config)
+        colours = {"crops": {"mean": preparation.mean, "std": preparation.std}}
+        sizes = {"data": {"eval_resize": preparation.resize}}
+        wrong = wrong_setting(colours | sizes)
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:
+        wrong = str(error)
+    if wrong:
+        raise ValueError(f"config.json beside {file.path} is damaged: {wrong}")
+    return preparation
 
 
 # what an exported file says of its network, and of the preparation of its images

@@ -58,6 +58,7 @@ HEAD_NAMES = {  # weight_norm's two spellings, and ours
 }
 # what an exported file says of its network and its images: a JSON of a run's settings
 BACKBONE_CONFIG = "backbone_config"
+TIMM_CONFIG = "config.json"  # among a file's texts, where it is in the layout of timm's hub
 
 # ---------------------------------------------------------------- read
 
@@ -80,13 +81,22 @@ class WeightsFile(NamedTuple):
         return "metadata" in self.texts and not self.is_checkpoint
 
     @property
+    def timm_config(self) -> dict:
+        """Return what stands in timm's config.json beside the file, {} for nothing of use."""
+        with contextlib.suppress(ValueError):
+            config = json.loads(self.texts.get(TIMM_CONFIG, "{}"))
+            return config if isinstance(config, dict) else {}
+        return {}
+
+    @property
     def arch(self) -> str | None:
         """Return the name of timm's or torchvision's that others wrote beside the weights.
 
-        timm's training has it as `arch`, others within `args`, or in a config.json beside the file.
+        timm's training has it as `arch`, others within `args`, timm's hub in its config.json.
         """
         args = self.content.get("args")
-        for name in (self.content.get("arch"), getattr(args, "arch", None), self.texts.get("arch")):
+        said = (self.content.get("arch"), getattr(args, "arch", None))
+        for name in (self.timm_config.get("architecture"), *said):
             if isinstance(name, str) and (name in RESNETS or timm.is_model(name)):
                 return name
         return None
@@ -108,13 +118,14 @@ def as_file(source: str | Path, role: Role = "teacher") -> Path | None:
     """Return the file that `source` names, or None for a network's name.
 
     Of a run's folder it is the teacher's checkpoint; the state where that is missing, or the
-    student is wanted. Raises FileNotFoundError where it looks like a file and there is none.
+    student is wanted; of a folder in the layout of timm's hub its model.safetensors. Raises
+    FileNotFoundError where it looks like a file and there is none.
     """
     path = Path(source)
     in_folder = [path / "ckpt.safetensors", path / "state.safetensors"]
     if role == "student":
         in_folder.reverse()
-    for file in in_folder:
+    for file in (*in_folder, path / "model.safetensors"):
         if file.is_file():
             return file
     if path.is_file():
@@ -130,10 +141,19 @@ def read_file(path: str | Path) -> WeightsFile:
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     if path.suffix == ".safetensors":
-        return WeightsFile(path, *load_tensors(path))
+        tensors, texts = load_tensors(path)
+        return WeightsFile(path, tensors, _config_of_timm(path) | texts)
     content = _unpickle(path)
     said = content.get(BACKBONE_CONFIG)
     return WeightsFile(path, content, {BACKBONE_CONFIG: said} if isinstance(said, str) else {})
+
+
+def _config_of_timm(path: Path) -> dict[str, str]:
+    """Return the config.json beside a file in the layout of timm's hub; {} where it is none."""
+    beside = path.with_name("config.json")
+    if path.name != "model.safetensors" or not beside.is_file():
+        return {}
+    return {TIMM_CONFIG: beside.read_text(errors="replace")}
 
 
 # Lightning writes hyperparameters of any class; only their author can say that they do no harm
