@@ -51,17 +51,24 @@ NO_BACKBONE = frozenset(
     student_projection_head teacher_projection_head projection_head_momentum prediction_head
     momentum_head projector momentum_projector predictor momentum_predictor
     classifier momentum_classifier online_classifier linear online_linear
-    queue queue_ptr prototypes memory_bank center criterion
-    dino_loss dino_loss_func ibot_patch_loss
+    queue queue_ptr prototypes memory_bank center
     """.split()
 )
+LOSSES = re.compile(r"\w*(?:criterion|loss|loss_func)\.")  # with their centers
 # MLPs that MoCo has in place of a classifier, and the projection heads of lightly
 MLP_HEADS = re.compile(r"(?:(?:fc|head)\.\d+|projection_head\.layers)\.")
 # what iBOT's head has for patches beside the layers for images
 PATCH_HEAD = ("last_layer2.", "mlp2.", "last_norm.", "last_norm2.")
 
-# a ResNet without its own names: a Sequential of its children (lightly), those with weights
-RESNET_CHILDREN = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+# a ResNet of torchvision as a Sequential of its children (lightly); 2 and 3 have no weights
+RESNET_CHILDREN = {
+    "0": "conv1",
+    "1": "bn1",
+    "4": "layer1",
+    "5": "layer2",
+    "6": "layer3",
+    "7": "layer4",
+}
 
 
 class Found(NamedTuple):
@@ -133,24 +140,34 @@ def peel(tensors: Tensors) -> Found:
     for _ in range(4):
         left_out += [key for key in tensors if _is_no_backbone(key)]
         tensors = {key: tensor for key, tensor in tensors.items() if not _is_no_backbone(key)}
-        prefix = next((each for each in PREFIXES if _all_begin_with(tensors, each)), None)
+        prefix = _common_prefix(tensors)
         if prefix is None:
             break
-        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+        tensors = _renamed(tensors, {key: key.removeprefix(prefix) for key in tensors})
     notes = [f"left out: {counted(left_out)}"] if left_out else []
     return Found(_by_usual_names(tensors), notes)
 
 
 def _is_no_backbone(key: str) -> bool:
-    return key.split(".")[0] in NO_BACKBONE or MLP_HEADS.match(key) is not None
+    if key.split(".")[0] in NO_BACKBONE:
+        return True
+    return any(pattern.match(key) is not None for pattern in (MLP_HEADS, LOSSES))
 
 
 def _some_begin_with(tensors: Tensors, prefix: str) -> bool:
     return any(key.startswith(prefix) for key in tensors)
 
 
-def _all_begin_with(tensors: Tensors, prefix: str) -> bool:
-    return bool(tensors) and all(key.startswith(prefix) for key in tensors)
+def _common_prefix(tensors: Tensors) -> str | None:
+    """Return what is before most keys, so that what is not known beside them is named later.
+
+    `backbone.` only where it is before all: else a head is beside it.
+    """
+    for prefix in PREFIXES:
+        num = sum(key.startswith(prefix) for key in tensors)
+        if num == len(tensors) > 0 or (prefix != "backbone." and num > len(tensors) / 2):
+            return prefix
+    return None
 
 
 def counted(keys: Iterable[str]) -> str:
@@ -173,12 +190,14 @@ def _renamed(tensors: Tensors, names: dict[str, str]) -> Tensors:
 def _by_usual_names(tensors: Tensors) -> Tensors:
     """Return tensors by torchvision's and timm's names where these are known to be others."""
     names = {key: key for key in tensors}
-    numbers = sorted({int(key.split(".")[0]) for key in tensors if re.match(r"\d+\.", key)})
-    if len(numbers) == len(RESNET_CHILDREN) and all(key[0].isdigit() for key in tensors):
-        of_number = dict(zip(map(str, numbers), RESNET_CHILDREN, strict=True))
+    numbers = {key.split(".")[0] for key in tensors}
+    if numbers == {"0", "1", "2", "3", "4", "5"}:
+        text = "is lightly's own ResNet in a Sequential, which has no ReLU after its first layer"
+        raise ValueError(f"{text}: no backbone here computes its features")
+    if numbers == RESNET_CHILDREN.keys():
         for key in tensors:
             number, _, rest = key.partition(".")
-            names[key] = f"{of_number[number]}.{rest}"
+            names[key] = f"{RESNET_CHILDREN[number]}.{rest}"
     for key, name in names.items():
         # DINOv2 trains with blocks in chunks, whose second number goes on from chunk to chunk
         name = re.sub(r"^((?:backbone\.)?blocks)\.\d+\.(\d+)\.", r"\1.\2.", name)

@@ -352,8 +352,9 @@ def _config_with(arch: str, backbone: Tensors) -> ModelConfig:
     """Return an architecture with the sizes that a backbone's tensors tell."""
     stem = backbone.get("conv1.weight")
     is_resnet = arch in RESNETS or arch == "resnet10_half"
-    if is_resnet and stem is not None and stem.ndim == 4 and stem.shape[-1] == 3:
-        return ModelConfig(arch, image_size=32)
+    if is_resnet:
+        is_small = stem is not None and stem.ndim == 4 and stem.shape[-1] == 3
+        return ModelConfig(arch, image_size=32 if is_small else None)
     # what differs between the original's positions and timm's does not matter at their own size
     return ModelConfig(arch, **sizes_of(backbone), original_pos_embed=arch in TIMM_NAMES)
 
