@@ -212,6 +212,9 @@ def open_file(file: WeightsFile, role: Role, arch: str | None = None) -> OpenedN
     `arch` is for a file that does not say it. Raises ValueError for what does not fit, of them
     UnknownArchitecture where only an `arch` is missing.
     """
+    if file.is_checkpoint and file.texts["model_config"] == "null":
+        text = "has a custom backbone: build it, then load the file's tensors"
+        raise UnknownArchitecture(f"{file.path} {text}")
     if file.is_checkpoint:
         model, metadata = rebuild_model(file.path, file.content, file.texts)
         _check_metadata(metadata, file.path)

@@ -40,7 +40,7 @@ NETWORKS = (
 )
 
 # what is before all keys of a network that is an attribute of another module
-PREFIXES = ("backbone.", "model.", "encoder.", "net.", "network.", "vit.", "trunk.")
+PREFIXES = ("backbone.", "model.", "encoder.", "net.", "vit.", "trunk.")
 
 # first parts of keys that are no part of a backbone
 NO_BACKBONE = frozenset(
@@ -56,7 +56,7 @@ NO_BACKBONE = frozenset(
 )
 LOSSES = re.compile(r"\w*(?:criterion|loss|loss_func)\.")  # with their centers
 # MLPs that MoCo has in place of a classifier, and the projection heads of lightly
-MLP_HEADS = re.compile(r"(?:(?:fc|head)\.\d+|projection_head\.layers)\.")
+MLP_HEADS = re.compile(r"(?:fc|head)\.\d+\.[a-z_]+$|projection_head\.layers\.")
 # what iBOT's head has for patches beside the layers for images
 PATCH_HEAD = ("last_layer2.", "mlp2.", "last_norm.", "last_norm2.")
 
@@ -198,10 +198,16 @@ def _by_usual_names(tensors: Tensors) -> Tensors:
         for key in tensors:
             number, _, rest = key.partition(".")
             names[key] = f"{RESNET_CHILDREN[number]}.{rest}"
+    # DINOv2 trains with blocks in chunks, whose second number goes on from chunk to chunk; in
+    # networks with stages of blocks it begins anew
+    chunked = re.compile(r"(?:backbone\.)?blocks\.(\d+)\.(\d+)\.")
+    blocks = {match.groups() for match in map(chunked.match, tensors) if match}
+    are_chunks = len({number for _, number in blocks}) == len(blocks)
     for key, name in names.items():
-        # DINOv2 trains with blocks in chunks, whose second number goes on from chunk to chunk
-        name = re.sub(r"^((?:backbone\.)?blocks)\.\d+\.(\d+)\.", r"\1.\2.", name)
-        names[key] = re.sub(r"\.shortcut\.(?=[01]\.)", ".downsample.", name)  # lightly's ResNets
+        if are_chunks:
+            name = re.sub(r"^((?:backbone\.)?blocks)\.\d+\.(?=\d+\.)", r"\1.", name)
+        # lightly's ResNets
+        names[key] = re.sub(r"(?<=layer)(\d\.\d+)\.shortcut\.", r"\1.downsample.", name)
     return _renamed(tensors, names)
 
 

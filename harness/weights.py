@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from harness.foreign import (
     PATCH_HEAD,
+    Found,
     Role,
     Tensors,
     by_timms_names,
@@ -79,6 +80,11 @@ class WeightsFile(NamedTuple):
     def is_state(self) -> bool:
         """Tell whether a run wrote it, to go on from: with student and teacher."""
         return "metadata" in self.texts and not self.is_checkpoint
+
+    @property
+    def is_own(self) -> bool:
+        """Tell whether this project wrote it, by its own names: export.py, too."""
+        return self.is_checkpoint or self.is_state or BACKBONE_CONFIG in self.texts
 
     @property
     def timm_config(self) -> dict:
@@ -213,7 +219,7 @@ def weights_of(file: WeightsFile, role: Role) -> Weights:
     """
     try:
         tensors, notes = _tensors_of(file, role)
-        found = find_network(tensors, role)
+        found = Found(tensors, []) if file.is_own else find_network(tensors, role)
         notes += found.notes
     except ValueError as error:
         text = str(error)
@@ -226,7 +232,7 @@ def weights_of(file: WeightsFile, role: Role) -> Weights:
         if part not in parts:
             raise ValueError(f"{file.path} has keys of neither backbone nor head: {key}")
         parts[part][HEAD_NAMES.get(name, name)] = tensor
-    backbone = peel(parts["backbone"])
+    backbone = Found(parts["backbone"], []) if file.is_own else peel(parts["backbone"])
     head = parts["head"] | parts["projection_head"]
     others = [key for key in head if key.startswith(PATCH_HEAD) or f"head.{key}" in CLASSIFIER]
     if others:
