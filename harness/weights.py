@@ -42,7 +42,7 @@ from models import (
     load_tensors,
 )
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 # classifiers of supervised networks; head_dist is distilled DeiT's
 CLASSIFIER = tuple(
     f"{name}.{kind}"
