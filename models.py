@@ -92,15 +92,15 @@ def _build_resnet(name: str, pretrained: bool, image_size: int | None, channels:
         text = "the stem for small images has no published weights: need more than 64 px"
         raise ValueError(f"{name} at {image_size} px: {text}")
     if name == "resnet10_half":  # one BasicBlock a stage, half the width
-        net = timm.create_model(
-            "resnet18",
-            num_classes=0,
-            layers=(1, 1, 1, 1),
-            channels=(32, 64, 128, 256),
-            stem_type="deep",
-            stem_width=16,
-            in_chans=channels,
-        )
+        options = {
+            "layers": (1, 1, 1, 1),
+            "channels": (32, 64, 128, 256),
+            "stem_type": "deep",
+            "stem_width": 16,
+            "in_chans": channels,
+        }
+        net = timm.create_model("resnet18", num_classes=0, **options)
+        net.timm_options = options
     else:
         net = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
         net.num_features = net.fc.in_features
@@ -135,11 +135,13 @@ def _fail_soon_offline() -> None:
 def _create_timm(name: str, pretrained: bool, options: dict[str, object]) -> nn.Module | None:
     """Return timm's network without classifier, or None where it does not know an option."""
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        net = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
         return None
+    net.timm_options = options  # for export.py, to let timm build it again
+    return net
 
 
 def _build_timm(

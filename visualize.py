@@ -123,10 +123,13 @@ Pictures = dict[str, Image.Image | Iterator[Image.Image]]  # by file name; a vid
 
 @dataclass(frozen=True)
 class VisualizeConfig:
-    # ckpt.safetensors of a run, an original's .pth, or the name of published weights: dino_vits16
+    # a run's folder, its ckpt.safetensors, what export.py wrote, a .pth of DINO, DINOv2, MAE ...
+    # (docs/weights.md), or the name of published weights: dino_vits16
     checkpoint: tyro.conf.Positional[str]
     # a photo, a folder of images or of class folders, or what --data takes in training
     images: tyro.conf.Positional[str]
+    # architecture of a file that does not say it and is not recognised: a name of timm's
+    arch: str | None = None
     # what to draw; none: all that apply
     kind: tuple[Kind, ...] = ()
     # folder for the pictures; None: pictures/IMAGES beside the checkpoint
@@ -152,8 +155,9 @@ class VisualizeConfig:
 class Observer:
     """A frozen backbone that looks at images, prepared as it knows them."""
 
-    def __init__(self, source: str, size: int | None) -> None:
-        network = open_network(source)
+    def __init__(self, source: str, size: int | None, arch: str | None = None) -> None:
+        network = open_network(source, arch=arch)
+        self.notes = network.notes
         self.preparation = require_preparation(network, source)
         self.crops = network.crops
         self.canvas_size = network.canvas_size
@@ -510,7 +514,9 @@ def _why_not(options: VisualizeConfig, observer: Observer, images: ImageDataset)
 
 def draw_pictures(options: VisualizeConfig) -> Pictures:
     """Compute all pictures; of a video the first frame, and the others when they are asked for."""
-    observer = Observer(options.checkpoint, options.size)
+    observer = Observer(options.checkpoint, options.size, options.arch)
+    for note in observer.notes:
+        print(printable_name(f"weights: {note}"))
     images = open_images(options.images, observer.preparation.channels)
     shown = shown_channels(images.channels)
     if shown:

@@ -9,6 +9,7 @@ feature_maps     attention and feature maps of a backbone, their components as c
 pictures         sheets, curves, heat maps and points, drawn by Pillow
 linear_probe     logistic regression on features that are computed already
 ranking          average precision of what a search brings, in its order
+foreign          weights as other projects write them: unwrapped, renamed
 weights          weights from elsewhere: read, matched, loaded
 estimate         what a step will take on this machine, before the first
 flags            recipes, checks of settings, what follows from data and machine

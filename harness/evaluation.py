@@ -39,16 +39,18 @@ from folders import cache_folder
 from harness.command import iterate, write_whole
 from harness.feature_quality import feature_quality
 from harness.flags import wrong_setting
+from harness.foreign import Role
 from harness.terminal import printable
 from harness.weights import (
-    Role,
+    BACKBONE_CONFIG,
+    UnknownArchitecture,
     Weights,
     WeightsFile,
     as_file,
-    config_of,
     load_parts,
     networks_in,
     read_file,
+    recognise,
     weights_of,
 )
 from models import (
@@ -67,9 +69,11 @@ from pixels import Levels, levels_in_words
 
 @dataclass(frozen=True)
 class EvalConfig:
-    # a run's folder, its ckpt.safetensors or state.safetensors, an original's .pth, or the name of
-    # published weights: dino_vits16
+    # a run's folder, its ckpt.safetensors or state.safetensors, what export.py wrote, a .pth of
+    # DINO, DINOv2, MAE ... (docs/weights.md), or the name of published weights: dino_vits16
     checkpoint: tyro.conf.Positional[str]
+    # architecture of a file that does not say it and is not recognised: a name of timm's
+    arch: str | None = None
     # images as training takes them: a folder, a tar, a list or a data set's name; None: what the
     # run trained on, or its --knn-data
     data: str | None = None
@@ -129,7 +133,7 @@ class Preparation:
         data, crops = config["data"], config["crops"]
         levels = data.get("levels")  # not in the checkpoints of earlier versions, like the others
         return cls(
-            data=data.get("knn_data") or data["data"],
+            data=data.get("knn_data") or data.get("data"),
             size=crops["global_crop_size"],
             resize=data["eval_resize"],
             mean=tuple(crops["mean"]),
@@ -143,9 +147,17 @@ class Preparation:
     @classmethod
     def of_published(cls, backbone: nn.Module, config: ModelConfig) -> "Preparation":
         """Return what the paper has or, for another model of timm's, what timm says of it."""
-        timms = {}
-        if config.pretrained and config.arch not in (*RESNETS, *TIMM_NAMES):
-            timms = backbone.pretrained_cfg
+        is_timms = config.pretrained and config.arch not in (*RESNETS, *TIMM_NAMES)
+        return cls.of_timm(backbone.pretrained_cfg if is_timms else {}, config)
+
+    @classmethod
+    def of_timm(cls, timms: dict, config: ModelConfig) -> "Preparation":
+        """Return what a configuration of timm's says, and the paper's where it does not."""
+        if config.channels != 3 and not {"mean", "std"} <= timms.keys():
+            text = (
+                f"need a file that says mean and standard deviation of {config.channels} channels"
+            )
+            raise ValueError(f"{text}, as those of export.py do")
         size = config.image_size or timms.get("input_size", (3, 224, 224))[-1]
         return cls(
             data=None,
@@ -164,6 +176,7 @@ class OpenedNetwork:
     model: DinoModel
     metadata: dict  # a run's own, {} for other sources
     preparation: Preparation | None  # None where the file does not say it
+    notes: tuple[str, ...] = ()  # lines: what was chosen, left out and guessed
 
     @property
     def arch(self) -> str:
@@ -183,25 +196,133 @@ class OpenedNetwork:
         return self.metadata.get("config", {}).get("data", {}).get("canvas_size") or 384
 
 
-def open_network(source: str | Path, role: Role = "teacher") -> OpenedNetwork:
+def open_network(
+    source: str | Path, role: Role = "teacher", arch: str | None = None
+) -> OpenedNetwork:
     """Open what is to be evaluated, a file or the name of published weights, and read it once.
 
-    A run's ckpt.safetensors is rebuilt with its head, others have none. Raises ValueError for
-    files that do not fit, OSError for a name whose published weights cannot be loaded.
+    Raises ValueError for files that do not fit, OSError for a name whose published weights cannot
+    be loaded.
     """
     path = as_file(source, role)
-    if path is None:
-        return _open_backbone(ModelConfig(str(source), pretrained=True), None, source)
-    file = read_file(path)
+    if path is not None:
+        return open_file(read_file(path), role, arch)
+    if arch is not None:
+        raise ValueError(f"--arch is for files: {source} is the name of published weights")
+    name = str(source)
+    config = ModelConfig(name, pretrained=True, original_pos_embed=name in TIMM_NAMES)
+    return _open_backbone(config, None, source)
+
+
+def open_file(file: WeightsFile, role: Role, arch: str | None = None) -> OpenedNetwork:
+    """Open a network of a file that was read. What a run wrote has its head, others have none.
+
+    `arch` is for a file that does not say it. Raises ValueError for what does not fit, of them
+    UnknownArchitecture where only an `arch` is missing.
+    """
+    if file.is_checkpoint and file.texts["model_config"] == "null":
+        text = "has a custom backbone: build it, then load the file's tensors"
+        raise UnknownArchitecture(f"{file.path} {text}")
     if file.is_checkpoint:
-        model, metadata = rebuild_model(path, file.content, file.texts)
-        _check_metadata(metadata, path)
-        _require_finite(model, source)
-        return OpenedNetwork(model, metadata, Preparation.of_checkpoint(metadata))
-    if file.is_state:
-        return _open_state(file, role)
+        model, metadata = rebuild_model(file.path, file.content, file.texts)
+        _check_metadata(metadata, file.path)
+        _require_finite(model, file.path)
+        network = OpenedNetwork(model, metadata, Preparation.of_checkpoint(metadata))
+    elif file.is_state:
+        network = _open_state(file, role)
+    elif BACKBONE_CONFIG in file.texts:
+        config, preparation = _described(file)
+        network = _open_backbone(config, weights_of(file, role), file.path, preparation)
+    else:
+        return _open_foreign(file, role, arch)
+    if arch not in (None, network.arch):
+        raise ValueError(f"{file.path} says that it is {network.arch}: not with --arch {arch}")
+    return network
+
+
+def _open_foreign(file: WeightsFile, role: Role, arch: str | None) -> OpenedNetwork:
+    """Open a file that does not say of itself what this project's files say."""
     weights = weights_of(file, role)
-    return _open_backbone(config_of(weights.backbone, path), weights, source)
+    if arch is None and file.timm_config:
+        arch = file.arch
+    try:
+        recognised = recognise(weights, file.path, arch)
+    except UnknownArchitecture:
+        if file.arch is None:
+            raise
+        recognised = recognise(weights, file.path, file.arch)
+    config = recognised.config
+    preparation, guessed = _preparation_beside(file, config), ()
+    if preparation is None:
+        size = config.image_size or 224
+        text = f"it does not say how its images were prepared: ImageNet's colours, {size} px"
+        guessed = (text,)
+    weights = weights._replace(backbone=recognised.backbone)
+    network = _open_backbone(config, weights, file.path, preparation)
+    return replace(network, notes=(*network.notes, *recognised.notes, *guessed))
+
+
+def _preparation_beside(file: WeightsFile, config: ModelConfig) -> Preparation | None:
+    """Return what timm's config.json beside a file says, None where there is none."""
+    timms = file.timm_config.get("pretrained_cfg")
+    if not isinstance(timms, dict):
+        return None
+    try:
+        preparation = Preparation.of_timm(timms, config)
+        said = {
+            "model": {"channels": config.channels},
+            "crops": {"mean": preparation.mean, "std": preparation.std},
+            "data": {"eval_resize": preparation.resize},
+        }
+        wrong = wrong_setting(said)
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:
+        wrong = str(error)
+    if wrong:
+        raise ValueError(f"config.json beside {file.path} is damaged: {wrong}")
+    return preparation
+
+
+# what an exported file says of its network, and of the preparation of its images
+DESCRIBED = {
+    "model": ("arch", "patch_size", "image_size", "original_pos_embed", "channels"),
+    "crops": ("global_crop_size", "mean", "std"),
+    "data": ("eval_resize", "levels"),
+}
+
+
+def describe(network: OpenedNetwork) -> str:
+    """Return what an exported file has to say of its network, as JSON with names of settings."""
+    config, preparation = network.model.config, network.preparation
+    described = {"model": {name: getattr(config, name) for name in DESCRIBED["model"]}}
+    if preparation is not None:
+        described["crops"] = {
+            "global_crop_size": preparation.size,
+            "mean": preparation.mean,
+            "std": preparation.std,
+        }
+        described["data"] = {"eval_resize": preparation.resize, "levels": preparation.levels}
+    return json.dumps(described)
+
+
+def _described(file: WeightsFile) -> tuple[ModelConfig, Preparation | None]:
+    """Return what an exported file says of itself. ValueError where that is damaged."""
+    try:
+        said = json.loads(file.texts[BACKBONE_CONFIG])
+        wrong = wrong_setting(said)
+        for section, names in DESCRIBED.items():
+            unknown = said.get(section, {}).keys() - set(names) if not wrong else ()
+            wrong = f"it has unknown settings: {', '.join(unknown)}" if unknown else wrong
+        if wrong:
+            raise ValueError(wrong)
+        if (
+            None in said.get("crops", {}).values()
+            or said.get("data", {}).get("eval_resize", 1) is None
+        ):
+            raise ValueError("it lacks how its images were prepared")
+        return ModelConfig(**said["model"]), Preparation.of_checkpoint({"config": said})
+    except (ValueError, KeyError, TypeError) as error:
+        text = f"{BACKBONE_CONFIG} in the metadata of {file.path} is damaged: {error}"
+        raise ValueError(text) from error
 
 
 def _open_state(file: WeightsFile, role: Role) -> OpenedNetwork:
@@ -238,20 +359,30 @@ def _check_metadata(metadata: dict, path: Path) -> None:
         raise ValueError(f"the metadata of {path} is damaged: {wrong}{what_is_left(path)}")
 
 
-def _open_backbone(config: ModelConfig, weights: Weights | None, source: object) -> OpenedNetwork:
+def _open_backbone(
+    config: ModelConfig,
+    weights: Weights | None,
+    source: object,
+    preparation: Preparation | None = None,
+) -> OpenedNetwork:
     """Build a backbone without head, with given weights or with those that are published."""
     backbone = get_backbone(
         config.arch,
         config.pretrained,
         patch_size=config.patch_size,
         image_size=config.image_size,
+        original_pos_embed=config.original_pos_embed,
+        channels=config.channels,
     )
     model = DinoModel(backbone, nn.Identity())
     model.config = config
+    notes: tuple[str, ...] = ()
     if weights is not None:
-        load_parts(model, weights._replace(head={}), source)
+        _, *lines, _ = load_parts(model, weights._replace(head={}), source)
+        notes = tuple(lines)  # but for the first, on the backbone, and the last, on the head
         _require_finite(model, source)
-    return OpenedNetwork(model.eval(), {}, Preparation.of_published(backbone, config))
+    preparation = preparation or Preparation.of_published(backbone, config)
+    return OpenedNetwork(model.eval(), {}, preparation, notes)
 
 
 LARGEST_WEIGHT = 1e18  # its square is near the end of float32's range
@@ -296,7 +427,9 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbo
     source = as_file(options.checkpoint, role) or options.checkpoint
     if role == "student" and not isinstance(source, Path):
         raise ValueError(f"{source} is published as one network: not with --network student")
-    network = open_network(source, role)
+    network = open_network(source, role, options.arch)
+    for note in network.notes:
+        accelerator.print(f"weights: {note}")
     step = network.metadata.get("step")
     if role == "student" and step is not None and source.name.startswith("ckpt"):
         _load_student_beside(source, network.model, step)

@@ -332,6 +332,11 @@ def wrong_setting(config: object) -> str:
                 _check_range(name, value, settings[name].metadata)
             except ValueError as error:
                 return str(error)
+    channels = config.get("model", {}).get("channels", 3)
+    for name in ("mean", "std"):
+        values = config.get("crops", {}).get(name)
+        if values is not None and len(values) != channels:
+            return f"need {name} of {channels} channels, got {len(values)} numbers"
     return ""
 
 

@@ -1,8 +1,8 @@
 """Weights from elsewhere: read a file, match its names to ours, load them into a model.
 
-A source is a file (ours, or the original's .pth: backbone alone, or a full checkpoint) or the name
-of a published network (dino_vits16, resnet50, any of timm's). Every key is accounted for, where the
-original goes on with random weights.
+A source is a file (ours, the original's .pth: backbone alone, or a full checkpoint; those of other
+projects: harness/foreign.py) or the name of a published network (dino_vits16, resnet50, any of
+timm's). Every key is accounted for, where the original goes on with random weights.
 """
 
 import argparse
@@ -12,15 +12,27 @@ import math
 import re
 import zipfile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from harness.foreign import (
+    PATCH_HEAD,
+    Found,
+    Role,
+    Tensors,
+    by_timms_names,
+    counted,
+    find_network,
+    open_containers,
+    peel,
+)
 from models import (
     RESNETS,
     TIMM_NAMES,
@@ -31,18 +43,24 @@ from models import (
     load_tensors,
 )
 
-Tensors = dict[str, Tensor]
-Role = Literal["teacher", "student"]  # which of a file's two networks
-
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-CLASSIFIER = ("fc.weight", "fc.bias", "head.weight", "head.bias")  # of supervised networks
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+# classifiers of supervised networks; head_dist is distilled DeiT's
+CLASSIFIER = tuple(
+    f"{name}.{kind}"
+    for name in ("fc", "head", "head.fc", "head_dist", "classifier")
+    for kind in ("weight", "bias")
+)
 UNREAD = "num_batches_tracked"  # a counter of BatchNorm's that old files lack
+INTEGERS = (UNREAD, "relative_position_index")  # the latter in old files of Swin and BEiT
 HEAD_NAMES = {  # weight_norm's two spellings, and ours
     "last_layer.weight_g": "last_layer.gain",
     "last_layer.weight_v": "last_layer.weight",
     "last_layer.parametrizations.weight.original0": "last_layer.gain",
     "last_layer.parametrizations.weight.original1": "last_layer.weight",
 }
+# what an exported file says of its network and its images: a JSON of a run's settings
+BACKBONE_CONFIG = "backbone_config"
+TIMM_CONFIG = "config.json"  # among a file's texts, where it is in the layout of timm's hub
 
 # ---------------------------------------------------------------- read
 
@@ -64,25 +82,57 @@ class WeightsFile(NamedTuple):
         """Tell whether a run wrote it, to go on from: with student and teacher."""
         return "metadata" in self.texts and not self.is_checkpoint
 
+    @property
+    def is_own(self) -> bool:
+        """Tell whether this project wrote it, by its own names: export.py, too."""
+        return self.is_checkpoint or self.is_state or BACKBONE_CONFIG in self.texts
+
+    @property
+    def timm_config(self) -> dict:
+        """Return what stands in timm's config.json beside the file, {} for nothing of use."""
+        with contextlib.suppress(ValueError):
+            config = json.loads(self.texts.get(TIMM_CONFIG, "{}"))
+            return config if isinstance(config, dict) else {}
+        return {}
+
+    @property
+    def arch(self) -> str | None:
+        """Return the name of timm's or torchvision's that others wrote beside the weights.
+
+        timm's training has it as `arch`, others within `args`, timm's hub in its config.json.
+        """
+        args = self.content.get("args")
+        said = (self.content.get("arch"), getattr(args, "arch", None))
+        for name in (self.timm_config.get("architecture"), *said):
+            if isinstance(name, str) and (name in RESNETS or timm.is_model(name)):
+                return name
+        return None
+
 
 class Weights(NamedTuple):
-    """A network's tensors by our names; no head is {}."""
+    """A network's tensors, the head's by our names; no head is {}."""
 
     backbone: Tensors
     head: Tensors
+    notes: tuple[str, ...] = ()  # lines that say what was chosen and left out
+
+
+class UnknownArchitecture(ValueError):
+    """Weights that do not say what they are, and are not recognised."""
 
 
 def as_file(source: str | Path, role: Role = "teacher") -> Path | None:
     """Return the file that `source` names, or None for a network's name.
 
     Of a run's folder it is the teacher's checkpoint; the state where that is missing, or the
-    student is wanted. Raises FileNotFoundError where it looks like a file and there is none.
+    student is wanted; of a folder in the layout of timm's hub its model.safetensors. Raises
+    FileNotFoundError where it looks like a file and there is none.
     """
     path = Path(source)
     in_folder = [path / "ckpt.safetensors", path / "state.safetensors"]
     if role == "student":
         in_folder.reverse()
-    for file in in_folder:
+    for file in (*in_folder, path / "model.safetensors"):
         if file.is_file():
             return file
     if path.is_file():
@@ -98,8 +148,26 @@ def read_file(path: str | Path) -> WeightsFile:
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     if path.suffix == ".safetensors":
-        return WeightsFile(path, *load_tensors(path))
-    return WeightsFile(path, _unpickle(path), {})
+        tensors, texts = load_tensors(path)
+        return WeightsFile(path, tensors, _config_of_timm(path) | texts)
+    content = _unpickle(path)
+    said = content.get(BACKBONE_CONFIG)
+    return WeightsFile(path, content, {BACKBONE_CONFIG: said} if isinstance(said, str) else {})
+
+
+def _config_of_timm(path: Path) -> dict[str, str]:
+    """Return the config.json beside a file in the layout of timm's hub; {} where it is none."""
+    beside = path.with_name("config.json")
+    if path.name != "model.safetensors" or not beside.is_file():
+        return {}
+    return {TIMM_CONFIG: beside.read_text(errors="replace")}
+
+
+# Lightning writes hyperparameters of any class; only their author can say that they do no harm
+HOW_TO_KEEP = (
+    "; where you trust it, keep its tensors: "
+    'torch.save(torch.load(FILE, weights_only=False)["state_dict"], "weights.pth")'
+)
 
 
 def _unpickle(path: Path) -> dict:
@@ -118,7 +186,7 @@ def _unpickle(path: Path) -> dict:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds {refused[1]}" if refused else str(error).split("\n")[0]
+        reason = f"it holds {refused[1]}{HOW_TO_KEEP}" if refused else str(error).split("\n")[0]
         raise ValueError(f"{path} is no file of plain weights: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: need a dict of tensors")
@@ -144,56 +212,75 @@ def read_weights(path: str | Path, role: Role = "teacher") -> Weights:
 
 
 def weights_of(file: WeightsFile, role: Role) -> Weights:
-    """Return one network's backbone and projection head, by our names.
+    """Return one network's backbone and projection head.
 
-    A weight-normalised head always has its gain, a plain one has none. Raises ValueError for what
-    is neither ours, the original's nor a backbone's own state dict.
+    A weight-normalised head always has its gain, a plain one has none. A backbone still has the
+    names of its project: `recognise` and load_parts make them those of its architecture. Raises
+    ValueError for what holds no network, or other things beside it that are not known.
     """
-    tensors = _tensors_of(file, role)
-    tensors = {re.sub(r"^(module\.)+", "", key): tensor for key, tensor in tensors.items()}
-    if not any(key.startswith("backbone.") for key in tensors):
-        return Weights(tensors, {})
+    try:
+        tensors, notes = _tensors_of(file, role)
+        found = Found(tensors, []) if file.is_own else find_network(tensors, role)
+        notes += found.notes
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if str(file.path) in text else f"{file.path} {text}") from error
+    if not any(key.startswith("backbone.") for key in found.tensors):
+        return _check_kinds(Weights(found.tensors, {}, tuple(notes)), file.path)
     parts: dict[str, Tensors] = {"backbone": {}, "head": {}, "projection_head": {}}
-    for key, tensor in tensors.items():
+    for key, tensor in found.tensors.items():
         part, _, name = key.partition(".")
         if part not in parts:
             raise ValueError(f"{file.path} has keys of neither backbone nor head: {key}")
         parts[part][HEAD_NAMES.get(name, name)] = tensor
+    backbone = Found(parts["backbone"], []) if file.is_own else peel(parts["backbone"])
     head = parts["head"] | parts["projection_head"]
-    last = head.get("last_layer.weight")
+    others = [key for key in head if key.startswith(PATCH_HEAD) or f"head.{key}" in CLASSIFIER]
+    if others:
+        notes.append(f"left out of the head: {counted(others)}")
+        head = {key: tensor for key, tensor in head.items() if key not in others}
+    weights = Weights(backbone.tensors, head, (*notes, *backbone.notes))
+    last = _check_kinds(weights, file.path).head.get("last_layer.weight")
     if parts["projection_head"] and last is not None and _has_weight_norm(file):
         head.setdefault("last_layer.gain", torch.ones(len(last), 1))  # ours leaves out a fixed one
-    return Weights(parts["backbone"], head)
+    return weights
 
 
-def _tensors_of(file: WeightsFile, role: Role) -> Tensors:
-    """Return the tensors of one network of a file. ValueError where there are none, or others."""
+def _tensors_of(file: WeightsFile, role: Role) -> tuple[Tensors, list[str]]:
+    """Return the state dict in a file, and lines that say which. ValueError where there is none."""
     if role == "student" and file.is_checkpoint:
         raise ValueError(f"{file.path} holds the teacher alone: need the run's state.safetensors")
-    networks = networks_in(file)
-    if networks and role not in networks:
-        raise ValueError(f"{file.path} holds no {role}, but {', '.join(networks)}")
-    # what else a full checkpoint holds is optimizer, center, step and arguments
-    tensors = networks[role] if networks else file.content
+    if file.path.suffix == ".safetensors":
+        networks = networks_in(file)
+        if networks and role not in networks:
+            raise ValueError(f"holds no {role}, but {', '.join(networks)}")
+        # what else a run's state holds is optimizer and center
+        tensors, notes = networks.get(role, file.content), []
+    else:
+        tensors, notes = open_containers(file.content, role)
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
-        raise ValueError(f"{file.path} is no state dict: need tensors by name")
+        raise ValueError("is no state dict: need tensors by name")
     others = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
     if others or not tensors:
         held = ", ".join(others[:10]) or "nothing"
-        raise ValueError(f"{file.path} is no state dict: need tensors alone, it holds {held}")
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point() and not key.endswith(UNREAD):
+        raise ValueError(f"is no state dict: need tensors alone, it holds {held}")
+    return tensors, notes
+
+
+def _check_kinds(weights: Weights, path: Path) -> Weights:
+    """Return weights as they are. ValueError where a tensor is of another kind than weights are."""
+    for key, tensor in (weights.backbone | weights.head).items():
+        if not tensor.is_floating_point() and not key.endswith(INTEGERS):
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{file.path}: need floating-point weights, got {key} of {kind}")
-        if tensor.ndim == 0 and key.endswith(("last_layer.weight", "last_layer.weight_v")):
-            raise ValueError(f"{file.path}: need a matrix {key}, got a number")
-    return tensors
+            raise ValueError(f"{path}: need floating-point weights, got {key} of {kind}")
+    last = weights.head.get("last_layer.weight")
+    if last is not None and last.ndim == 0:
+        raise ValueError(f"{path}: need a matrix last_layer.weight, got a number")
+    return weights
 
 
 def networks_in(file: WeightsFile) -> dict[str, Tensors]:
-    """Return the networks in a file by their role; {} for a bare state dict."""
-    if file.path.suffix != ".safetensors":
-        return {role: file.content[role] for role in ("student", "teacher") if role in file.content}
+    """Return the networks in a safetensors file by their role; {} for a bare state dict."""
     networks: dict[str, Tensors] = {}
     for key, tensor in file.content.items():
         if key.startswith(("student.", "teacher.")):
@@ -221,28 +308,140 @@ def sizes_of(backbone: Tensors) -> dict[str, int]:
     if embed is None or positions is None or embed.ndim != 4 or positions.ndim != 3:
         return {}
     patch_size = embed.shape[-1]
-    return {"patch_size": patch_size, "image_size": patch_size * math.isqrt(positions.shape[1] - 1)}
+    # a class token, or none, or a few more tokens than that do not reach the next square
+    return {"patch_size": patch_size, "image_size": patch_size * math.isqrt(positions.shape[1])}
 
 
-def config_of(backbone: Tensors, path: str | Path) -> ModelConfig:
-    """Return the architecture whose keys and shapes a backbone has. ValueError for none."""
+# by width and number of blocks: the original's, DeiT's and MAE's; DINOv2's; DINOv3's
+VITS = {
+    (192, 12): ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"),
+    (384, 12): (
+        "dino_vits16",
+        "dino_vits8",
+        "deit_small_distilled_patch16_224",
+        "vit_small_patch14_dinov2",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_small_patch16_dinov3_qkvb",
+        "vit_small_plus_patch16_dinov3_qkvb",
+    ),
+    (768, 12): (
+        "dino_vitb16",
+        "dino_vitb8",
+        "deit_base_distilled_patch16_224",
+        "vit_base_patch14_dinov2",
+        "vit_base_patch14_reg4_dinov2",
+        "vit_base_patch16_dinov3_qkvb",
+    ),
+    (1024, 24): (
+        "vit_large_patch16_224",
+        "vit_large_patch14_dinov2",
+        "vit_large_patch14_reg4_dinov2",
+        "vit_large_patch16_dinov3_qkvb",
+    ),
+    (1280, 32): ("vit_huge_patch14_224", "vit_huge_plus_patch16_dinov3_qkvb"),
+    (1536, 40): ("vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"),
+}
+
+
+def _candidates(backbone: Tensors) -> list[str]:
+    """Return the architectures that a backbone may be, by width and depth, likely ones first."""
+    embed = backbone.get("patch_embed.proj.weight")
+    if embed is None or embed.ndim != 4:
+        return [*RESNETS, "resnet10_half"]
+    depth = len({key.split(".")[1] for key in backbone if key.startswith("blocks.")})
+    suffix = str(embed.shape[-1])  # names that end in the patch size come first
+    archs = VITS.get((embed.shape[0], depth), ())
+    known = [arch for arch in archs if arch in TIMM_NAMES or timm.is_model(arch)]  # to this timm
+    return sorted(known, key=lambda arch: not arch.endswith(suffix))
+
+
+def _config_with(arch: str, backbone: Tensors) -> ModelConfig:
+    """Return an architecture with the sizes that a backbone's tensors tell."""
+    stem = backbone.get("conv1.weight")
+    is_resnet = arch in RESNETS or arch == "resnet10_half"
+    if is_resnet:
+        is_small = stem is not None and stem.ndim == 4 and stem.shape[-1] == 3
+        size = 32 if is_small else None
+        return ModelConfig(arch, image_size=size, channels=_channels_of(backbone))
+    # what differs between the original's positions and timm's does not matter at their own size
+    is_original = arch in TIMM_NAMES
     sizes = sizes_of(backbone)
-    if sizes:
-        suffix = str(sizes["patch_size"])  # names that end in it are tried first
-        archs = sorted(TIMM_NAMES, key=lambda arch: not arch.endswith(suffix))
-        archs.append("vit_tiny_patch16_224")
-    else:
-        archs = list(RESNETS)
-    for arch in archs:
-        with torch.device("meta"):  # shapes alone
-            own = get_backbone(arch, **sizes).state_dict()
-        differ = own.keys() ^ backbone.keys()
-        differ |= {key for key in own if key in backbone and own[key].shape != backbone[key].shape}
-        if all(key in CLASSIFIER or key.endswith(UNREAD) for key in differ):
-            return ModelConfig(arch, **sizes)
+    return ModelConfig(
+        arch, **sizes, original_pos_embed=is_original, channels=_channels_of(backbone)
+    )
+
+
+def _channels_of(backbone: Tensors) -> int:
+    """Return the channels of the images that a backbone's first convolution takes; 3 if unknown."""
+    for name in ("patch_embed.proj.weight", "conv1.weight", "conv1.0.weight"):
+        stem = backbone.get(name)
+        if stem is not None and stem.ndim == 4:
+            return stem.shape[1]
+    return 3
+
+
+def _build_on_meta(config: ModelConfig) -> nn.Module:
+    """Return a backbone that has names and shapes alone. ValueError where it cannot be built."""
+    sizes = {"patch_size": config.patch_size, "image_size": config.image_size}
+    try:
+        with torch.device("meta"):
+            return get_backbone(config.arch, **sizes, channels=config.channels)
+    except (RuntimeError, AssertionError, ZeroDivisionError) as error:  # sizes of damaged tensors
+        raise ValueError(f"no {config.arch} of {sizes}: {error}") from error
+
+
+class Recognised(NamedTuple):
+    """An architecture, a backbone's tensors by its names, and lines that say what was guessed."""
+
+    config: ModelConfig
+    backbone: Tensors
+    notes: tuple[str, ...]
+
+
+def recognise(weights: Weights, path: str | Path, arch: str | None = None) -> Recognised:
+    """Return the architecture whose keys and shapes a backbone has, or `arch` with its sizes.
+
+    Raises UnknownArchitecture where none has them, ValueError for an `arch` that is none.
+    """
+    backbone = weights.backbone
+    if arch is not None:
+        config = _config_with(arch, backbone)
+        try:
+            return _recognised(config, by_timms_names(backbone, _build_on_meta(config)))
+        except ValueError as error:
+            raise ValueError(f"{path} as {arch}: {error}") from error
+    least: tuple[int, str] | None = None
+    for candidate in _candidates(backbone):
+        with contextlib.suppress(ValueError):  # it cannot be this one
+            config = _config_with(candidate, backbone)
+            net = _build_on_meta(config)
+            renamed = by_timms_names(backbone, net)
+            differ = _differing(net.state_dict(), renamed)
+            if not differ:
+                return _recognised(config, renamed)
+            if len(differ) < len(renamed) / 2 and (least is None or len(differ) < least[0]):
+                least = len(differ), f"{candidate} but for {len(differ)}: {', '.join(differ[:3])}"
     some = ", ".join(f"{key} {(*x.shape,)}" for key, x in list(backbone.items())[:3])
-    wanted = "a ViT-T, S or B of the original or a torchvision ResNet"
-    raise ValueError(f"{path} is of no known architecture: need {wanted}, got {some} ...")
+    wanted = "a ViT of DINO, DINOv2, DINOv3, MAE or DeiT, a torchvision ResNet, or --arch"
+    almost = "" if least is None else f"; its tensors are those of {least[1]}"
+    raise UnknownArchitecture(
+        f"{path} is of no known architecture: need {wanted}, got {some} ...{almost}"
+    )
+
+
+def _differing(own: Tensors, tensors: Tensors) -> list[str]:
+    """Return the keys that one state dict lacks, or has in another shape, but for classifiers."""
+    keys = [key for key in own if key not in tensors or own[key].shape != tensors[key].shape]
+    keys += [key for key in tensors if key not in own]
+    return [key for key in keys if key not in CLASSIFIER and not key.endswith(UNREAD)]
+
+
+def _recognised(config: ModelConfig, backbone: Tensors) -> Recognised:
+    notes: tuple[str, ...] = ()
+    if config.image_size == 32 and "conv1.weight" in backbone:
+        text = "its 3x3 stem is taken for one of stride 1 and padding 1, without max-pool"
+        notes = (f"{text}; solo-learn's for CIFAR has padding 2, and other features",)
+    return Recognised(config, backbone, notes)
 
 
 # ---------------------------------------------------------------- load
@@ -264,8 +463,9 @@ def load_weights(model: DinoModel, source: str | Path, role: Role = "teacher") -
 
 def load_parts(model: DinoModel, weights: Weights, source: str | Path) -> list[str]:
     """Load what was read from a source, as load_weights does."""
-    lines = [f"backbone: from {source}, {len(weights.backbone)} tensors"]
+    lines = [f"backbone: from {source}, {len(weights.backbone)} tensors", *weights.notes]
     own = model.state_dict()
+    weights = weights._replace(backbone=_by_names_of(model, weights.backbone))
     left_out = [
         key for key in CLASSIFIER if key in weights.backbone and f"backbone.{key}" not in own
     ]
@@ -288,6 +488,16 @@ def load_parts(model: DinoModel, weights: Weights, source: str | Path) -> list[s
     return lines
 
 
+def _by_names_of(model: DinoModel, backbone: Tensors) -> Tensors:
+    """Return a backbone by the names of the model's architecture, as it is where it is another."""
+    if model.config is None:
+        return backbone
+    arch = model.config.arch
+    with contextlib.suppress(ValueError):  # it is another network, which is said later
+        return by_timms_names(backbone, _build_on_meta(_config_with(arch, backbone)))
+    return backbone
+
+
 def _require_the_same_network(model: DinoModel, backbone: Tensors, source: str | Path) -> None:
     """Raise ValueError where most of a source's backbone does not fit: it is of another --arch."""
     own = model.backbone.state_dict()
@@ -298,7 +508,7 @@ def _require_the_same_network(model: DinoModel, backbone: Tensors, source: str |
         arch = "" if model.config is None else f" --arch {model.config.arch}"
         text = f"{num_fitting} of {len(own)} tensors fit"
         with contextlib.suppress(ValueError):  # of no known architecture
-            text += f"; it is {config_of(backbone, source).arch}"
+            text += f"; it is {recognise(Weights(backbone, {}), source).config.arch}"
         raise ValueError(f"{source} holds another network than{arch}: {text}")
 
 

@@ -175,7 +175,7 @@ def test_help_begins_with_flags_that_there_are(capsys: pytest.CaptureFixture) ->
     assert stop.value.code == 0
     start, options = capsys.readouterr().out.split("Start here")[1].split("Source: DINO")
     flags = re.findall(r"^ +(--[a-z-]+)", start, flags=re.MULTILINE)
-    assert len(flags) == 8
+    assert len(flags) == 9
     for flag in flags:
         assert re.search(rf"{flag}\b", options), flag
 

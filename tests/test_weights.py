@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from harness import evaluation
@@ -34,20 +33,6 @@ HEAD = {
 VIT = ModelConfig("vit_tiny_patch16_224", patch_size=8, image_size=32, **HEAD)
 RESNET = ModelConfig("resnet18", **HEAD)
 SMALL = ModelConfig("resnet10_half", image_size=32, **HEAD)
-
-# of the original's MultiCropWrapper(vit_tiny(), DINOHead(192, 12)), of whose blocks the first
-BLOCK = [
-    f"blocks.0.{name}.{kind}"
-    for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    for kind in ("weight", "bias")
-]
-PATCHES = ["patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"]
-ORIGINAL_BACKBONE = ["cls_token", "pos_embed", *PATCHES, *BLOCK]
-ORIGINAL_HEAD = [
-    *(f"mlp.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")),
-    "last_layer.weight_g",
-    "last_layer.weight_v",
-]
 
 
 def build(config: ModelConfig, seed: int = 1) -> DinoModel:
@@ -339,8 +324,8 @@ def test_position_embeddings_of_another_image_size_are_resampled(tmp_path: Path)
 @pytest.mark.parametrize(
     "config",
     [
-        ModelConfig("dino_vits16", patch_size=16, image_size=224),
-        ModelConfig("dino_vits8", patch_size=8, image_size=96),
+        ModelConfig("dino_vits16", patch_size=16, image_size=224, original_pos_embed=True),
+        ModelConfig("dino_vits8", patch_size=8, image_size=96, original_pos_embed=True),
         ModelConfig("vit_tiny_patch16_224", patch_size=8, image_size=32),
         ModelConfig("resnet34"),
         ModelConfig("resnet50"),
@@ -393,82 +378,6 @@ def test_published_names_say_how_images_are_prepared(monkeypatch: pytest.MonkeyP
         assert network.crops.global_crop_size == preparation.size
         assert network.crops.mean == preparation.mean
         assert network.model.config.pretrained
-
-
-# ---------------------------------------------------------------- export
-
-
-def test_export_loads_strictly_in_timm(tmp_path: Path, script: Callable) -> None:
-    model, out = build(VIT), tmp_path / "backbone.safetensors"
-    save_checkpoint(tmp_path / "ckpt.safetensors", model, {})
-    result = script("export", tmp_path / "ckpt.safetensors", out)
-    assert result.stdout.endswith("150 tensors, patch_size 8, image_size 32\n")
-    sizes = {"patch_size": 8, "img_size": 32}
-    net = timm.create_model(VIT.arch, num_classes=0, checkpoint_path=str(out), **sizes).eval()
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(net(images), model.backbone(images), rtol=0, atol=0)
-
-
-def test_export_loads_strictly_in_torchvision(tmp_path: Path, script: Callable) -> None:
-    model, out = build(RESNET), tmp_path / "backbone.safetensors"
-    save_checkpoint(tmp_path / "ckpt.safetensors", model, {})
-    assert script("export", tmp_path / "ckpt.safetensors", out).returncode == 0
-    net = torchvision.models.resnet18().eval()
-    net.fc = nn.Identity()
-    net.load_state_dict(load_file(out), strict=True)
-    images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(net(images), model.backbone(images), rtol=0, atol=0)
-
-
-def test_export_says_that_a_small_stem_fits_no_other(tmp_path: Path, script: Callable) -> None:
-    save_checkpoint(tmp_path / "c.safetensors", build(replace(RESNET, image_size=32)), {})
-    result = script("export", tmp_path / "c.safetensors", tmp_path / "b.safetensors")
-    assert "3x3 stem for small images does not fit an ImageNet ResNet's 7x7 conv1" in result.stdout
-
-
-@pytest.mark.parametrize("options", [{}, {"norm_last_layer": False}, {"use_weight_norm": False}])
-def test_export_for_the_original_has_its_keys_and_comes_back(
-    options: dict, tmp_path: Path, script: Callable
-) -> None:
-    model, out = build(replace(VIT, **options)), tmp_path / "dino.pth"
-    save_checkpoint(tmp_path / "ckpt.safetensors", model, {})
-    result = script("export", tmp_path / "ckpt.safetensors", out, "--format", "original")
-    assert result.returncode == 0, result.stderr
-    teacher = torch.load(out, weights_only=True)["teacher"]
-    keys = [f"backbone.{key}" for key in ORIGINAL_BACKBONE]
-    for index in range(1, 12):
-        keys += [f"backbone.{key.replace('0', str(index), 1)}" for key in BLOCK]
-    assert sorted(teacher) == sorted([*keys, *(f"head.{key}" for key in ORIGINAL_HEAD)])
-    # a plain layer is one whose learned gain undoes the normalisation
-    loaded = build(replace(VIT, norm_last_layer=not options), 2)
-    load_weights(loaded, out)
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(loaded(images), model(images))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.safetensors", "dino.pth"]
-
-
-def test_export_of_the_student(full: Path, tmp_path: Path, script: Callable) -> None:
-    out = tmp_path / "student.pth"
-    result = script("export", full, out, "--format", "original", "--network", "student")
-    assert result.returncode == 0, result.stderr
-    assert set(torch.load(out, weights_only=True)) == {"student"}
-    loaded = build(replace(SMALL, norm_last_layer=False))
-    load_weights(loaded, out, "student")
-    assert same_state(loaded, build(replace(SMALL, norm_last_layer=False), 2))
-
-
-def test_export_refuses_a_wrong_place(tmp_path: Path, script: Callable) -> None:
-    source = tmp_path / "ckpt.safetensors"
-    save_checkpoint(source, build(SMALL), {})
-    before = source.read_bytes()
-    for out in (source, tmp_path / "a.pth", tmp_path / "none" / "a.safetensors"):
-        result = script("export", source, out)
-        assert result.returncode == 2
-        assert result.stderr.startswith("error: need a new file in .safetensors, in a folder")
-    assert source.read_bytes() == before
-    assert script("export", tmp_path / "b.pth", tmp_path / "a.safetensors").stderr == (
-        f"error: no such checkpoint: {tmp_path / 'b.pth'}\n"
-    )
 
 
 @pytest.mark.parametrize(
