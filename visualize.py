@@ -13,7 +13,6 @@ Axes: b batch, n images, d features, p tokens, c h w image or map.
 
 import html
 import itertools
-import math
 import os
 import re
 import tempfile
@@ -39,11 +38,13 @@ from data import (
     decode,
     to_canvas,
 )
-from folders import is_list, was_drawn_here
+from folders import by_numbers, is_list, was_drawn_here
 from harness.command import read_flags, run_command, write_whole
 from harness.evaluation import evenly, normalized, open_network, require_preparation
 from harness.feature_maps import (
+    MIN_CELLS,
     PCA,
+    PHOTO_SIDE,
     class_attention,
     feature_map,
     fit_patches,
@@ -51,6 +52,7 @@ from harness.feature_maps import (
     mass_mask,
     patch_map,
     peak,
+    usual_side,
 )
 from harness.flags import check_ranges
 from harness.pictures import (
@@ -82,8 +84,6 @@ FEATURE_BATCH = 64  # images
 SAMPLED_FRAMES = 16  # frames of a video that fix the scale of its colours
 NUM_QUERIES = 6
 NUM_NEIGHBOURS = 8
-MIN_CELLS = 14  # on the shorter side of a map: fewer show no shape
-COARSEST = 64  # pixels, the largest cell that images are enlarged for
 TILE = 240  # pixels
 VIDEO_TILE = 320  # pixels
 FRAME = "{:06}.png"  # a file in a folder of frames
@@ -159,38 +159,17 @@ class Observer:
         self.arch = network.arch
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone = network.model.backbone.to(self.device)
-        crop_size = self.preparation.size
-        self.usual_size = 480 if crop_size >= 192 else crop_size
         self.given_size = size
 
     @cached_property
     def size(self) -> int:
-        """The shorter side of what maps are made of, in pixels: as given, or with MIN_CELLS cells.
-
-        The usual size where the network takes no other.
-        """
-        if self.given_size:
-            return self.given_size
-        size = self.usual_size
-        try:
-            while (num_cells := self._num_cells(size)) < MIN_CELLS:
-                size = math.ceil(size * MIN_CELLS / num_cells)
-                if size > MIN_CELLS * COARSEST:
-                    return self.usual_size
-        except ValueError:
-            return self.usual_size
-        return size
-
-    def _num_cells(self, size: int) -> int:
-        """Return the cells of a feature map on a side of a square image."""
-        blank = torch.zeros(3, size, size, dtype=torch.uint8)
-        blank = fit_patches(blank, size, self.backbone.patch_size)
-        return self.map_of("pca", blank).shape[-1]
+        """The shorter side of what maps are made of, in pixels: as given, or the usual one."""
+        return self.given_size or usual_side(self.backbone, self.preparation.size)
 
     @property
     def said_size(self) -> str:
         """How large the images are that maps are made of, and why they were enlarged."""
-        if self.given_size or self.size == self.usual_size:
+        if self.given_size or self.size in (PHOTO_SIDE, self.preparation.size):
             return f"images of {self.size} px"
         factor = f"{self.size / self.preparation.size:.2g} x the training crop"
         return f"images enlarged to {self.size} px, {factor}, for {MIN_CELLS} cells"
@@ -432,8 +411,7 @@ def scatter_sheet(features: Tensor, classes: list[str]) -> Image.Image:
 def _in_order_of_numbers(images: ImageDataset) -> list[int]:
     """Return the rows of images by their names, frame-10 after frame-9."""
     names = [os.fsdecode(x) if isinstance(x, bytes) else "" for x in images.images]
-    padded = [re.sub(r"\d+", lambda number: number[0].zfill(20), name) for name in names]
-    return sorted(range(len(padded)), key=padded.__getitem__)
+    return sorted(range(len(names)), key=lambda row: by_numbers(names[row]))
 
 
 def video_frames(observer: Observer, images: ImageDataset, kind: str) -> Iterator[Image.Image]:

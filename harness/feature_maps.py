@@ -9,7 +9,8 @@ Axes: b batch, n vectors, d features, p tokens, c h w image or map.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 MOST_VECTORS = 10_000  # of feature maps, that a PCA is fitted to
+PHOTO_SIDE = 480  # pixels, shorter side of photographs whose maps are made, as the original has it
+PHOTO_CROP = 192  # pixels, the least crop in training that is of photographs
+MIN_CELLS = 14  # on the shorter side of a map: fewer show no shape
+COARSEST = 64  # pixels, the largest cell that images are enlarged for
 
 
 def has_class_attention(backbone: nn.Module) -> bool:
@@ -80,6 +85,66 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
     if len(shape) == 4 and shape[1] == width:
         return features
     raise ValueError(f"need a feature map of {width} channels, got shape {shape}")
+
+
+def usual_side(backbone: nn.Module, crop_size: int) -> int:
+    """Return the shorter side in pixels of images that maps are made of, by the training crop's.
+
+    480 for photographs, as the original has it. Small images are enlarged until MIN_CELLS cells lie
+    on it, where the network takes other sizes than its own.
+    """
+    usual = PHOTO_SIDE if crop_size >= PHOTO_CROP else crop_size
+    size = usual
+    try:
+        while (num_cells := _num_cells(backbone, size)) < MIN_CELLS:
+            size = math.ceil(size * MIN_CELLS / num_cells)
+            if size > MIN_CELLS * COARSEST:
+                return usual
+    except (AssertionError, RuntimeError, ValueError):  # what networks raise at other sizes
+        return usual
+    return size
+
+
+def _num_cells(backbone: nn.Module, size: int) -> int:
+    """Return the cells of a feature map on a side of a square image."""
+    side = max(1, round(size / backbone.patch_size)) * backbone.patch_size
+    device = next(backbone.parameters()).device
+    return feature_map(backbone, torch.zeros(1, 3, side, side, device=device)).shape[-1]
+
+
+def fixed_sides(backbone: nn.Module) -> list[int] | None:
+    """Return the only height and width that a network takes, None where it takes others, too."""
+    embed = getattr(backbone, "patch_embed", None)
+    return list(embed.img_size) if getattr(embed, "strict_img_size", False) else None
+
+
+def resize_to_patches(
+    image: Tensor, size: int, backbone: nn.Module, longer_multiple: int = 1
+) -> Tensor:
+    """Return (3, h, w) uint8 whose shorter side is `size`, both rounded to whole patches.
+
+    Nothing is cut, so that a map of it covers the whole image: the aspect ratio changes a little.
+    The longer side is rounded down, to a multiple of `longer_multiple` patches. A network that
+    takes one size only gets that.
+    """
+    shorter, longer = sorted(image.shape[1:])
+    num_shorter = max(1, round(size / backbone.patch_size))
+    num_longer = int(num_shorter * longer / shorter) // longer_multiple * longer_multiple
+    sides = [num * backbone.patch_size for num in (num_shorter, max(num_shorter, num_longer))]
+    sides = sides if image.shape[1] <= image.shape[2] else sides[::-1]
+    return TF.resize(image, fixed_sides(backbone) or sides, TF.InterpolationMode.BICUBIC)
+
+
+@contextmanager
+def sizes_named(images: Tensor) -> Iterator[None]:
+    """Raise ValueError naming the size of images (b, 3, h, w) that a network does not take."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        given = f"{images.shape[2]} x {images.shape[3]} px"
+        raise ValueError(f"no map of images of {given}: {' '.join(str(error).split())}") from error
 
 
 def fit_patches(image: Tensor, size: int, patch_size: int) -> Tensor:

@@ -17,6 +17,7 @@ SCRIPTS = (
     "eval_knn",
     "eval_linear",
     "eval_retrieval",
+    "eval_video",
     "embed",
     "visualize",
     "export",
