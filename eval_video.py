@@ -46,7 +46,13 @@ from harness.evaluation import (
     open_backbone,
     report,
 )
-from harness.feature_maps import PHOTO_SIDE, feature_map, resize_to_patches, sizes_named, usual_side
+from harness.feature_maps import (
+    PHOTO_SIDE,
+    chosen_side,
+    feature_map,
+    resize_to_patches,
+    sizes_named,
+)
 from harness.flags import check_ranges
 from harness.masks import (
     VOID,
@@ -214,7 +220,7 @@ def features_of_frame(frame: Path, network: FrozenBackbone, size: int) -> Tensor
     image = decode(os.fsencode(frame), preparation.levels)
     image = resize_to_patches(image, size, backbone, multiple)
     pixels = normalized(image[None].to(next(backbone.parameters()).device), preparation)
-    with sizes_named(pixels):
+    with sizes_named(network.facts["arch"], pixels):
         return feature_map(backbone, pixels)[0].float()
 
 
@@ -385,7 +391,7 @@ def evaluate(options: VideoConfig, accelerator: Accelerator) -> None:
         json_out=options.json_out,
     )
     network = open_backbone(evaluation, accelerator)
-    size = options.size or usual_side(network.backbone, network.preparation.size)
+    size = chosen_side(network.backbone, network.preparation.size, options.size)
     accelerator.print(f"frames as the network sees them: {size} px, shorter side")
     # a process takes every world-th video
     own_videos = videos[accelerator.process_index :: accelerator.num_processes]

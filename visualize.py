@@ -45,14 +45,17 @@ from harness.feature_maps import (
     MIN_CELLS,
     PCA,
     PHOTO_SIDE,
+    chosen_side,
     class_attention,
     feature_map,
     fit_patches,
-    has_class_attention,
+    fixed_sides,
+    is_pooled_from_patches,
     mass_mask,
     patch_map,
     peak,
-    usual_side,
+    sizes_named,
+    why_no_class_attention,
 )
 from harness.flags import check_ranges
 from harness.pictures import (
@@ -164,7 +167,7 @@ class Observer:
     @cached_property
     def size(self) -> int:
         """The shorter side of what maps are made of, in pixels: as given, or the usual one."""
-        return self.given_size or usual_side(self.backbone, self.preparation.size)
+        return chosen_side(self.backbone, self.preparation.size, self.given_size)
 
     @property
     def said_size(self) -> str:
@@ -176,19 +179,18 @@ class Observer:
 
     def fit(self, image: Tensor) -> Tensor:
         """Return (3, h, w) uint8 in the size that attention and feature maps are made of."""
+        if fixed_sides(self.backbone):
+            return center_crop(image, self.size, self.size)
         return fit_patches(image, self.size, self.backbone.patch_size)
 
     def map_of(self, kind: str, image: Tensor) -> Tensor:
         """Return the attention (head, h, w) or the feature map (d, h, w) of a fitted image."""
         pixels = normalized(image[None].to(self.device), self.preparation)
-        try:
+        with sizes_named(self.arch, pixels):
             if kind == "pca":
                 return feature_map(self.backbone, pixels)[0].float().cpu()
             tokens = class_attention(self.backbone, pixels)
             return patch_map(tokens, self.backbone, pixels)[0].cpu()
-        except (AssertionError, RuntimeError, ValueError) as error:  # some networks take few sizes
-            given = f"{self.arch} at {pixels.shape[2]} x {pixels.shape[3]} px"
-            raise ValueError(f"no map of {given}: {' '.join(str(error).split())}") from error
 
     def crop(self, image: Tensor) -> Tensor:
         """Return the center crop that evaluations take."""
@@ -464,8 +466,8 @@ def kinds_to_draw(options: VisualizeConfig, observer: Observer, images: ImageDat
 def _why_not(options: VisualizeConfig, observer: Observer, images: ImageDataset) -> dict[str, str]:
     """Return why each kind that does not apply does not; ValueError for a video of one image."""
     reasons: dict[str, str] = {}
-    if not has_class_attention(observer.backbone):
-        reasons["attention"] = f"{observer.arch} is no ViT with a class token"
+    if why := why_no_class_attention(observer.backbone):
+        reasons["attention"] = f"{observer.arch} {why}"
     if len(images) < 3:
         reasons["neighbours"] = f"need a folder of >= 3 images, got {options.images}"
     if len(images) < 3 or images.labels is None:
@@ -495,6 +497,9 @@ def draw_pictures(options: VisualizeConfig) -> Pictures:
             print(f"maps of the last layer: {observer.said_size}")
             fitted = {row: observer.fit(image) for row, image in chosen.items()}
         if "attention" in kinds:
+            if is_pooled_from_patches(observer.backbone):
+                text = "a run of DINO does not train its class token's last attention"
+                print(f"{observer.arch} pools its patches: {text}")
             pictures |= draw_attention(observer, images, fitted, options.mass)
         if "pca" in kinds:
             pictures["pca.png"] = pca_sheet(observer, images, fitted)
