@@ -120,3 +120,18 @@ def one_hot_on_grid(mask: np.ndarray, classes: Iterable[int], shape: tuple[int, 
     pixels = torch.from_numpy(mask)[None, None].float()
     cells = F.interpolate(pixels, size=shape, mode="nearest-exact")[0, 0]
     return torch.stack([(cells == number).float() for number in classes])
+
+
+def majority_on_grid(mask: np.ndarray, shape: tuple[int, int]) -> Tensor:
+    """Return for each cell of a grid (h, w) the number of most of its pixels, int64.
+
+    Pixels that are not judged do not count; a cell of none else is VOID. Of equally many the
+    smallest number is taken. A pixel on a border of cells counts for both.
+    """
+    numbers = [number for number in np.unique(mask).tolist() if number != VOID]
+    if not numbers:
+        return torch.full(shape, VOID)
+    is_of = torch.stack([torch.from_numpy(mask == number) for number in numbers]).float()
+    shares = F.adaptive_avg_pool2d(is_of, shape)
+    largest, places = shares.max(dim=0)
+    return torch.where(largest > 0, torch.tensor(numbers)[places], VOID)

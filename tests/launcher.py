@@ -36,6 +36,7 @@ import embed
 import eval_knn
 import eval_linear
 import eval_retrieval
+import eval_segmentation
 import eval_video
 from harness import command, distributed
 
@@ -46,6 +47,7 @@ SCRIPTS = {
     "eval_knn": eval_knn,
     "eval_linear": eval_linear,
     "eval_retrieval": eval_retrieval,
+    "eval_segmentation": eval_segmentation,
     "eval_video": eval_video,
 }
 

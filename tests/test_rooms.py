@@ -17,6 +17,7 @@ SCRIPTS = (
     "eval_knn",
     "eval_linear",
     "eval_retrieval",
+    "eval_segmentation",
     "eval_video",
     "embed",
     "visualize",
