@@ -83,8 +83,8 @@ class SegmentationConfig:
     data: Path
     # folder with images/ and masks/ to test on; None: val/ or test/ in --data, else a fixed tenth
     val: Path | None = None
-    # pixels, shorter side of the images as the network sees them; None: 480 for photographs [paper:
-    # 480]; small images are enlarged from the training crop's until 14 cells lie on it
+    # pixels, shorter side of the images as the network sees them; None: 480 for photographs, as in
+    # the paper; small images are enlarged from the training crop's until 14 cells lie on it
     size: int | None = setting(None, above=0, most=4096)
     # neighbours that vote for a patch
     k: int = setting(20, above=0, most=1_000_000)

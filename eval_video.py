@@ -80,13 +80,13 @@ class VideoConfig:
     checkpoint: tyro.conf.Positional[str]
     # DAVIS 2017, a folder laid out like it or, with --mask, a folder of frames
     data: Path
-    # the first frame's mask, a PNG with one number a pixel, palettised or grey: 0 background, 1, 2
-    # ... objects; then --data is a folder of frames
+    # the first frame's mask, with which --data is a folder of frames: a PNG, palettised or grey, of
+    # one number a pixel: 0 background, from 1 on an object each
     mask: Path | None = None
     # folder for the masks, OUT/VIDEO/00000.png, palettised; None: scores alone
     out: Path | None = None
-    # pixels, shorter side of the frames as the network sees them; None: 480 for photographs [paper:
-    # 480]; small images are enlarged from the training crop's until 14 cells lie on it
+    # pixels, shorter side of the frames as the network sees them; None: 480 for photographs, as in
+    # the paper; small images are enlarged from the training crop's until 14 cells lie on it
     size: int | None = setting(None, above=0, most=4096)
     # frames before, beside the first, whose labels are handed on [paper: 7]
     num_frames: int = setting(7, most=1000)
