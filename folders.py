@@ -87,6 +87,11 @@ def some_of(names: Collection[str], most: int = 3) -> str:
     return first if len(names) <= most else f"{first} and {len(names) - most:,} more"
 
 
+def by_numbers(name: str) -> str:
+    """Return a key that sorts names by the numbers in them: frame-10 after frame-9."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(20), name)
+
+
 def number_of(num: int, word: str) -> str:
     """Return `1 image` or `1,200 images`."""
     return f"{num:,} {word}" if num == 1 else f"{num:,} {word}s"

@@ -240,12 +240,12 @@ def get_backbone(
 ) -> nn.Module:
     """Build a backbone without classifier: (b, channels, h, w) to (b, output_dim), at any h and w.
 
-    It has `.output_dim`, `.patch_size` (1 for convolutional networks; must divide h and w) and the
-    parameter names of torchvision or timm. ResNets for an `image_size` up to 64 px get a 3x3 stem
-    without max-pool, of stride 1 up to 32 px and 2 above. Published weights are fitted to other
-    `channels` than 3 as timm does: summed for 1, repeated and rescaled for more. Raises ValueError
-    for an unknown name (with close matches) or option, OSError where published weights cannot be
-    loaded.
+    It has `.output_dim`, `.num_channels`, `.patch_size` (1 for convolutional networks; must divide
+    h and w) and the parameter names of torchvision or timm. ResNets for an `image_size` up to 64 px
+    get a 3x3 stem without max-pool, of stride 1 up to 32 px and 2 above. Published weights are
+    fitted to other `channels` than 3 as timm does: summed for 1, repeated and rescaled for more.
+    Raises ValueError for an unknown name (with close matches) or option, OSError where published
+    weights cannot be loaded.
 
     To add a backbone: a branch here and its name among the known. It must have `.num_features` and
     build on the meta device. (Any module with `.output_dim` goes into a DinoModel without that.)
@@ -278,6 +278,7 @@ def get_backbone(
         nn.init.trunc_normal_(net.cls_token, std=0.02)  # the original's; timm's is 1e-6
     net.output_dim = getattr(net, "head_hidden_size", None) or net.num_features
     net.patch_size = _patch_size_of(net)
+    net.num_channels = channels
     return net
 
 

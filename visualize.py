@@ -13,7 +13,6 @@ Axes: b batch, n images, d features, p tokens, c h w image or map.
 
 import html
 import itertools
-import math
 import os
 import re
 import tempfile
@@ -38,18 +37,24 @@ from data import (
     center_crop,
     to_canvas,
 )
-from folders import is_list, was_drawn_here
+from folders import by_numbers, is_list, was_drawn_here
 from harness.command import read_flags, run_command, write_whole
 from harness.evaluation import normalized, open_network, require_preparation
 from harness.feature_maps import (
+    MIN_CELLS,
     PCA,
+    PHOTO_SIDE,
+    chosen_side,
     class_attention,
     feature_map,
     fit_patches,
-    has_class_attention,
+    fixed_sides,
+    is_pooled_from_patches,
     mass_mask,
     patch_map,
     peak,
+    sizes_named,
+    why_no_class_attention,
 )
 from harness.feature_quality import evenly
 from harness.flags import check_ranges
@@ -83,8 +88,6 @@ FEATURE_BATCH = 64  # images
 SAMPLED_FRAMES = 16  # frames of a video that fix the scale of its colours
 NUM_QUERIES = 6
 NUM_NEIGHBOURS = 8
-MIN_CELLS = 14  # on the shorter side of a map: fewer show no shape
-COARSEST = 64  # pixels, the largest cell that images are enlarged for
 TILE = 240  # pixels
 VIDEO_TILE = 320  # pixels
 FRAME = "{:06}.png"  # a file in a folder of frames
@@ -164,57 +167,35 @@ class Observer:
         self.arch = network.arch
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone = network.model.backbone.to(self.device)
-        crop_size = self.preparation.size
-        self.usual_size = 480 if crop_size >= 192 else crop_size
         self.given_size = size
 
     @cached_property
     def size(self) -> int:
-        """The shorter side of what maps are made of, in pixels: as given, or with MIN_CELLS cells.
-
-        The usual size where the network takes no other.
-        """
-        if self.given_size:
-            return self.given_size
-        size = self.usual_size
-        try:
-            while (num_cells := self._num_cells(size)) < MIN_CELLS:
-                size = math.ceil(size * MIN_CELLS / num_cells)
-                if size > MIN_CELLS * COARSEST:
-                    return self.usual_size
-        except ValueError:
-            return self.usual_size
-        return size
-
-    def _num_cells(self, size: int) -> int:
-        """Return the cells of a feature map on a side of a square image."""
-        blank = torch.zeros(self.preparation.channels, size, size, dtype=torch.uint8)
-        blank = fit_patches(blank, size, self.backbone.patch_size)
-        return self.map_of("pca", blank).shape[-1]
+        """The shorter side of what maps are made of, in pixels: as given, or the usual one."""
+        return chosen_side(self.backbone, self.preparation.size, self.given_size)
 
     @property
     def said_size(self) -> str:
         """How large the images are that maps are made of, and why they were enlarged."""
-        if self.given_size or self.size == self.usual_size:
+        if self.given_size or self.size in (PHOTO_SIDE, self.preparation.size):
             return f"images of {self.size} px"
         factor = f"{self.size / self.preparation.size:.2g} x the training crop"
         return f"images enlarged to {self.size} px, {factor}, for {MIN_CELLS} cells"
 
     def fit(self, image: Tensor) -> Tensor:
         """Return (c, h, w) uint8 in the size that attention and feature maps are made of."""
+        if fixed_sides(self.backbone):
+            return center_crop(image, self.size, self.size)
         return fit_patches(image, self.size, self.backbone.patch_size)
 
     def map_of(self, kind: str, image: Tensor) -> Tensor:
         """Return the attention (head, h, w) or the feature map (d, h, w) of a fitted image."""
         pixels = normalized(image[None].to(self.device), self.preparation)
-        try:
+        with sizes_named(self.arch, pixels):
             if kind == "pca":
                 return feature_map(self.backbone, pixels)[0].float().cpu()
             tokens = class_attention(self.backbone, pixels)
             return patch_map(tokens, self.backbone, pixels)[0].cpu()
-        except (AssertionError, RuntimeError, ValueError) as error:  # some networks take few sizes
-            given = f"{self.arch} at {pixels.shape[2]} x {pixels.shape[3]} px"
-            raise ValueError(f"no map of {given}: {' '.join(str(error).split())}") from error
 
     def crop(self, image: Tensor) -> Tensor:
         """Return the center crop that evaluations take."""
@@ -444,8 +425,7 @@ def scatter_sheet(features: Tensor, classes: list[str]) -> Image.Image:
 def _in_order_of_numbers(images: ImageDataset) -> list[int]:
     """Return the rows of images by their names, frame-10 after frame-9."""
     names = [os.fsdecode(x) if isinstance(x, bytes) else "" for x in images.images]
-    padded = [re.sub(r"\d+", lambda number: number[0].zfill(20), name) for name in names]
-    return sorted(range(len(padded)), key=padded.__getitem__)
+    return sorted(range(len(names)), key=lambda row: by_numbers(names[row]))
 
 
 def video_frames(observer: Observer, images: ImageDataset, kind: str) -> Iterator[Image.Image]:
@@ -498,8 +478,8 @@ def kinds_to_draw(options: VisualizeConfig, observer: Observer, images: ImageDat
 def _why_not(options: VisualizeConfig, observer: Observer, images: ImageDataset) -> dict[str, str]:
     """Return why each kind that does not apply does not; ValueError for a video of one image."""
     reasons: dict[str, str] = {}
-    if not has_class_attention(observer.backbone):
-        reasons["attention"] = f"{observer.arch} is no ViT with a class token"
+    if why := why_no_class_attention(observer.backbone):
+        reasons["attention"] = f"{observer.arch} {why}"
     if len(images) < 3:
         reasons["neighbours"] = f"need a folder of >= 3 images, got {options.images}"
     if len(images) < 3 or images.labels is None:
@@ -534,6 +514,9 @@ def draw_pictures(options: VisualizeConfig) -> Pictures:
             print(f"maps of the last layer: {observer.said_size}")
             fitted = {row: observer.fit(image) for row, image in chosen.items()}
         if "attention" in kinds:
+            if is_pooled_from_patches(observer.backbone):
+                text = "a run of DINO does not train its class token's last attention"
+                print(f"{observer.arch} pools its patches: {text}")
             pictures |= draw_attention(observer, images, fitted, options.mass)
         if "pca" in kinds:
             pictures["pca.png"] = pca_sheet(observer, images, fitted)

@@ -6,6 +6,7 @@ run_lock         one owner for a run's folder
 distributed      launch lines and their guards, networks laid out, common decisions of processes
 fast_backbone    shortcuts for backbones in training
 feature_maps     attention and feature maps of a backbone, their components as colours
+masks            masks of objects: files, regions and boundaries compared
 pictures         sheets, curves, heat maps and points, drawn by Pillow
 linear_probe     logistic regression on features that are computed already
 ranking          average precision of what a search brings, in its order

@@ -9,48 +9,92 @@ Axes: b batch, n vectors, d features, p tokens, c h w image or map.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from einops import einsum, rearrange
-from timm.layers import Attention
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention, AttentionRope
+from timm.models.beit import Attention as BeitAttention
+from timm.models.cait import ClassAttn
+from timm.models.eva import EvaAttention
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms.v2 import functional as TF
 
+# attentions of timm's that call torch's fused one with their queries and keys: of ViT, DeiT and
+# DINOv2; of ViTs with rotary positions; of BEiT; of CaiT and XCiT; of EVA and DINOv3
+READABLE = (Attention, AttentionRope, BeitAttention, ClassAttn, EvaAttention, RelPosAttention)
 MOST_VECTORS = 10_000  # of feature maps, that a PCA is fitted to
+PHOTO_SIDE = 480  # pixels, shorter side of photographs whose maps are made, as the original has it
+PHOTO_CROP = 192  # pixels, the least crop in training that is of photographs
+MIN_CELLS = 14  # on the shorter side of a map: fewer show no shape
+COARSEST = 64  # pixels, the largest cell that images are enlarged for
 
 
-def has_class_attention(backbone: nn.Module) -> bool:
-    """Tell whether the last block is timm's plain attention, with a class token."""
-    is_vit = isinstance(backbone, VisionTransformer) and backbone.has_class_token
-    return is_vit and type(getattr(backbone.blocks[-1], "attn", None)) is Attention
+def _last_attention(backbone: nn.Module) -> nn.Module | None:
+    """Return the last attention that the class token takes part in, None where there is none."""
+    for name in ("cls_attn_blocks", "blocks_token_only", "blocks"):  # of XCiT, of CaiT, of others
+        blocks = getattr(backbone, name, None)
+        if blocks:
+            return getattr(blocks[-1], "attn", None)
+    return None
+
+
+def why_no_class_attention(backbone: nn.Module) -> str:
+    """Return why a class token's attention cannot be shown: a predicate; nothing where it can."""
+    if getattr(backbone, "cls_token", None) is None:
+        return "has no class token"
+    attention = _last_attention(backbone)
+    if attention is None:
+        return "has a class token, but no last block whose attention could be read"
+    if type(attention) not in READABLE:
+        return f"has attention of another kind in its last block: {type(attention).__name__}"
+    return ""
+
+
+def is_pooled_from_patches(backbone: nn.Module) -> bool:
+    """Tell whether a network's features leave the class token out: DINO does not train it then."""
+    return getattr(backbone, "global_pool", "") in ("avg", "avgmax", "max")
+
+
+class _LastFusedAttention(TorchFunctionMode):
+    """Note the queries, keys and bias that fused attention is computed of, the last time."""
+
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            self.queries, self.keys = args[:2]
+            self.bias = kwargs.get("attn_mask")  # BEiT's, by the relative position
+        return function(*args, **kwargs)
 
 
 @torch.no_grad()
 def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     """Return the class token's attention (b, head, p) to all tokens in the last block.
 
-    Fused attention returns no weights: they are computed again from its queries and keys.
+    Fused attention returns no weights: they are computed again from what it is called with, which
+    has the position embedding of each kind of ViT in it. The class token is the first in all.
     """
-    attention = backbone.blocks[-1].attn
-    seen: list[Tensor] = []
-
-    def note(norm: nn.Module, inputs: tuple, output: Tensor) -> None:
-        seen.append(output)
-
-    # queries are normalised before keys; without norm these modules are identities
-    hooks = [norm.register_forward_hook(note) for norm in (attention.q_norm, attention.k_norm)]
+    attention = _last_attention(backbone)
+    was_fused = attention.fused_attn
+    attention.fused_attn = True
     try:
-        backbone.forward_features(images)
+        with _LastFusedAttention() as noted:
+            backbone.forward_features(images)
     finally:
-        for hook in hooks:
-            hook.remove()
-    queries, keys = seen
-    query, keys = queries[:, :, 0].float(), keys.float()  # of the class token
-    return (attention.scale * einsum(query, keys, "b head d, b head p d -> b head p")).softmax(-1)
+        attention.fused_attn = was_fused
+    query, keys = noted.queries[:, :, 0].float(), noted.keys.float()  # of the class token
+    scores = query.shape[-1] ** -0.5 * einsum(query, keys, "b head d, b head p d -> b head p")
+    if noted.bias is not None:
+        scores = scores + noted.bias[:, :, 0].float()
+    return scores.softmax(dim=-1)
 
 
 def patch_map(tokens: Tensor, backbone: nn.Module, images: Tensor) -> Tensor:
@@ -80,6 +124,82 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
     if len(shape) == 4 and shape[1] == width:
         return features
     raise ValueError(f"need a feature map of {width} channels, got shape {shape}")
+
+
+def fixed_sides(backbone: nn.Module) -> list[int] | None:
+    """Return the only height and width that a network takes, None where it takes others, too."""
+    embed = getattr(backbone, "patch_embed", None)
+    return list(embed.img_size) if getattr(embed, "strict_img_size", False) else None
+
+
+def usual_side(backbone: nn.Module, crop_size: int) -> int:
+    """Return the shorter side in pixels of images that maps are made of, by the training crop's.
+
+    480 for photographs, as the original has it. Small images are enlarged until MIN_CELLS cells lie
+    on it, where the network takes other sizes than its own.
+    """
+    fixed = fixed_sides(backbone)
+    if fixed:
+        return min(fixed)
+    usual = PHOTO_SIDE if crop_size >= PHOTO_CROP else crop_size
+    size = usual
+    try:
+        while (num_cells := _num_cells(backbone, size)) < MIN_CELLS:
+            size = math.ceil(size * MIN_CELLS / num_cells)
+            if size > MIN_CELLS * COARSEST:
+                return usual
+    except (AssertionError, RuntimeError, ValueError):  # what networks raise at other sizes
+        return usual
+    return size
+
+
+def chosen_side(backbone: nn.Module, crop_size: int, given: int | None) -> int:
+    """Return the shorter side that is given, or the usual one.
+
+    Raises ValueError where the network takes another side alone.
+    """
+    usual = usual_side(backbone, crop_size)
+    if given is not None and fixed_sides(backbone) and given != usual:
+        raise ValueError(f"need --size {usual}, as the network takes no other, got {given}")
+    return given or usual
+
+
+def _num_cells(backbone: nn.Module, size: int) -> int:
+    """Return the cells of a feature map on a side of a square image."""
+    side = max(1, round(size / backbone.patch_size)) * backbone.patch_size
+    device = next(backbone.parameters()).device
+    channels = getattr(backbone, "num_channels", 3)
+    blank = torch.zeros(1, channels, side, side, device=device)
+    return feature_map(backbone, blank).shape[-1]
+
+
+def resize_to_patches(
+    image: Tensor, size: int, backbone: nn.Module, longer_multiple: int = 1
+) -> Tensor:
+    """Return (3, h, w) uint8 whose shorter side is `size`, both rounded to whole patches.
+
+    Nothing is cut, so that a map of it covers the whole image: the aspect ratio changes a little.
+    The longer side is rounded down, to a multiple of `longer_multiple` patches. A network that
+    takes one size only gets that.
+    """
+    shorter, longer = sorted(image.shape[1:])
+    num_shorter = max(1, round(size / backbone.patch_size))
+    num_longer = int(num_shorter * longer / shorter) // longer_multiple * longer_multiple
+    sides = [num * backbone.patch_size for num in (num_shorter, max(num_shorter, num_longer))]
+    sides = sides if image.shape[1] <= image.shape[2] else sides[::-1]
+    return TF.resize(image, fixed_sides(backbone) or sides, TF.InterpolationMode.BICUBIC)
+
+
+@contextmanager
+def sizes_named(arch: str, images: Tensor) -> Iterator[None]:
+    """Raise ValueError naming the size of images (b, 3, h, w) that a network does not take."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        given = f"{arch} at {images.shape[2]} x {images.shape[3]} px"
+        raise ValueError(f"no map of {given}: {' '.join(str(error).split())}") from error
 
 
 def fit_patches(image: Tensor, size: int, patch_size: int) -> Tensor:

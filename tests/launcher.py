@@ -37,6 +37,8 @@ import eval_copies
 import eval_knn
 import eval_linear
 import eval_retrieval
+import eval_segmentation
+import eval_video
 from harness import command, distributed
 
 # imported before the fork
@@ -47,6 +49,8 @@ SCRIPTS = {
     "eval_linear": eval_linear,
     "eval_copies": eval_copies,
     "eval_retrieval": eval_retrieval,
+    "eval_segmentation": eval_segmentation,
+    "eval_video": eval_video,
 }
 
 

@@ -4,6 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -60,6 +61,28 @@ def test_data_table(benchmark, tmp_path: Path) -> None:
     out = benchmark("bench_data", tmp_path, *args)
     for title in ("host part", "decoding and multi-crop on", "multi-crop alone on"):
         assert title in out
+
+
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def test_pasted_objects_have_exact_masks(benchmark, tmp_path: Path) -> None:
+    for split, colour in (("train", (250, 0, 0)), ("test", (0, 250, 0))):
+        for name in CIFAR10:
+            (tmp_path / "cifar10" / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), colour).save(tmp_path / "cifar10" / split / name / "0.jpg")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (60, 40), (0, 0, 250)).save(tmp_path / "photos" / "0.jpg")
+    out, sizes = tmp_path / "out", ("--num-train", 2, "--num-test", 2, "--num-videos", 1)
+    benchmark("paste_objects", tmp_path / "cifar10", tmp_path / "photos", out, *sizes)
+    for split, channel in (("train", 0), ("val", 1)):
+        for number in (1, 2):
+            name = f"{number - 1:04}"
+            pixels = np.asarray(Image.open(out / "images" / split / "images" / f"{name}.jpg"))
+            mask = np.asarray(Image.open(out / "images" / split / "masks" / f"{name}.png"))
+            assert set(np.unique(mask)) == {0, number}
+            assert ((pixels[..., channel] > 125) == (mask == number)).mean() > 0.97
+    assert len(list((out / "videos/Annotations/480p/00").iterdir())) == 16
 
 
 @pytest.mark.slow

@@ -8,56 +8,98 @@ from torch import Tensor, nn
 
 from harness.feature_maps import (
     PCA,
+    chosen_side,
     class_attention,
     feature_map,
     fit_patches,
-    has_class_attention,
     mass_mask,
     patch_map,
+    resize_to_patches,
+    usual_side,
+    why_no_class_attention,
 )
 from models import get_backbone
 
 pytestmark = pytest.mark.slow  # seconds as a whole
 
 
-@pytest.mark.parametrize(
-    ("name", "prefix"),
-    [
-        ("vit_tiny_patch16_224", 1),
-        ("deit_tiny_distilled_patch16_224", 2),  # a second prefix token
-        ("vit_little_patch16_reg4_gap_256", None),  # no class token: pools its patches
-    ],
-)
-def test_attention_is_what_the_block_computes(name: str, prefix: int | None) -> None:
-    backbone = get_backbone(name, patch_size=8, image_size=32).eval()
-    assert has_class_attention(backbone) == (prefix is not None)
-    if prefix is None:
-        return
-    images = torch.randn(2, 3, 24, 40)
+SMALL = {"depth": 2, "num_classes": 0}
+NARROW = SMALL | {"embed_dim": 48, "num_heads": 3}
+# a network of each kind of attention, its options, its prefix tokens
+ATTENTIONS = [
+    ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8}, 1),
+    ("vit_tiny_patch16_224", {"img_size": 32, "qk_norm": True}, 1),
+    ("vit_small_patch14_reg4_dinov2", {"img_size": 56}, 5),  # registers
+    ("deit_tiny_distilled_patch16_224", {"img_size": 32}, 2),
+    ("vit_small_patch16_dinov3", {"img_size": 32}, 5),  # registers, rotary positions
+    ("eva02_tiny_patch14_224", {"img_size": 56}, 1),  # queries, keys and values apart
+    ("eva_giant_patch14_224", {"img_size": 56}, 1),
+    ("vit_small_patch16_rope_224", {"img_size": 32}, 1),
+    ("beit_base_patch16_224", {"img_size": 32}, 1),  # bias by the relative position
+    ("vit_relpos_base_patch16_cls_224", {"img_size": 32}, 1),
+    ("cait_xxs24_224", {"img_size": 32}, 1),  # attention of the class token alone
+    ("xcit_nano_12_p16_224", {"img_size": 32}, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "num_prefix"), ATTENTIONS)
+def test_attention_is_what_the_block_computes(name: str, options: dict, num_prefix: int) -> None:
+    width = 64 if "dinov3" in name or "rope" in name else 48
+    backbone = timm.create_model(name, **NARROW | options | {"embed_dim": width, "num_heads": 2})
+    backbone.eval().patch_size = 8 if options.get("patch_size") else 14 if "14" in name else 16
+    for parameter_name, parameter in backbone.named_parameters():  # zeros and ones would hide much
+        if "norm" in parameter_name or "bias" in parameter_name:
+            nn.init.normal_(parameter)
+    assert why_no_class_attention(backbone) == ""
+    images = torch.randn(2, 3, options["img_size"], options["img_size"])
     ours = class_attention(backbone, images)
-    seen = []
-    attention = backbone.blocks[-1].attn
+    blocks = ("cls_attn_blocks", "blocks_token_only", "blocks")
+    attention = next(getattr(backbone, x) for x in blocks if hasattr(backbone, x))[-1].attn
+    assert attention.fused_attn  # as it was
+    seen: list[Tensor] = []
     attention.fused_attn = False
     attention.attn_drop.register_forward_hook(lambda *call: seen.append(call[1][0]))
     with torch.no_grad():
         backbone(images)
     torch.testing.assert_close(ours, seen[0][:, :, 0])
-    torch.testing.assert_close(ours.sum(dim=-1), torch.ones(2, 3))
+    torch.testing.assert_close(ours.sum(dim=-1), torch.ones(2, 2))
+    assert ours.std() > 1e-4  # not the same everywhere
+    side = options["img_size"] // backbone.patch_size
     grid = patch_map(ours, backbone, images)
-    assert grid.shape == (2, 3, 3, 5)
-    torch.testing.assert_close(grid[..., 1, 2], ours[..., prefix + 7])
+    assert grid.shape == (2, 2, side, side)
+    torch.testing.assert_close(grid[..., 1, 0], ours[..., num_prefix + side])
+    torch.testing.assert_close(class_attention(backbone, images), ours)  # fused or not
 
 
-def test_attention_with_normed_queries_and_keys() -> None:
-    backbone = timm.create_model("vit_tiny_patch16_224", qk_norm=True, img_size=32, depth=2).eval()
-    for norm in (backbone.blocks[-1].attn.q_norm, backbone.blocks[-1].attn.k_norm):
-        nn.init.normal_(norm.weight)
-    attention, images, seen = backbone.blocks[-1].attn, torch.randn(1, 3, 32, 32), []
-    ours = class_attention(backbone, images)
-    attention.fused_attn = False
-    attention.attn_drop.register_forward_hook(lambda *call: seen.append(call[1][0]))
-    backbone(images)
-    torch.testing.assert_close(ours, seen[0][:, :, 0])
+def test_attention_of_images_that_are_no_squares() -> None:
+    for name, size in (("vit_tiny_patch16_224", None), ("vit_small_patch16_dinov3", 64)):
+        backbone = get_backbone(name, image_size=size).eval()
+        images = torch.randn(1, 3, 48, 80)
+        ours, seen = class_attention(backbone, images), []
+        attention = backbone.blocks[-1].attn
+        attention.fused_attn = False
+        attention.attn_drop.register_forward_hook(lambda *call, seen=seen: seen.append(call[1][0]))
+        backbone(images)
+        torch.testing.assert_close(ours, seen[0][:, :, 0])
+        assert patch_map(ours, backbone, images).shape[2:] == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("vit_little_patch16_reg4_gap_256", "has no class token"),  # pools its patches
+        ("swin_tiny_patch4_window7_224", "has no class token"),
+        ("convnext_atto", "has no class token"),
+        ("resnet18", "has no class token"),
+        ("volo_d1_224", "has a class token, but no last block whose attention could be read"),
+        ("vit_dlittle_patch16_reg1_gap_256", "has no class token"),
+        ("convit_tiny", "has attention of another kind in its last block: MHSA"),
+    ],
+)
+def test_why_there_is_no_attention_is_said(name: str, said: str) -> None:
+    with torch.device("meta"):
+        backbone = timm.create_model(name)
+    assert why_no_class_attention(backbone) == said
 
 
 @pytest.mark.parametrize("mass", [0.01, 0.6, 0.95, 1.0])
@@ -156,3 +198,35 @@ def test_unknown_layout_is_named() -> None:
 def test_aspect_is_kept(shape: tuple, size: int, patch: int, expected: tuple) -> None:
     image = torch.zeros(3, *shape, dtype=torch.uint8)
     assert fit_patches(image, size, patch).shape[1:] == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "patch", "multiple", "expected"),
+    [
+        ((480, 854), 480, 16, 4, (480, 832)),  # as the paper has DAVIS
+        ((854, 480), 480, 8, 8, (832, 480)),
+        ((500, 375), 480, 16, 1, (640, 480)),
+        ((30, 30), 50, 16, 4, (48, 48)),
+        ((100, 20), 3, 8, 1, (40, 8)),
+    ],
+)
+def test_whole_image_is_resized_to_whole_patches(
+    shape: tuple, size: int, patch: int, multiple: int, expected: tuple
+) -> None:
+    backbone = nn.Module()
+    backbone.patch_size = patch
+    ramp = torch.arange(shape[1]) * 255 // (shape[1] - 1)
+    image = ramp.byte().expand(3, *shape)
+    resized = resize_to_patches(image, size, backbone, multiple)
+    assert resized.shape[1:] == expected
+    assert resized[0, 0, 0] < 40 and resized[0, 0, -1] > 215  # nothing is cut
+
+
+def test_network_of_one_size_gets_that() -> None:
+    backbone = timm.create_model("cait_xxs24_224", img_size=64, **NARROW).eval()
+    backbone.patch_size = 16
+    assert usual_side(backbone, 224) == chosen_side(backbone, 224, 64) == 64
+    image = torch.zeros(3, 30, 90, dtype=torch.uint8)
+    assert resize_to_patches(image, 64, backbone).shape == (3, 64, 64)
+    with pytest.raises(ValueError, match="need --size 64, as the network takes no other, got 480"):
+        chosen_side(backbone, 224, 480)

@@ -15,6 +15,8 @@ import eval_copies
 import eval_knn
 import eval_linear
 import eval_retrieval
+import eval_segmentation
+import eval_video
 import export
 import visualize
 from harness.command import read_flags
@@ -43,6 +45,8 @@ READERS = {
     "eval_knn.py": _reader(eval_knn.KnnConfig),
     "eval_linear.py": _reader(eval_linear.LinearConfig),
     "eval_retrieval.py": _reader(eval_retrieval.RetrievalConfig),
+    "eval_segmentation.py": _reader(eval_segmentation.SegmentationConfig),
+    "eval_video.py": _reader(eval_video.VideoConfig),
     "export.py": _reader(export.ExportConfig),
     "visualize.py": _reader(visualize.VisualizeConfig),
 }

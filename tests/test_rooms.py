@@ -18,6 +18,8 @@ SCRIPTS = (
     "eval_linear",
     "eval_copies",
     "eval_retrieval",
+    "eval_segmentation",
+    "eval_video",
     "embed",
     "visualize",
     "export",

@@ -178,6 +178,22 @@ def test_heat_maps_have_a_scale_and_heads_a_name(
     assert np.corrcoef(grey, over)[0, 1] > 0.5
 
 
+@pytest.mark.parametrize(
+    ("arch", "cells"),
+    [
+        ("vit_small_patch16_dinov3", "28 x 14 cells"),  # registers, rotary positions
+        ("cait_xxs24_224", "14 x 14 cells"),  # takes one size alone: the photo's middle
+    ],
+)
+def test_attention_of_other_kinds_is_drawn(
+    arch: str, cells: str, tmp_path: Path, photo: Path, drawn_sheets: list
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "ckpt.safetensors", arch, size=32)
+    draw_pictures(VisualizeConfig(str(checkpoint), str(photo), ("attention",)))
+    labels = [label for _, label in drawn_sheets[0][1]]
+    assert any(cells in label for label in labels), labels
+
+
 @pytest.mark.parametrize("kind", ["attention", "pca"])
 def test_maps_of_small_images_have_cells_enough_to_show_a_shape(
     kind: str, drawn_sheets: list, vit: Path, tiny_run: Path, photo: Path
@@ -293,7 +309,7 @@ def test_wrong_input_is_one_line_and_code_2(
         ((vit, tmp_path / "text.jpg"), "cannot decode"),
         ((vit, tmp_path / "empty"), "no images in"),
         ((tmp_path / "none.safetensors", photo), "no such checkpoint"),
-        ((resnet, photo, "--kind", "attention"), "no attention: resnet10_half is no ViT"),
+        ((resnet, photo, "--kind", "attention"), "no attention: resnet10_half has no class token"),
         ((vit, photo, "--kind", "neighbours"), "no neighbours: need a folder"),
         ((vit, photo, "--kind", "scatter"), "no scatter: need a folder of class folders"),
         ((vit, photo, "--query", photo), "no neighbours: need a folder"),

@@ -1,0 +1,429 @@
+"""Judge a frozen backbone's patches by segmentation: k-NN of patches, and its attention's masks.
+
+    python eval_segmentation.py runs/vits16/ckpt.safetensors --data photos
+    python eval_segmentation.py dino_vits16 --data VOCdevkit/VOC2012
+
+--data holds images/ and masks/ with files of the same names: PNGs with the number of a class for
+each pixel, palettised or grey, 0 the background, 255 not judged. With train/ and val/ in it, each
+of which holds these two, the first is remembered and the second tests; --val names another folder;
+else a fixed tenth tests. Also PASCAL VOC as it is unpacked.
+
+Patch k-NN: the memory holds patches of the training images, each with the class of most of its
+pixels. A patch of a test image is classified by its most similar ones there, which vote with weight
+exp(cosine / 0.07), as images do in eval_knn.py. The votes' shares are enlarged to the mask's size,
+bilinear, and each pixel takes the largest. Mean IoU: of all test images' pixels together, by class,
+then over the classes that occur in the test's masks or are predicted.
+
+Attention (DINO, arXiv 2104.14294, section 4.3): the patches that hold 60 % of the class token's
+attention in the last block are compared with all that is no background, by the Jaccard index, in
+each test image: of the best head of each image, and of the heads' mean.
+Axes: n patches remembered, p patches of an image, d features, c classes, h w map or mask.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from einops import rearrange
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from config import setting
+from data import held_out, permutation
+from folders import by_numbers, is_hidden, number_of
+from harness.command import read_flags, run_command
+from harness.distributed import make_accelerator
+from harness.evaluation import (
+    EvalConfig,
+    FrozenBackbone,
+    check_folder,
+    normalized,
+    open_backbone,
+    report,
+)
+from harness.feature_maps import (
+    chosen_side,
+    class_attention,
+    feature_map,
+    is_pooled_from_patches,
+    mass_mask,
+    patch_map,
+    resize_to_patches,
+    sizes_named,
+    why_no_class_attention,
+)
+from harness.flags import check_ranges
+from harness.masks import VOID, jaccard, majority_on_grid, read_mask
+from harness.weights import Role
+from pixels import decode, image_suffixes
+
+IMAGE_FOLDERS = ("images", "JPEGImages")  # the second is PASCAL VOC's
+MASK_FOLDERS = ("masks", "SegmentationClass")
+VOC_LISTS = Path("ImageSets", "Segmentation")
+MOST_CLASSES = 30  # that are printed one by one
+ENTRIES = 1 << 24  # of a block of similarities: 64 MiB
+
+
+@dataclass(frozen=True)
+class SegmentationConfig:
+    # a run's folder, its ckpt.safetensors or state.safetensors, an original's .pth, or the name of
+    # published weights: dino_vits16
+    checkpoint: tyro.conf.Positional[str]
+    # folder with images/ and masks/, or with train/ and val/ of these; or PASCAL VOC
+    data: Path
+    # folder with images/ and masks/ to test on; None: val/ or test/ in --data, else a fixed tenth
+    val: Path | None = None
+    # pixels, shorter side of the images as the network sees them; None: 480 for photographs, as in
+    # the paper; small images are enlarged from the training crop's until 14 cells lie on it
+    size: int | None = setting(None, above=0, most=4096)
+    # neighbours that vote for a patch
+    k: int = setting(20, above=0, most=1_000_000)
+    # temperature of the votes
+    temperature: float = setting(0.07, above=0, most=100)
+    # patches that are remembered at most, as many of each training image, drawn by chance
+    memory_patches: int = setting(100_000, above=0, most=1_000_000_000)
+    # fixes which patches are drawn
+    draw_seed: int = setting(0, most=1 << 62)
+    # share of the attention that its mask keeps [paper: 0.6]
+    mass: float = setting(0.6, above=0, most=1)
+    # which of a run's networks; the student is in state.safetensors, beside the checkpoint
+    network: Role = "teacher"
+    # file for the results, as JSON
+    json_out: Path | None = None
+
+
+# ---------------------------------------------------------------- images and masks
+
+
+class Pair(NamedTuple):
+    image: Path
+    mask: Path
+
+
+def pairs_in(folder: Path) -> list[Pair]:
+    """Return the images of a folder that have a mask. Raises ValueError where there are none."""
+    images, masks = (
+        next((folder / name for name in names if (folder / name).is_dir()), None)
+        for names in (IMAGE_FOLDERS, MASK_FOLDERS)
+    )
+    if images is None or masks is None:
+        raise ValueError(f"need folders images and masks in {folder}")
+    suffixes = image_suffixes()
+    pairs = [
+        Pair(path, masks / f"{path.stem}.png")
+        for path in sorted(images.iterdir(), key=lambda path: by_numbers(path.name))
+        if path.suffix.lower() in suffixes and not is_hidden(path.name)
+    ]
+    with_mask = [pair for pair in pairs if pair.mask.is_file()]
+    if not with_mask:
+        raise ValueError(f"need images in {images} with a PNG of the same name in {masks}")
+    return with_mask
+
+
+def read_splits(data: Path, val: Path | None) -> tuple[list[Pair], list[Pair]]:
+    """Return the pairs that are remembered and those that test."""
+    test = next((data / name for name in ("val", "test") if (data / name).is_dir()), None)
+    if (data / "train").is_dir() and (val or test):
+        return pairs_in(data / "train"), pairs_in(val or test)
+    pairs = pairs_in(data)
+    if val is not None:
+        return pairs, pairs_in(val)
+    lists = [data / VOC_LISTS / f"{name}.txt" for name in ("train", "val")]
+    if all(path.is_file() for path in lists):
+        names = [set(path.read_text().split()) for path in lists]
+        splits = [[pair for pair in pairs if pair.image.stem in of_split] for of_split in names]
+        if not all(splits):
+            raise ValueError(f"need images and masks that {lists[0]} and {lists[1]} name")
+        return splits[0], splits[1]
+    if len(pairs) < 2:
+        raise ValueError(f"need >= 2 images with masks in {data}, got {len(pairs)}")
+    is_test = held_out(len(pairs))
+    train = [pair for pair, tests in zip(pairs, is_test, strict=True) if not tests]
+    return train, [pair for pair, tests in zip(pairs, is_test, strict=True) if tests]
+
+
+class Seen(NamedTuple):
+    pixels: Tensor  # (1, c, h, w), normalised, on the device
+    mask: np.ndarray  # (h, w) uint8, as large as the file's image
+
+
+def see(pair: Pair, network: FrozenBackbone, size: int) -> Seen:
+    """Read an image as the network sees it, and its mask. ValueError where their sizes differ."""
+    preparation = network.preparation
+    image = decode(os.fsencode(pair.image), preparation.levels, preparation.channels)
+    mask = read_mask(pair.mask)
+    if mask.shape != tuple(image.shape[1:]):
+        given = f"{pair.mask} of {mask.shape[1]} x {mask.shape[0]}"
+        height, width = image.shape[1:]
+        raise ValueError(f"need a mask of {width} x {height} px, as its image, got {given}")
+    resized = resize_to_patches(image, size, network.backbone)
+    device = next(network.backbone.parameters()).device
+    return Seen(normalized(resized[None].to(device), network.preparation), mask)
+
+
+# ---------------------------------------------------------------- patch k-NN
+
+
+def patches_of(pixels: Tensor, network: FrozenBackbone) -> tuple[Tensor, tuple[int, int]]:
+    """Return the patches' features (p, d) of norm 1, and the shape (h, w) of their map."""
+    with sizes_named(network.facts["arch"], pixels):
+        features = feature_map(network.backbone, pixels)[0].float()
+    return F.normalize(rearrange(features, "d h w -> (h w) d"), dim=1), features.shape[1:]
+
+
+def remember(
+    pairs: Iterable[tuple[int, Pair]],
+    budget: int,
+    network: FrozenBackbone,
+    size: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Return features (n, d) and classes (n,) of patches, at most `budget` of each numbered pair.
+
+    Patches none of whose pixels is judged are left out. Both are on the CPU.
+    """
+    features_of_images: list[Tensor] = []
+    classes_of_images: list[Tensor] = []
+    for row, pair in pairs:
+        seen = see(pair, network, size)
+        features, shape = patches_of(seen.pixels, network)
+        classes = majority_on_grid(seen.mask, shape).flatten()
+        judged = (classes != VOID).nonzero()[:, 0]
+        drawn = judged[permutation(len(judged), seed, row)[:budget]]
+        features_of_images.append(features[drawn.to(features.device)].cpu())
+        classes_of_images.append(classes[drawn])
+    if not features_of_images:  # a process that has no image
+        return torch.empty(0, network.backbone.num_features), torch.empty(0, dtype=torch.int64)
+    return torch.cat(features_of_images), torch.cat(classes_of_images)
+
+
+@torch.no_grad()
+def patch_votes(
+    patches: Tensor,
+    memory: Tensor,
+    classes: Tensor,
+    num_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Tensor:
+    """Return each patch's shares of votes (p, c), which sum to 1, by its k nearest in memory.
+
+    Patches (p, d) and memory (n, d) have norm 1; classes are (n,) int64.
+    """
+    shares: list[Tensor] = []
+    for some in patches.split(max(1, ENTRIES // len(memory))):
+        nearest, places = (some @ memory.T).topk(min(k, len(memory)), dim=1)
+        votes = (nearest / temperature).softmax(dim=1)
+        of_classes = torch.zeros(len(some), num_classes, device=votes.device)
+        shares.append(of_classes.scatter_add_(1, classes[places], votes))
+    return torch.cat(shares)
+
+
+def enlarged_classes(shares: Tensor, shape: tuple[int, int], mask_shape: Sequence[int]) -> Tensor:
+    """Return the class (h, w) of each pixel of a mask, by the shares (p, c) of a map's patches."""
+    maps = rearrange(shares, "(h w) c -> 1 c h w", h=shape[0])
+    enlarged = F.interpolate(maps, size=tuple(mask_shape), mode="bilinear", align_corners=False)
+    return enlarged[0].argmax(dim=0)
+
+
+def confusion_of(true: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the number of judged pixels (c, c) of each true class, by rows, and each predicted."""
+    is_judged = true != VOID
+    cells = num_classes * true[is_judged].astype(np.int64) + predicted[is_judged]
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def scores_of(confusion: np.ndarray) -> dict[str, object]:
+    """Return mean IoU, pixels that are right, and IoU by class, in %.
+
+    With them the mean IoU of a guess that is the most frequent class everywhere. Classes that
+    neither occur nor are predicted do not count.
+    """
+    right, true, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    union = true + predicted - right
+    iou = {int(c): 100 * float(right[c] / union[c]) for c in np.flatnonzero(union)}
+    share = {c: 100 * float(true[c] / true.sum()) for c in iou}
+    return {
+        "mean_iou": float(np.mean(list(iou.values()))),
+        "pixels_right": 100 * float(right.sum() / true.sum()),
+        "iou": iou,
+        "share_of_pixels": share,
+        "mean_iou_of_one_class": max(share.values()) / int((true > 0).sum()),
+    }
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention_jaccards(attention: Tensor, mask: np.ndarray, mass: float) -> tuple[float, float]:
+    """Return the Jaccard index of the best head's mask, and of the heads' mean attention's.
+
+    Attention is (head, h, w). Its masks hold the share `mass`; they are compared with all pixels of
+    a mask that are neither background nor unjudged.
+    """
+    is_judged, is_object = mask != VOID, (mask > 0) & (mask != VOID)
+    jaccards = []
+    for of_head in [*attention, attention.mean(dim=0)]:
+        cells = mass_mask(of_head, mass)[None, None].float()
+        pixels = F.interpolate(cells, size=mask.shape, mode="nearest-exact")[0, 0]
+        jaccards.append(jaccard((pixels > 0).numpy() & is_judged, is_object))
+    return max(jaccards[:-1]), jaccards[-1]
+
+
+def attention_of(pixels: Tensor, network: FrozenBackbone) -> Tensor:
+    """Return the class token's attention to the patches (head, h, w), on the CPU."""
+    with sizes_named(network.facts["arch"], pixels):
+        tokens = class_attention(network.backbone, pixels)
+        return patch_map(tokens, network.backbone, pixels)[0].cpu()
+
+
+# ---------------------------------------------------------------- main
+
+
+class Evaluated(NamedTuple):
+    confusion: np.ndarray  # (c, c)
+    jaccards: list[tuple[float, float]]  # one an image with an object
+    num_memory: int
+
+
+def _with_progress(items: list, text: str, accelerator: Accelerator) -> Iterable:
+    is_shown = accelerator.is_main_process and Console().is_terminal
+    return track(items, text, transient=True, disable=not is_shown)
+
+
+def evaluate(
+    train: Sequence[Pair],
+    test: Sequence[Pair],
+    network: FrozenBackbone,
+    size: int,
+    options: SegmentationConfig,
+    accelerator: Accelerator,
+) -> Evaluated:
+    """Remember the patches of the training pairs and judge those that test. A collective."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    budget = max(1, options.memory_patches // len(train))
+    own_train = _with_progress(list(enumerate(train))[rank::world], "memory", accelerator)
+    parts = gather_object([remember(own_train, budget, network, size, options.draw_seed)])
+    memory, classes = (torch.cat(x).to(accelerator.device) for x in zip(*parts, strict=True))
+    if not len(memory):
+        raise ValueError(f"no pixel of the masks in {options.data} is judged: all are {VOID}")
+    has_attention = not why_no_class_attention(network.backbone)
+    num_classes = VOID  # any number a mask may have
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    jaccards: list[tuple[float, float]] = []
+    for pair in _with_progress(test[rank::world], "test", accelerator):
+        seen = see(pair, network, size)
+        patches, shape = patches_of(seen.pixels, network)
+        votes = patch_votes(
+            patches, memory, classes, int(classes.max()) + 1, options.k, options.temperature
+        )
+        predicted = enlarged_classes(votes, shape, seen.mask.shape).cpu().numpy()
+        confusion += confusion_of(seen.mask, predicted, num_classes)
+        if has_attention and ((seen.mask > 0) & (seen.mask != VOID)).any():
+            attention = attention_of(seen.pixels, network)
+            jaccards.append(attention_jaccards(attention, seen.mask, options.mass))
+    parts = gather_object([(confusion, jaccards)])
+    return Evaluated(
+        sum(of_process for of_process, _ in parts),
+        [each for _, of_process in parts for each in of_process],
+        len(memory),
+    )
+
+
+def table_of(scores: dict[str, object], options: SegmentationConfig) -> Table:
+    """Return a table with a line a class, where they are few, and one of the mean."""
+    table = Table("class", "IoU %", "% of pixels", title=f"patch k-NN, k {options.k}")
+    if len(scores["iou"]) <= MOST_CLASSES:
+        for number, iou in scores["iou"].items():
+            name = "background" if number == 0 else str(number)
+            table.add_row(name, f"{iou:.2f}", f"{scores['share_of_pixels'][number]:.2f}")
+        table.add_section()
+    table.add_row("mean", f"{scores['mean_iou']:.2f}", "")
+    table.caption = (
+        f"{scores['pixels_right']:.2f} % of the pixels are right; the most frequent class "
+        f"everywhere: mean IoU {scores['mean_iou_of_one_class']:.2f} %"
+    )
+    return table
+
+
+def say_attention(attention: dict[str, object], network: FrozenBackbone) -> None:
+    """Print how well the attention finds objects, or why there is none to judge."""
+    arch = network.facts["arch"]
+    if "why_not" in attention:
+        print(f"no attention to judge: {attention['why_not']}")
+        return
+    best, mean = attention["jaccard_best_head"], attention["jaccard_mean_of_heads"]
+    held = f"{attention['mass']:.0%} of the class token's attention"
+    images = number_of(attention["num_images"], "image")
+    print(f"{held}, Jaccard: best head {best:.2f} %, mean of heads {mean:.2f} %, {images}")
+    if is_pooled_from_patches(network.backbone):
+        text = "a run of DINO does not train its class token's last attention"
+        print(f"{arch} pools its patches: {text}")
+
+
+def judged_attention(
+    jaccards: Sequence[tuple[float, float]], network: FrozenBackbone, mass: float
+) -> dict[str, object]:
+    """Return the mean Jaccard indices in %, or why there are none."""
+    why = why_no_class_attention(network.backbone)
+    if why:
+        return {"why_not": f"{network.facts['arch']} {why}"}
+    if not jaccards:
+        return {"why_not": "no test image has an object in its mask"}
+    best, mean = (100 * float(np.mean(values)) for values in zip(*jaccards, strict=True))
+    return {
+        "jaccard_best_head": best,
+        "jaccard_mean_of_heads": mean,
+        "mass": mass,
+        "num_images": len(jaccards),
+    }
+
+
+def main() -> None:
+    options = read_flags(SegmentationConfig, None, __doc__)
+    check_ranges(options)
+    check_folder(options.json_out, "results")
+    accelerator = make_accelerator()
+    train, test = read_splits(options.data, options.val)
+    evaluation = EvalConfig(
+        options.checkpoint,
+        data=str(options.data),
+        network=options.network,
+        json_out=options.json_out,
+    )
+    network = open_backbone(evaluation, accelerator)
+    size = chosen_side(network.backbone, network.preparation.size, options.size)
+    accelerator.print(f"images as the network sees them: {size} px, shorter side")
+    evaluated = evaluate(train, test, network, size, options, accelerator)
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+    print(f"{evaluated.num_memory:,} patches remembered")
+    scores = scores_of(evaluated.confusion)
+    attention = judged_attention(evaluated.jaccards, network, options.mass)
+    facts = {
+        "num_train": len(train),
+        "num_test": len(test),
+        "features": network.backbone.num_features,
+        "size": size,
+        "k": options.k,
+        "temperature": options.temperature,
+        "memory_patches": evaluated.num_memory,
+    }
+    results = {"knn": scores, "attention": attention}
+    report(network.facts | facts, table_of(scores, options), results, options.json_out)
+    say_attention(attention, network)
+
+
+if __name__ == "__main__":
+    run_command(main)
