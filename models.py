@@ -159,13 +159,13 @@ def _build_timm(
         given["drop_path_rate"] = drop_path_rate
     if patch_size is not None:
         given["patch_size"] = patch_size
-    sizes = {} if image_size is None else {"img_size": image_size}
-    # timm has two ways to make a network of patches take images of any size
-    for any_size in ({"dynamic_img_size": True}, {"strict_img_size": False}):
-        net = _create_timm(name, pretrained, given | sizes | any_size)
+    sizes: dict[str, object] = {} if image_size is None else {"img_size": image_size}
+    # timm has two ways to make a network of patches take images of any size. Those that know
+    # neither are made for one size, or are convolutional and know no size at all.
+    for of_size in (sizes | {"dynamic_img_size": True}, sizes | {"strict_img_size": False}, sizes):
+        net = _create_timm(name, pretrained, given | of_size)
         if net is not None:
             return net
-    # convolutional networks know neither, and have no image size: they take any
     net = _create_timm(name, pretrained, given)
     if net is None:
         options = ", ".join(f"{option}={value}" for option, value in given.items())
@@ -464,6 +464,21 @@ def _texts_checksum(texts: dict[str, str]) -> str:
     return f"{zlib.crc32(json.dumps(own, sort_keys=True).encode()):08x}"
 
 
+def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the CPU of which no two share memory, which safetensors refuses.
+
+    The layers of some networks share weights, by several names: timm's CoaT.
+    """
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return own
+
+
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
     """Write a safetensors file with `texts` as metadata, whole or, with an OSError, not at all.
 
@@ -472,7 +487,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], texts: dict[str, 
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}")
     try:
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        whole = _own_memory(tensors)
         checksums = (tensors_checksum(whole), _texts_checksum(texts))
         texts = texts | dict(zip(CHECKSUMS, checksums, strict=True))
         temporary.touch()

@@ -120,8 +120,8 @@ def resolve_crop_sizes(config: CropConfig, image_size: int, patch_size: int = 1)
     """Return the config with its crop sizes filled in, for images of `image_size` pixels.
 
     `image_size` is the shorter side. Photographs get the paper's 224 and 96, small images their
-    own size and half of it, each rounded up to whole patches. Raises ValueError for a given size
-    that is too small or that the patch does not divide.
+    own size and half of it, each rounded up to whole patches. Raises ValueError for the given size
+    of crops that are made, if it is too small or the patch does not divide it.
     """
 
     def whole_patches(size: int) -> int:
@@ -137,10 +137,16 @@ def resolve_crop_sizes(config: CropConfig, image_size: int, patch_size: int = 1)
             global_size = whole_patches(max(image_size, 16))
     if local_size is None:
         local_size = whole_patches(96 if global_size >= 192 else max(8, global_size // 2))
-    for size in (global_size, local_size):
+    sizes = {"--global-crop-size": global_size}
+    if config.num_local_crops:
+        sizes["--local-crop-size"] = local_size
+    for flag, size in sizes.items():
         if size < 8 or size % patch_size:
-            multiple = f" that the patch of {patch_size} px divides" if patch_size > 1 else ""
-            raise ValueError(f"need a crop size of at least 8 px{multiple}, got {size}")
+            text = f"need {flag} of at least 8 px"
+            if patch_size > 1:
+                fitting = whole_patches(max(8, size))
+                text += f" that the patch of {patch_size} px divides, such as {fitting}"
+            raise ValueError(f"{text}, got {size}")
     return replace(config, global_crop_size=global_size, local_crop_size=local_size)
 
 

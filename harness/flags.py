@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from config import SETTINGS, Config
 from data import ImageDataset, Survey
@@ -472,32 +472,65 @@ def _fit_sizes(
 ) -> tuple[ModelConfig, CropConfig]:
     """Fill in crop sizes and image size; ValueError where the network does not take its crops."""
     with torch.device("meta"):  # shapes alone: neither memory nor time
-        patch_size = get_backbone(model.arch, patch_size=model.patch_size).patch_size
-        crops = resolve_crop_sizes(crops, image_size, patch_size)
+        backbone = get_backbone(model.arch, patch_size=model.patch_size)
+        crops = resolve_crop_sizes(crops, image_size, backbone.patch_size)
         if model.image_size is None and not model.pretrained:
             model = replace(model, image_size=crops.global_crop_size)
+        _require_that_it_takes(model, crops, batch_size, _own_size(backbone))
+    return model, crops
+
+
+def _own_size(backbone: nn.Module) -> int:
+    """Return the side in pixels of the images that a network was designed for."""
+    return getattr(backbone, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1]
+
+
+def _require_that_it_takes(
+    model: ModelConfig, crops: CropConfig, batch_size: int, own_size: int
+) -> None:
+    """Raise ValueError where a network cannot be built for its crops, or does not take them."""
+    size, local_size = crops.global_crop_size, crops.local_crop_size
+    another_size = "need another --global-crop-size"
+    if own_size != size:
+        another_size += f", such as its own {own_size}"
+    try:
         backbone = get_backbone(
             model.arch,
             patch_size=model.patch_size,
             image_size=model.image_size,
             channels=model.channels,
         ).train()  # in which BatchNorm refuses what it cannot normalise
-        views = {crops.global_crop_size: 2, crops.local_crop_size: crops.num_local_crops}
-        for crop_size, num_views in views.items():
-            if num_views:
-                blank = torch.empty(num_views * batch_size, model.channels, crop_size, crop_size)
-                _require_that_it_takes(backbone, blank, model.arch)
-    return model, crops
-
-
-def _require_that_it_takes(backbone: nn.Module, crops: Tensor, arch: str) -> None:
-    """Raise ValueError where a network does not take such crops."""
-    try:
-        backbone(crops)
     except Exception as error:  # a network can raise anything for a size that it was not made for
-        reason = str(error).split("\n")[0]
-        given = f"crops of {crops.shape[-1]} px, {len(crops)} in a batch"
-        raise ValueError(f"{arch} does not take {given}: {reason}") from error
+        given = f"images of {model.image_size} px"
+        reason = _reason(error)
+        raise ValueError(f"{model.arch} does not take {given}: {reason}; {another_size}") from error
+    num_local = crops.num_local_crops
+    calls = [(size, 2, another_size)]
+    if num_local and local_size == size:  # crops of one size share a call
+        calls = [(size, 2 + num_local, another_size)]
+    elif num_local:
+        remedy = f"need --num-local-crops 0, or --local-crop-size {size}"
+        calls.append((local_size, num_local, remedy))
+    for crop_size, num_views, remedy in calls:
+        num = num_views * batch_size
+        try:
+            features = backbone(torch.empty(num, model.channels, crop_size, crop_size))
+            _require_vectors(features, num, backbone.output_dim)
+        except Exception as error:
+            given = f"crops of {crop_size} px, {num} in a batch"
+            reason = _reason(error)
+            raise ValueError(f"{model.arch} does not take {given}: {reason}; {remedy}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _require_vectors(features: object, num: int, output_dim: int) -> None:
+    """Raise ValueError where what a network returned is not one vector of features an image."""
+    shape = getattr(features, "shape", type(features).__name__)
+    if shape != (num, output_dim):
+        raise ValueError(f"need features of shape ({num}, {output_dim}), got {shape}")
 
 
 def fit_batch(config: Config, num_images: int, world: int) -> Config:

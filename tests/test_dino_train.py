@@ -523,7 +523,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture, monkeypatch) ->
         (["--arch", "resnet51"], "unknown arch 'resnet51'; close matches: resnet"),
         (["--data", "no/such/folder"], "no such data 'no/such/folder'"),
         (["--data", "EMPTY"], "no images in"),
-        (["--arch", "dino_vits16", "--global-crop-size", "50"], "patch of 16 px divides, got 50"),
+        (["--arch", "dino_vits16", "--global-crop-size", "50"], "divides, such as 64, got 50"),
         (
             ["--batch-size", "81"],
             "80 images, fewer than a batch of 81: need a smaller --batch",
@@ -536,7 +536,14 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture, monkeypatch) ->
         (["--teacher-momentum", "1.5"], "need --teacher-momentum >= 0 and < 1, got 1.5"),
         (["--brightness", "3"], "need --brightness >= 0 and <= 1, got 3"),
         (["--seed", str(1 << 64)], "need --seed >= 0 and <= "),
-        (["--arch", "mixer_s16_224"], "mixer_s16_224 does not take crops of 16 px"),
+        (
+            ["--arch", "convit_tiny", "--global-crop-size", "32", "--local-crop-size", "16"],
+            "doesn't match model (32); need --num-local-crops 0, or --local-crop-size 32",
+        ),
+        (
+            ["--arch", "maxvit_tiny_tf_224", "--global-crop-size", "80"],
+            "need another --global-crop-size, such as its own 224",
+        ),
         (
             ["--batch-size", "1", "--local-crop-size", "8"],
             "does not take crops of 8 px, 1 in a batch",

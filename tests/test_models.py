@@ -81,6 +81,30 @@ def test_vit_takes_another_patch_size_and_image_size() -> None:
     assert backbone(torch.randn(2, 3, 16, 16)).shape == (2, 384)
 
 
+@pytest.mark.parametrize("arch", ["beit_base_patch16_224", "convit_tiny", "levit_128s"])
+def test_network_of_one_size_is_built_for_that_of_its_images(arch: str) -> None:
+    with torch.device("meta"):
+        backbone = get_backbone(arch, image_size=64)
+        assert backbone(torch.empty(2, 3, 64, 64)).shape == (2, backbone.output_dim)
+        with pytest.raises((AssertionError, RuntimeError)):
+            backbone(torch.empty(2, 3, 224, 224))
+
+
+@pytest.mark.parametrize("arch", ["convit_tiny", "coat_tiny", "lcnet_035"])
+def test_networks_of_other_families_train_and_are_rebuilt(arch: str, tmp_path: Path) -> None:
+    """Some are made for one size, CoaT has weights that several of its layers share."""
+    config = dataclasses.replace(TINY, arch=arch)
+    student, teacher = DinoModel.from_config(config), DinoModel.from_config(config)
+    images = torch.randn(2, 3, 32, 32)
+    student([images, images]).square().mean().backward()
+    gradients = [parameter.grad for parameter in student.backbone.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    update_teacher_EMA(student, teacher, 0.5)
+    save_checkpoint(tmp_path / "c.safetensors", teacher, {})
+    rebuilt, _ = load_checkpoint(tmp_path / "c.safetensors")
+    assert torch.equal(rebuilt.backbone(images), teacher.eval().backbone(images))
+
+
 @pytest.mark.parametrize(("image_size", "last_side"), [(32, 4), (48, 3), (64, 4), (224, 7)])
 def test_small_images_are_not_reduced_to_a_point(image_size: int, last_side: int) -> None:
     backbone = get_backbone("resnet18", image_size=image_size)

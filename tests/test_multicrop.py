@@ -275,7 +275,7 @@ def test_the_device_path_gives_the_crops_of_the_cpu_path(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (CropConfig(4), "need a crop size of at least 8 px, got 4"),
+        (CropConfig(4), "need --global-crop-size of at least 8 px, got 4"),
         (CropConfig(blur_sigma=(2.0, 0.1)), "need blur_sigma 0 < low <= high"),
         (CropConfig(num_local_crops=-1), "need num_local_crops >= 0, got -1"),
         (
@@ -330,8 +330,17 @@ def test_local_crops_follow_from_a_given_global_size() -> None:
 
 
 def test_crop_size_that_the_patch_does_not_divide_is_named() -> None:
-    with pytest.raises(ValueError, match=r"need a crop size .*patch of 16 px divides, got 100"):
+    said = r"need --local-crop-size .*patch of 16 px divides, such as 112, got 100"
+    with pytest.raises(ValueError, match=said):
         multicrop.resolve_crop_sizes(CropConfig(local_crop_size=100), 224, 16)
+
+
+def test_size_of_crops_that_are_never_made_is_not_checked() -> None:
+    config = CropConfig(local_crop_size=3, num_local_crops=0)
+    assert multicrop.resolve_crop_sizes(config, 224, 16).global_crop_size == 224
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    crops = MultiCrop(config)(images, None, torch.zeros(1, dtype=torch.int64))
+    assert [crop.shape[-1] for crop in crops] == [224, 224]
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -26,7 +26,8 @@ def write_checkpoint(path: Path, arch: str, size: int = 32, patch_size: int | No
     head = {"projection_hidden_dim": 8, "projection_bottleneck_dim": 8, "projection_output_dim": 8}
     config = ModelConfig(arch, patch_size=patch_size, image_size=size, **head)
     model = DinoModel.from_config(config)
-    crops = resolve_crop_sizes(CropConfig(num_local_crops=2), size, model.backbone.patch_size)
+    crops = CropConfig(num_local_crops=2, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    crops = resolve_crop_sizes(crops, size, model.backbone.patch_size)
     data = {"data": "patterns", "canvas_size": size, "eval_resize": size}
     sections = {"model": config, "crops": crops}
     sections = {name: dataclasses.asdict(section) for name, section in sections.items()}
