@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 from data import CropConfig, draw_patterns
 from harness.pictures import INK, WRONG
 from models import DinoModel, ModelConfig, save_checkpoint
-from multicrop import resolve_crop_sizes
+from multicrop import IMAGENET_MEAN, IMAGENET_STD, resolve_crop_sizes
 from visualize import VisualizeConfig, draw_pictures
 
 pytestmark = pytest.mark.slow  # seconds as a whole
