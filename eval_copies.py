@@ -366,7 +366,7 @@ def made_copies(extractor: Extractor) -> tuple[Extracted, dict[str, Extracted]]:
         images, whole = (open_split(network.preparation, "train") for _ in range(2))
     levels = images.levels or images.measure_levels()
     images.levels = whole.levels = levels
-    whole.resized_to = LARGEST
+    whole.transform, whole.resized_to = nn.Identity(), LARGEST
     say_notes(images, accelerator)
     database = extractor.features(images.as_canvases(extractor.size))
     rows = evenly(len(images), options.num_queries).tolist()

@@ -18,12 +18,17 @@ from eval_copies import (
     COUNTED,
     DISTORTIONS,
     Copies,
+    CopiesConfig,
+    Extractor,
     Whitening,
     copy_features,
     copy_scores,
     distortions_for,
+    made_copies,
     open_copydays,
 )
+from harness.distributed import make_accelerator
+from harness.evaluation import EvalConfig, open_backbone
 from models import get_backbone
 
 DRAWS = [0.3] * eval_copies.NUM_DRAWS
@@ -159,6 +164,22 @@ def test_copies_depend_on_seed_row_and_distortion_alone() -> None:
     assert torch.equal(copies([11], 0)[0], first[2])
     assert not torch.equal(copies([11], 1)[0], first[2])
     assert all(len(set(x)) == 1 for x in zip(*(c.shape for c in first), strict=True))
+
+
+def test_copy_that_is_not_distorted_has_the_features_of_its_image(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of wide photographs, too, of which evaluations otherwise see the middle alone."""
+    for i in range(12):
+        TF.to_pil_image(photo(40, 90)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(eval_copies, "DISTORTIONS", {"none": lambda image, draws: image})
+    evaluation = EvalConfig(str(tiny_run / "ckpt.safetensors"), data=str(tmp_path))
+    options = CopiesConfig(evaluation, num_queries=5)
+    accelerator = make_accelerator()
+    network = open_backbone(evaluation, accelerator)
+    database, copies = made_copies(Extractor(network, options, accelerator))
+    assert copies["none"].rows.tolist() == [0, 2, 5, 8, 11]
+    torch.testing.assert_close(copies["none"].features, database.features[copies["none"].rows])
 
 
 def test_images_of_other_channels_have_no_colours_and_no_jpeg() -> None:
