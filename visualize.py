@@ -131,8 +131,6 @@ class VisualizeConfig:
     checkpoint: tyro.conf.Positional[str]
     # a photo, a folder of images or of class folders, or what --data takes in training
     images: tyro.conf.Positional[str]
-    # architecture of a file that does not say it and is not recognised: a name of timm's
-    arch: str | None = None
     # what to draw; none: all that apply
     kind: tuple[Kind, ...] = ()
     # folder for the pictures; None: pictures/IMAGES beside the checkpoint
@@ -146,10 +144,13 @@ class VisualizeConfig:
     mass: float = setting(0.6, above=0, most=1)
     # a photo whose neighbours to find; None: those of some of the images
     query: str | None = None
-    # of a folder of frames: attention beside each, or pca where there is none or --kind says so
+    # draw a folder of frames one after the other: attention beside each frame, or pca where there is
+    # no attention or --kind says so
     video: Literal["gif", "frames"] | None = None
     # fixes the crops
     seed: int = setting(0, most=1 << 62)
+    # architecture of a file that does not say it and is not recognised: a name of timm's
+    arch: str | None = None
 
 
 # ---------------------------------------------------------------- what the network sees
