@@ -50,11 +50,14 @@ def step_cost(model: ModelConfig, crop_sizes: Sequence[int], batch_size: int) ->
             saved[storage] = tensor
         return tensor
 
-    of_student = FlopCounterMode(display=False)
-    with of_student, saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
         student(crops)
-    of_teacher = FlopCounterMode(display=False)
-    with of_teacher, torch.no_grad():
+    # the counter follows gradients, and fails where a parameter itself is a layer's input
+    student.requires_grad_(False)
+    of_student, of_teacher = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with of_student:
+        student(crops)
+    with of_teacher:
         student(crops[:2])
     # the backward pass is two products for each of the forward pass
     flops = 3 * of_student.get_total_flops() + of_teacher.get_total_flops()

@@ -59,3 +59,11 @@ def test_step_that_is_too_much_is_named_before_it_is_taken(
     result = run_script("dino_train", *flags, tmp_path / "large")
     said = "a step will take about 1 min 40 s on this CPU and 20.0 GiB of this machine's 24.0, the "
     assert said + "run about 16 min 40 s: smaller --batch-size" in result.stdout
+
+
+def test_cost_of_a_network_whose_layers_take_parameters_as_inputs() -> None:
+    """PiT and CaiT hand their class token to a layer, which torch's counter stumbles over."""
+    for arch in ("pit_ti_224", "cait_xxs24_224"):
+        model = ModelConfig(arch, image_size=64, projection_output_dim=16)
+        cost = step_cost(model, crop_sizes=[64, 64], batch_size=2)
+        assert cost.flops > 0 and cost.num_bytes > 0
