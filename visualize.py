@@ -212,7 +212,7 @@ class Observer:
 # ---------------------------------------------------------------- images
 
 
-def open_images(source: str, channels: int) -> ImageDataset:
+def open_images(source: str, channels: int = 3) -> ImageDataset:
     """Open a photo, a folder or a data set by name. ValueError where there are no images."""
     path = Path(source)
     if path.is_file() and path.suffix != ".tar" and not is_list(path):

@@ -183,7 +183,7 @@ def test_heat_maps_have_a_scale_and_heads_a_name(
     ("arch", "cells"),
     [
         ("vit_small_patch16_dinov3", "28 x 14 cells"),  # registers, rotary positions
-        ("cait_xxs24_224", "14 x 14 cells"),  # takes one size alone: the photo's middle
+        ("cait_xxs24_224", "2 x 2 cells"),  # takes one size alone: the photo's middle
     ],
 )
 def test_attention_of_other_kinds_is_drawn(
