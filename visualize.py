@@ -144,7 +144,7 @@ class VisualizeConfig:
     mass: float = setting(0.6, above=0, most=1)
     # a photo whose neighbours to find; None: those of some of the images
     query: str | None = None
-    # draw a folder of frames one after the other: attention beside each frame, or pca where there is
+    # draw a folder of frames one after the other, with the attention beside each; pca where there is
     # no attention or --kind says so
     video: Literal["gif", "frames"] | None = None
     # fixes the crops
