@@ -144,8 +144,8 @@ class VisualizeConfig:
     mass: float = setting(0.6, above=0, most=1)
     # a photo whose neighbours to find; None: those of some of the images
     query: str | None = None
-    # draw a folder of frames one after the other, with the attention beside each; pca where there is
-    # no attention or --kind says so
+    # draw a folder of frames one after the other, with the attention beside each; or pca, where
+    # there is no attention or --kind says so
     video: Literal["gif", "frames"] | None = None
     # fixes the crops
     seed: int = setting(0, most=1 << 62)
