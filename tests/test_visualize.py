@@ -102,7 +102,7 @@ def similarities(checkpoint: Path, folder: Path, query: Path) -> dict[str, float
 
     network = visualize.Observer(str(checkpoint), None)
     images = visualize.open_images(str(folder))
-    crops = [network.crop(visualize.decode(path)) for path in [*images.images, str(query).encode()]]
+    crops = [network.crop(images.decode(path)) for path in [*images.images, str(query).encode()]]
     with torch.no_grad():
         features = network.backbone(visualize.normalized(torch.stack(crops), network.preparation))
     values = F.cosine_similarity(features[-1:], features[:-1]).tolist()
