@@ -51,7 +51,8 @@ CLASSIFIER = tuple(
     for kind in ("weight", "bias")
 )
 UNREAD = "num_batches_tracked"  # a counter of BatchNorm's that old files lack
-INTEGERS = (UNREAD, "relative_position_index")  # the latter in old files of Swin and BEiT
+# others: tables of places in old files of Swin and BEiT, and in EfficientFormer
+INTEGERS = (UNREAD, "relative_position_index", "attention_bias_idxs")
 HEAD_NAMES = {  # weight_norm's two spellings, and ours
     "last_layer.weight_g": "last_layer.gain",
     "last_layer.weight_v": "last_layer.weight",
