@@ -45,7 +45,7 @@ SIZES = (64, 224)  # pixels, sides of the global crops that are tried before the
 class Options:
     families: tuple[str, ...] = ()  # files of timm.models; none: all
     out: Path = PAGE  # the Markdown file to write
-    seconds: int = 300  # that a family may take
+    seconds: int = 900  # that a family may take
 
 
 @dataclass(frozen=True)

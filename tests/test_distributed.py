@@ -436,6 +436,16 @@ def test_batch_norms_of_several_gpus_become_one() -> None:
         assert len(compiled) == (0 if sync_bn else 8)
 
 
+def test_network_that_a_cpu_computes_wrongly_in_channels_last_stays_as_it_is() -> None:
+    for arch, is_changed in (("mobileone_s1", False), ("resnet18", True)):
+        backbone = get_backbone(arch)
+        laid_out = distributed.lay_out(backbone, Accelerator(cpu=True), False, False)
+        weights = [m.weight for m in laid_out.modules() if isinstance(m, nn.Conv2d)]
+        weight = next(weight for weight in weights if weight.shape[1] > 1 and weight.shape[2] > 1)
+        is_channels_last = weight.is_contiguous(memory_format=torch.channels_last)
+        assert is_channels_last is is_changed
+
+
 def test_compiler_needs_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     header = tmp_path / "Python.h"
     monkeypatch.setattr(distributed.sysconfig, "get_paths", lambda scheme: {"include": tmp_path})
