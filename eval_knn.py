@@ -42,7 +42,6 @@ from harness.feature_quality import evenly
 from harness.few_labels import (
     ShotsConfig,
     caption_of_shots,
-    check_shots,
     draw_shots,
     mean_and_spread,
 )
@@ -180,7 +179,6 @@ def main() -> None:
     evaluation = options.evaluation
     check_ranges(options)
     check_votes(options.ks, options.temperature)
-    check_shots(options.few_labels)
     check_folder(options.features_out, "features")
     if options.rank_only and options.features_out is not None:
         raise ValueError("--features-out writes what k-NN compares: not with --rank-only")

@@ -46,7 +46,6 @@ from harness.evaluation import (
 from harness.few_labels import (
     ShotsConfig,
     caption_of_shots,
-    check_shots,
     draw_shots,
     mean_and_spread,
 )
@@ -426,7 +425,6 @@ def main() -> None:
     options = read_flags(LinearConfig, None, __doc__)
     check_ranges(options)
     check_probes(options)
-    check_shots(options.few_labels)
     if options.few_labels.shots and options.augment:
         raise ValueError("--shots takes features that are computed once: not with --augment")
     accelerator = make_accelerator()

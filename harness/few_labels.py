@@ -10,24 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from config import setting
 from data import permutation
 
 
 @dataclass(frozen=True)
 class ShotsConfig:
     # labelled images of each class that are used, drawn by chance: 1 5 10 20; none: all images
-    shots: tuple[int, ...] = ()
+    shots: tuple[int, ...] = setting((), above=0, most=1_000_000)
     # draws for each number of --shots, of which mean and spread are shown
-    draws: int = 5
+    draws: int = setting(5, above=0, most=1_000_000)
     # fixes what is drawn
-    draw_seed: int = 0
-
-
-def check_shots(config: ShotsConfig) -> None:
-    """Raise ValueError for numbers of images or draws out of range."""
-    if min(config.shots, default=1) < 1 or config.draws < 1:
-        given = f"shots {list(config.shots)}, draws {config.draws}"
-        raise ValueError(f"need --shots >= 1 and --draws >= 1, got {given}")
+    draw_seed: int = setting(0, most=1 << 62)
 
 
 def draw_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:

@@ -38,8 +38,8 @@ def test_spread_is_the_standard_deviation_of_a_sample() -> None:
 def test_impossible_shots_are_one_line(name: str, tiny_run: Path, script) -> None:
     unfit = "--rank-only" if name == "eval_knn" else "--augment"
     for flags, said in (
-        (("--shots", 0, 5), "need --shots >= 1"),
-        (("--shots", 5, "--draws", 0), "--draws >= 1"),
+        (("--shots", 0, 5), "need --shots > 0, got 0"),
+        (("--shots", 5, "--draws", 0), "need --draws > 0, got 0"),
         (("--shots", 5, unfit), f"not with {unfit}"),
     ):
         result = script(name, tiny_run, *flags)
