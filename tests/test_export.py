@@ -16,7 +16,7 @@ from test_weights import RESNET, SMALL, VIT, as_original, build, same_state
 from torch import nn
 
 import export
-from harness.evaluation import open_network
+from harness.evaluation import Preparation, open_network
 from harness.weights import BACKBONE_CONFIG, load_weights
 from models import DinoModel, DinoProjectionHead, ModelConfig, save_checkpoint
 
@@ -279,8 +279,10 @@ def test_onnxruntime_computes_the_features_of_any_batch(name: str, exported: Cal
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
     said = json.loads(session.get_modelmeta().custom_metadata_map[BACKBONE_CONFIG])
     assert said["crops"] == {"global_crop_size": 32, "mean": list(MEAN), "std": list(STD)}
+    other = build(FOR_ONNX[name], 2).backbone
+    preparation = Preparation(data=None, size=32, resize=32, mean=MEAN, std=STD)
     with pytest.raises(ValueError, match=r"differ from torch's by .*: nothing was"):
-        export.compare_with_onnxruntime(build(FOR_ONNX[name], 2).backbone, out.read_bytes(), 32)
+        export.compare_with_onnxruntime(other, out.read_bytes(), preparation)
 
 
 def test_missing_packages_are_one_line(
