@@ -44,9 +44,8 @@ from harness.evaluation import (
     layer_features,
     normalized,
     open_backbone,
-    open_split,
+    open_training_images,
     report,
-    say_notes,
 )
 from harness.feature_maps import feature_map
 from harness.terminal import printable_name
@@ -278,11 +277,7 @@ def main() -> None:
     accelerator = make_accelerator()
     network = open_backbone(evaluation, accelerator)
     features_of = token_features(network.backbone, options.tokens)
-    with accelerator.local_main_process_first():  # which may have to download
-        images = open_split(network.preparation, "train")
-    if images.levels is None:
-        images.levels = images.measure_levels()
-    say_notes(images, accelerator)
+    images = open_training_images(network.preparation, accelerator)
     if images.has_test:
         accelerator.print("data: of its splits the one to train on; --no-splits takes all images")
 

@@ -14,6 +14,7 @@ Similarity is the cosine, and the first 20 images count.
 Axes: n images of the database, m queries, d features, b batch, c h w image.
 """
 
+import copy
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -44,9 +45,8 @@ from harness.evaluation import (
     is_vit,
     normalized,
     open_backbone,
-    open_split,
+    open_training_images,
     report,
-    say_notes,
     size_facts,
 )
 from harness.feature_quality import evenly
@@ -207,9 +207,9 @@ class Copies(Dataset):
         image = sample.image
         if min(image.shape[1:]) > LARGEST:
             image = TF.resize(image, [LARGEST])
-        copy = self.distortion(image, self.draws[index])
+        distorted = self.distortion(image, self.draws[index])
         is_read = sample.source == row
-        canvas = to_canvas(copy, self.size)
+        canvas = to_canvas(distorted, self.size)
         return sample._replace(image=canvas, index=index, source=index if is_read else -1)
 
 
@@ -349,25 +349,17 @@ class Extractor:
     def features_at(self, data: str, most: int | None = None) -> Tensor:
         """Return the features (n, d) of images that --data could name, of `most`. A collective."""
         preparation = replace(self.network.preparation, data=data, val=None, take_splits=False)
-        with self.accelerator.local_main_process_first():  # which may have to download
-            images = open_split(preparation, "train")
-        if images.levels is None:
-            images.levels = images.measure_levels()
-        say_notes(images, self.accelerator)
+        images = open_training_images(preparation, self.accelerator)
         rows = evenly(len(images), most or len(images)).tolist()
         return self.features(Subset(images.as_canvases(self.size), rows)).features
 
 
 def made_copies(extractor: Extractor) -> tuple[Extracted, dict[str, Extracted]]:
     """Return the features of --data, and of the copies made of some of it. A collective."""
-    network, accelerator = extractor.network, extractor.accelerator
-    options = extractor.options
-    with accelerator.local_main_process_first():  # which may have to download
-        images, whole = (open_split(network.preparation, "train") for _ in range(2))
-    levels = images.levels or images.measure_levels()
-    images.levels = whole.levels = levels
+    network, options = extractor.network, extractor.options
+    images = open_training_images(network.preparation, extractor.accelerator)
+    whole = copy.copy(images)
     whole.transform, whole.resized_to = nn.Identity(), LARGEST
-    say_notes(images, accelerator)
     database = extractor.features(images.as_canvases(extractor.size))
     rows = evenly(len(images), options.num_queries).tolist()
     copies: dict[str, Extracted] = {}

@@ -32,10 +32,9 @@ from harness.evaluation import (
     check_folder,
     features_of_splits,
     open_backbone,
-    open_split,
     open_splits,
+    open_training_images,
     report,
-    say_notes,
     size_facts,
 )
 from harness.feature_quality import evenly
@@ -155,11 +154,7 @@ def table_of_shots(results: dict[str, dict], ks: Sequence[int]) -> Table:
 
 def print_rank(network: FrozenBackbone, options: EvalConfig, accelerator: Accelerator) -> None:
     """Print how good the training images' features are, without labels. A collective."""
-    with accelerator.local_main_process_first():  # which may have to download
-        images = open_split(network.preparation, "train")
-    if images.levels is None:
-        images.levels = images.measure_levels()
-    say_notes(images, accelerator)
+    images = open_training_images(network.preparation, accelerator)
     some_images = Subset(images, evenly(len(images)).tolist())
     features, _ = features_of_splits(
         network.backbone,

@@ -510,6 +510,16 @@ def open_splits(
     return memory, test
 
 
+def open_training_images(preparation: Preparation, accelerator: Accelerator) -> ImageDataset:
+    """Open the images to train on, which need no classes. What was left out of them is said."""
+    with accelerator.local_main_process_first():  # which may have to download
+        images = open_split(preparation, "train")
+    if images.levels is None:
+        images.levels = images.measure_levels()
+    say_notes(images, accelerator)
+    return images
+
+
 def say_notes(dataset: ImageDataset, accelerator: Accelerator) -> None:
     """Print what was entered, left out and left alone in a data set, and how it is mapped."""
     for note in dataset.notes:
