@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from einops import rearrange
@@ -44,15 +43,14 @@ from folders import by_numbers, is_hidden, number_of
 from harness.command import read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
-    EvalConfig,
     FrozenBackbone,
+    MapsConfig,
     check_folder,
     normalized,
-    open_backbone,
+    open_for_maps,
     report,
 )
 from harness.feature_maps import (
-    chosen_side,
     class_attention,
     feature_map,
     is_pooled_from_patches,
@@ -64,7 +62,6 @@ from harness.feature_maps import (
 )
 from harness.flags import check_ranges
 from harness.masks import VOID, jaccard, majority_on_grid, read_mask
-from harness.weights import Role
 from pixels import decode, image_suffixes
 
 IMAGE_FOLDERS = ("images", "JPEGImages")  # the second is PASCAL VOC's
@@ -76,16 +73,11 @@ ENTRIES = 1 << 24  # of a block of similarities: 64 MiB
 
 @dataclass(frozen=True)
 class SegmentationConfig:
-    # a run's folder, its ckpt.safetensors or state.safetensors, an original's .pth, or the name of
-    # published weights: dino_vits16
-    checkpoint: tyro.conf.Positional[str]
+    maps: MapsConfig
     # folder with images/ and masks/, or with train/ and val/ of these; or PASCAL VOC
     data: Path
     # folder with images/ and masks/ to test on; None: val/ or test/ in --data, else a fixed tenth
     val: Path | None = None
-    # pixels, shorter side of the images as the network sees them; None: 480 for photographs, as in
-    # the paper; small images are enlarged from the training crop's until 14 cells lie on it
-    size: int | None = setting(None, above=0, most=4096)
     # neighbours that vote for a patch
     k: int = setting(20, above=0, most=1_000_000)
     # temperature of the votes
@@ -96,10 +88,6 @@ class SegmentationConfig:
     draw_seed: int = setting(0, most=1 << 62)
     # share of the attention that its mask keeps [paper: 0.6]
     mass: float = setting(0.6, above=0, most=1)
-    # which of a run's networks; the student is in state.safetensors, beside the checkpoint
-    network: Role = "teacher"
-    # file for the results, as JSON
-    json_out: Path | None = None
 
 
 # ---------------------------------------------------------------- images and masks
@@ -168,7 +156,7 @@ def see(pair: Pair, network: FrozenBackbone, size: int) -> Seen:
         raise ValueError(f"need a mask of {width} x {height} px, as its image, got {given}")
     resized = resize_to_patches(image, size, network.backbone)
     device = next(network.backbone.parameters()).device
-    return Seen(normalized(resized[None].to(device), network.preparation), mask)
+    return Seen(normalized(resized[None].to(device), preparation), mask)
 
 
 # ---------------------------------------------------------------- patch k-NN
@@ -392,18 +380,10 @@ def judged_attention(
 def main() -> None:
     options = read_flags(SegmentationConfig, None, __doc__)
     check_ranges(options)
-    check_folder(options.json_out, "results")
+    check_folder(options.maps.json_out, "results")
     accelerator = make_accelerator()
     train, test = read_splits(options.data, options.val)
-    evaluation = EvalConfig(
-        options.checkpoint,
-        data=str(options.data),
-        network=options.network,
-        json_out=options.json_out,
-    )
-    network = open_backbone(evaluation, accelerator)
-    size = chosen_side(network.backbone, network.preparation.size, options.size)
-    accelerator.print(f"images as the network sees them: {size} px, shorter side")
+    network, size = open_for_maps(options.maps, options.data, accelerator)
     evaluated = evaluate(train, test, network, size, options, accelerator)
     accelerator.end_training()
     if not accelerator.is_main_process:
@@ -421,7 +401,7 @@ def main() -> None:
         "memory_patches": evaluated.num_memory,
     }
     results = {"knn": scores, "attention": attention}
-    report(network.facts | facts, table_of(scores, options), results, options.json_out)
+    report(network.facts | facts, table_of(scores, options), results, options.maps.json_out)
     say_attention(attention, network)
 
 

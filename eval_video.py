@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from einops import einsum, rearrange
@@ -39,16 +38,15 @@ from folders import by_numbers, is_hidden
 from harness.command import read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
-    EvalConfig,
     FrozenBackbone,
+    MapsConfig,
     check_folder,
     normalized,
-    open_backbone,
+    open_for_maps,
     report,
 )
 from harness.feature_maps import (
     PHOTO_SIDE,
-    chosen_side,
     feature_map,
     resize_to_patches,
     sizes_named,
@@ -64,7 +62,6 @@ from harness.masks import (
     save_mask,
 )
 from harness.terminal import printable, printable_name
-from harness.weights import Role
 from pixels import decode, image_suffixes
 
 FRAMES = Path("JPEGImages", "480p")
@@ -75,9 +72,7 @@ DAVIS_MULTIPLE = 64  # pixels, of the longer side of frames in the original's pr
 
 @dataclass(frozen=True)
 class VideoConfig:
-    # a run's folder, its ckpt.safetensors or state.safetensors, an original's .pth, or the name of
-    # published weights: dino_vits16
-    checkpoint: tyro.conf.Positional[str]
+    maps: MapsConfig
     # DAVIS 2017, a folder laid out like it or, with --mask, a folder of frames
     data: Path
     # the first frame's mask, with which --data is a folder of frames: a PNG, palettised or grey, of
@@ -85,9 +80,6 @@ class VideoConfig:
     mask: Path | None = None
     # folder for the masks, OUT/VIDEO/00000.png, palettised; None: scores alone
     out: Path | None = None
-    # pixels, shorter side of the frames as the network sees them; None: 480 for photographs, as in
-    # the paper; small images are enlarged from the training crop's until 14 cells lie on it
-    size: int | None = setting(None, above=0, most=4096)
     # frames before, beside the first, whose labels are handed on [paper: 7]
     num_frames: int = setting(7, most=1000)
     # most similar patches whose labels each patch takes [paper: 5]
@@ -96,10 +88,6 @@ class VideoConfig:
     radius: int = setting(12, most=4096)
     # temperature of the softmax over their similarities [paper: 0.1]
     temperature: float = setting(0.1, above=0, most=100)
-    # which of a run's networks; the student is in state.safetensors, beside the checkpoint
-    network: Role = "teacher"
-    # file for the results, as JSON
-    json_out: Path | None = None
 
 
 # ---------------------------------------------------------------- videos
@@ -324,7 +312,7 @@ def _cells(means: dict[str, float]) -> list[str]:
 
 def check_options(options: VideoConfig, videos: Sequence[Video]) -> None:
     """Raise ValueError for what cannot be read or written, before anything is computed."""
-    check_folder(options.json_out, "results")
+    check_folder(options.maps.json_out, "results")
     if options.mask is not None and options.out is None:
         raise ValueError("a video of your own has no true masks to score: need --out")
     if options.out is not None:
@@ -384,15 +372,7 @@ def evaluate(options: VideoConfig, accelerator: Accelerator) -> None:
         read_davis(options.data) if options.mask is None else read_own(options.data, options.mask)
     )
     check_options(options, videos)
-    evaluation = EvalConfig(
-        options.checkpoint,
-        data=str(options.data),
-        network=options.network,
-        json_out=options.json_out,
-    )
-    network = open_backbone(evaluation, accelerator)
-    size = chosen_side(network.backbone, network.preparation.size, options.size)
-    accelerator.print(f"frames as the network sees them: {size} px, shorter side")
+    network, size = open_for_maps(options.maps, options.data, accelerator)
     # a process takes every world-th video
     own_videos = videos[accelerator.process_index :: accelerator.num_processes]
     parts = gather_object([follow_all(own_videos, network, size, options)])
@@ -414,7 +394,7 @@ def evaluate(options: VideoConfig, accelerator: Accelerator) -> None:
         name: getattr(options, name)
         for name in ("num_frames", "neighbours", "radius", "temperature")
     }
-    report(network.facts | facts | settings, table, results, options.json_out)
+    report(network.facts | facts | settings, table, results, options.maps.json_out)
 
 
 def main() -> None:

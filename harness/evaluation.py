@@ -37,6 +37,7 @@ from config import SETTINGS, Config, setting
 from data import ImageDataset, Sample, build_dataset, collate
 from folders import cache_folder
 from harness.command import iterate, write_whole
+from harness.feature_maps import chosen_side
 from harness.feature_quality import feature_quality
 from harness.flags import wrong_setting
 from harness.foreign import Role
@@ -88,6 +89,22 @@ class EvalConfig:
     batch_size: int = setting(256, above=0, most=1_000_000)
     # processes that decode images; 0: the script itself does; for photographs as many as cores
     num_workers: int = setting(0, most=512)
+    # file for the results, as JSON
+    json_out: Path | None = None
+
+
+@dataclass(frozen=True)
+class MapsConfig:
+    # a run's folder, its ckpt.safetensors or state.safetensors, what export.py wrote, a .pth of
+    # DINO, DINOv2, MAE ... (docs/weights.md), or the name of published weights: dino_vits16
+    checkpoint: tyro.conf.Positional[str]
+    # architecture of a file that does not say it and is not recognised: a name of timm's
+    arch: str | None = None
+    # pixels, shorter side of the images as the network sees them; None: 480 for photographs, as in
+    # the paper; small images are enlarged from the training crop's until 14 cells lie on it
+    size: int | None = setting(None, above=0, most=4096)
+    # which of a run's networks; the student is in state.safetensors, beside the checkpoint
+    network: Role = "teacher"
     # file for the results, as JSON
     json_out: Path | None = None
 
@@ -455,6 +472,27 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbo
         facts["knn_top1_untrained"] = metrics["knn_top1_untrained"]  # measured by the run itself
     backbone = network.model.backbone.to(accelerator.device).eval()
     return FrozenBackbone(backbone, preparation, facts)
+
+
+def open_for_maps(
+    options: MapsConfig, data: Path, accelerator: Accelerator
+) -> tuple[FrozenBackbone, int]:
+    """Open a network whose patches are judged on `data`, and choose the shorter side of its images.
+
+    The side is in pixels. Errors as those of open_backbone, and ValueError for a side that the
+    network does not take.
+    """
+    evaluation = EvalConfig(
+        options.checkpoint,
+        arch=options.arch,
+        data=str(data),
+        network=options.network,
+        json_out=options.json_out,
+    )
+    network = open_backbone(evaluation, accelerator)
+    size = chosen_side(network.backbone, network.preparation.size, options.size)
+    accelerator.print(f"images as the network sees them: {size} px, shorter side")
+    return network, size
 
 
 def _load_student_beside(checkpoint: Path, model: DinoModel, step: int) -> None:

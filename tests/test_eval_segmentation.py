@@ -22,6 +22,7 @@ from eval_segmentation import (
     read_splits,
     scores_of,
 )
+from harness.evaluation import MapsConfig
 from harness.masks import majority_on_grid
 
 SIZE = 48  # pixels, a side of the images
@@ -248,7 +249,7 @@ def test_wrong_input_is_one_line(pairs: Path, vit: Path, tmp_path: Path, script:
 
 
 def test_defaults_are_those_of_the_paper_and_of_eval_knn() -> None:
-    config = SegmentationConfig("none", Path())
+    config = SegmentationConfig(MapsConfig("none"), Path())
     assert (config.k, config.temperature, config.mass) == (20, 0.07, 0.6)
 
 

@@ -12,6 +12,7 @@ from test_visualize import write_checkpoint
 from torch import Tensor
 
 from eval_video import VideoConfig, judge, propagate, read_davis, statistics_of, to_numbers
+from harness.evaluation import MapsConfig
 from harness.masks import (
     boundary,
     boundary_f_measure,
@@ -308,7 +309,7 @@ def test_wrong_input_is_one_line(
 
 
 def test_defaults_are_the_papers() -> None:
-    config = VideoConfig("none", Path())
+    config = VideoConfig(MapsConfig("none"), Path())
     numbers = (config.num_frames, config.neighbours, config.radius, config.temperature)
     assert numbers == (7, 5, 12, 0.1)
 
