@@ -176,7 +176,7 @@ def _num_cells(backbone: nn.Module, size: int) -> int:
 def resize_to_patches(
     image: Tensor, size: int, backbone: nn.Module, longer_multiple: int = 1
 ) -> Tensor:
-    """Return (3, h, w) uint8 whose shorter side is `size`, both rounded to whole patches.
+    """Return (c, h, w) uint8 whose shorter side is `size`, both rounded to whole patches.
 
     Nothing is cut, so that a map of it covers the whole image: the aspect ratio changes a little.
     The longer side is rounded down, to a multiple of `longer_multiple` patches. A network that
@@ -192,7 +192,7 @@ def resize_to_patches(
 
 @contextmanager
 def sizes_named(arch: str, images: Tensor) -> Iterator[None]:
-    """Raise ValueError naming the size of images (b, 3, h, w) that a network does not take."""
+    """Raise ValueError naming the size of images (b, c, h, w) that a network does not take."""
     try:
         yield
     except torch.OutOfMemoryError:
