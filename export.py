@@ -8,7 +8,7 @@
 The first is for `timm.create_model(NAME, num_classes=0, checkpoint_path="backbone.safetensors")`,
 or torchvision's ResNets once `fc` is an nn.Identity(). The second is a folder for
 `timm.create_model("local-dir:vits16", pretrained=True)` and transformers' `AutoModel` and
-`AutoImageProcessor.from_pretrained("vits16")`. The third maps `images` (b, 3, size, size), float32
+`AutoImageProcessor.from_pretrained("vits16")`. The third maps `images` (b, c, size, size), float32
 and normalised, to `features` (b, d); its metadata says mean, standard deviation and size. The
 fourth is for `--pretrained_weights` of facebookresearch/dino. `--network student` takes a run's
 student from its state.safetensors. The evaluations read all but ONNX back, without --arch.
