@@ -40,6 +40,7 @@ from harness.distributed import make_accelerator
 from harness.evaluation import (
     FrozenBackbone,
     MapsConfig,
+    Preparation,
     check_folder,
     normalized,
     open_for_maps,
@@ -200,13 +201,17 @@ def to_numbers(labels: Tensor, numbers: Tensor, shape: tuple[int, int]) -> np.nd
     return numbers.to(labels.device)[stretched.argmax(dim=0)].cpu().numpy()
 
 
+def read_frame(frame: Path, preparation: Preparation) -> Tensor:
+    """Return a frame (c, h, w) uint8 with the channels that the network knows."""
+    return decode(os.fsencode(frame), preparation.levels, preparation.channels)
+
+
 def features_of_frame(frame: Path, network: FrozenBackbone, size: int) -> Tensor:
     """Return the feature map (d, h, w) of a frame."""
     backbone, preparation = network.backbone, network.preparation
     is_davis_size = size >= PHOTO_SIDE and DAVIS_MULTIPLE % backbone.patch_size == 0
     multiple = DAVIS_MULTIPLE // backbone.patch_size if is_davis_size else 1
-    image = decode(os.fsencode(frame), preparation.levels, preparation.channels)
-    image = resize_to_patches(image, size, backbone, multiple)
+    image = resize_to_patches(read_frame(frame, preparation), size, backbone, multiple)
     pixels = normalized(image[None].to(next(backbone.parameters()).device), preparation)
     with sizes_named(network.facts["arch"], pixels):
         return feature_map(backbone, pixels)[0].float()
@@ -311,7 +316,7 @@ def _cells(means: dict[str, float]) -> list[str]:
 
 
 def check_options(options: VideoConfig, videos: Sequence[Video]) -> None:
-    """Raise ValueError for what cannot be read or written, before anything is computed."""
+    """Raise ValueError for what cannot be written, before anything is computed."""
     check_folder(options.maps.json_out, "results")
     if options.mask is not None and options.out is None:
         raise ValueError("a video of your own has no true masks to score: need --out")
@@ -320,14 +325,12 @@ def check_options(options: VideoConfig, videos: Sequence[Video]) -> None:
         for video in videos:
             if (options.out / video.name).exists():
                 raise ValueError(f"{options.out / video.name} exists: give another --out")
-    for video in videos:
-        _check_first_mask(video)
 
 
-def _check_first_mask(video: Video) -> None:
+def check_first_mask(video: Video, preparation: Preparation) -> None:
     """Raise ValueError where the first mask is empty, or not as large as the first frame."""
     mask = read_mask(video.first_mask)
-    height, width = decode(os.fsencode(video.frames[0])).shape[1:]
+    height, width = read_frame(video.frames[0], preparation).shape[1:]
     if mask.shape != (height, width):
         given = f"{video.first_mask} of {mask.shape[1]} x {mask.shape[0]}"
         raise ValueError(f"need a mask of {width} x {height} px, as its frame, got {given}")
@@ -373,6 +376,8 @@ def evaluate(options: VideoConfig, accelerator: Accelerator) -> None:
     )
     check_options(options, videos)
     network, size = open_for_maps(options.maps, options.data, accelerator)
+    for video in videos:
+        check_first_mask(video, network.preparation)
     # a process takes every world-th video
     own_videos = videos[accelerator.process_index :: accelerator.num_processes]
     parts = gather_object([follow_all(own_videos, network, size, options)])
