@@ -233,17 +233,24 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     return rearrange(crops, "v b c h w -> (v b) c h w")
 
 
+# Numbers in a block of images: 1 MiB in float32, which stays in a core's cache from one operation
+# to the next. Of 2^13 to 2^20, 2^17 and 2^18 were fastest on an AMD EPYC, at 32 to 224 px.
+BLOCK = 1 << 18
+
+
 def _where(mask: Tensor, change: Callable[..., Tensor], images: Tensor, *params: Tensor) -> Tensor:
     """Return change(images, *params) where mask (n,) is true, and images elsewhere.
 
-    On a CPU only those images are computed, in place, and one by one: one fits into the cache.
+    On a CPU only those images are computed, in blocks that fit into its cache, and put in place.
     Elsewhere all are, since to pick some of them the host would wait for the device.
     """
     if not _on_cpu(images):
         return torch.where(mask[:, None, None, None], change(images, *params), images)
-    for i in mask.nonzero()[:, 0].tolist():
-        one = slice(i, i + 1)
-        images[one] = change(images[one], *(param[one] for param in params))
+    block_size = max(1, BLOCK // images[0].numel())
+    for block in mask.nonzero()[:, 0].split(block_size):
+        # copies whole rows, in a fifth of the time of images[block]
+        due = images.index_select(0, block)
+        images.index_copy_(0, block, change(due, *(param[block] for param in params)))
     return images
 
 
@@ -258,26 +265,22 @@ def _gray(images: Tensor) -> Tensor:
     return images.mean(dim=1, keepdim=True)
 
 
-def _blend(images: Tensor, factor: Tensor, kind: Tensor) -> Tensor:
-    """Return images with another brightness, contrast or saturation (kind 0, 1, 2).
-
-    These are mixtures with black, with the image's mean grey, and with the image in grey.
-    """
-    gray = _gray(images)
-    kind, factor = kind[:, None, None, None], factor[:, None, None, None]
-    gray_or_black = gray * (kind == 2)
-    other = torch.where(kind == 1, gray.mean(dim=(1, 2, 3), keepdim=True), gray_or_black)
-    return (factor * images + (1 - factor) * other).clamp_(0, 1)
+def _change_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Return images (n, c, h, w) mixed with black: times their factor (n,)."""
+    return (images * factor[:, None, None, None]).clamp_(0, 1)
 
 
-def _blend_one(image: Tensor, factor: float, kind: int) -> Tensor:
-    """Blend one image (1, c, h, w) in place, without computing what its kind does not need."""
-    if kind == 0:
-        return image.mul_(factor).clamp_(0, 1)
-    other = _gray(image).mul_(1 - factor)
-    if kind == 1:
-        other = other.mean()
-    return image.mul_(factor).add_(other).clamp_(0, 1)
+def _change_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Return images (n, c, h, w) mixed with their mean grey, by their factor (n,)."""
+    factor = factor[:, None, None, None]
+    gray = _gray(images) * (1 - factor)
+    return (images * factor).add_(gray.mean(dim=(1, 2, 3), keepdim=True)).clamp_(0, 1)
+
+
+def _change_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Return images (n, c, h, w) mixed with themselves in grey, by their factor (n,)."""
+    factor = factor[:, None, None, None]
+    return (images * factor).add_(_gray(images) * (1 - factor)).clamp_(0, 1)
 
 
 def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
@@ -306,32 +309,23 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     return turned
 
 
-def colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+# in the order of a sample's factors
+COLOUR_CHANGES = (_change_brightness, _change_contrast, _change_saturation, _turn_hue)
+
+
+def colour_jitter(images: Tensor, is_jittered: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Return images (n, c, h, w) in 0..1 with changed brightness, contrast, saturation and hue.
 
-    `factors` (n, 4) holds three factors and the turn of the hue. `order` (n, 4) is each sample's
-    permutation of 0 to 3, the order in which the four are applied. Images of other channels than
-    RGB keep saturation and hue. The images may be changed.
+    Those where `is_jittered` (n,) is true are changed. `factors` (n, 4) holds three factors and the
+    turn of the hue. `order` (n, 4) is each sample's permutation of 0 to 3, the order in which the
+    four are applied. Images of other channels than RGB keep saturation and hue. On a CPU the images
+    are changed in place.
     """
-    is_rgb = images.shape[1] == 3
-    if _on_cpu(images):
-        for i, (kinds, values) in enumerate(zip(order.tolist(), factors.tolist(), strict=True)):
-            image = images[i : i + 1]
-            for kind in kinds:
-                if kind >= 2 and not is_rgb:
-                    continue
-                if kind == 3:
-                    image = _turn_hue(image, factors[i : i + 1, 3])
-                else:
-                    image = _blend_one(image, values[kind], kind)
-            images[i : i + 1] = image
-        return images
-    for kind in order.unbind(dim=1):
-        factor = factors.gather(1, kind[:, None])[:, 0]
-        if is_rgb:
-            images = _where(kind == 3, _turn_hue, images, factor)
-        is_blended = kind != 3 if is_rgb else kind < 2
-        images = _where(is_blended, _blend, images, factor, kind)
+    changes = COLOUR_CHANGES if images.shape[1] == 3 else COLOUR_CHANGES[:2]
+    for kinds in order.unbind(dim=1):
+        for kind, change in enumerate(changes):
+            is_due = is_jittered & (kinds == kind)
+            images = _where(is_due, change, images, factors[:, kind])
     return images
 
 
@@ -500,7 +494,7 @@ class MultiCrop(nn.Module):
         factors = torch.cat([factors[:, :3] + 1, factors[:, 3:]], dim=1)
         order = draws[:, ORDER].argsort(dim=1)
         is_jittered = draws[:, JITTER] < config.jitter_probability
-        pixels = _where(is_jittered, colour_jitter, pixels, factors, order)
+        pixels = colour_jitter(pixels, is_jittered, factors, order)
         if self.num_channels == 3:
             is_gray = draws[:, GRAY] < config.grayscale_probability
             pixels = _where(is_gray, _grayscale, pixels)

@@ -120,6 +120,7 @@ def test_boxes_map_to_the_canvas_in_proportion() -> None:
 
 def test_each_colour_change_equals_torchvisions() -> None:
     images = photos(6, 20) / 255
+    all_of_them = torch.ones(6, dtype=torch.bool)
     factors = torch.linspace(0.6, 1.4, 6)
     turns = torch.linspace(-0.1, 0.1, 6)
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
@@ -128,7 +129,8 @@ def test_each_colour_change_equals_torchvisions() -> None:
         # the neutral value of the other three
         values = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(6, 1)
         values[:, kind] = params[kind]
-        result = multicrop.colour_jitter(images.clone(), values, torch.arange(4).repeat(6, 1))
+        order = torch.arange(4).repeat(6, 1)
+        result = multicrop.colour_jitter(images.clone(), all_of_them, values, order)
         for image, value, mine in zip(images, params[kind].tolist(), result, strict=True):
             torch.testing.assert_close(mine, change(image, value), rtol=0, atol=2e-6)
 
@@ -137,7 +139,8 @@ def test_jitter_follows_each_samples_own_order() -> None:
     images = photos(6, 20) / 255
     order = torch.stack([torch.randperm(4) for _ in range(6)])
     factors = torch.cat([torch.rand(6, 3) + 0.5, torch.rand(6, 1) * 0.2 - 0.1], dim=1)
-    result = multicrop.colour_jitter(images.clone(), factors, order)
+    all_of_them = torch.ones(6, dtype=torch.bool)
+    result = multicrop.colour_jitter(images.clone(), all_of_them, factors, order)
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     for image, kinds, values, mine in zip(
         images, order.tolist(), factors.tolist(), result, strict=True
@@ -362,17 +365,38 @@ def test_crops_are_the_same_on_what_is_no_cpu(
         assert difference.median() < 0.6
 
 
-def test_one_by_one_and_batched_jitter_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jitter_of_the_rows_alone_and_of_all_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.rand(8, 3, 12, 12)
     factors = torch.rand(8, 4) * torch.tensor([1.0, 1.0, 1.0, 0.2]) + torch.tensor(
         [0.5, 0.5, 0.5, -0.1]
     )
     factors[0, 1] = 0
     order = torch.rand(8, 4).argsort(dim=1)
-    alone = multicrop.colour_jitter(images.clone(), factors, order)
+    is_jittered = torch.tensor([True, False, True, True, True, False, True, True])
+    alone = multicrop.colour_jitter(images.clone(), is_jittered, factors, order)
     monkeypatch.setattr(multicrop, "_on_cpu", lambda images: False)
-    together = multicrop.colour_jitter(images.clone(), factors, order)
+    together = multicrop.colour_jitter(images.clone(), is_jittered, factors, order)
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    assert torch.equal(alone[~is_jittered], images[~is_jittered])
+
+
+@pytest.mark.parametrize("size", [16, 21])
+def test_crops_do_not_depend_on_how_rows_are_put_into_blocks(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = photos(7, 24)
+    keys = multicrop.hash_keys(3, torch.arange(7))
+    config = CropConfig(
+        global_crop_size=size, local_crop_size=8, num_local_crops=2, quarter_turns=True
+    )
+    in_one_block = MultiCrop(config)(images, None, keys)
+    monkeypatch.setattr(multicrop, "BLOCK", 2 * 3 * size**2)  # two large crops
+    in_small_blocks = MultiCrop(config)(images, None, keys)
+    monkeypatch.setattr(multicrop, "BLOCK", 1)  # one crop
+    one_by_one = MultiCrop(config)(images, None, keys)
+    for crop, other, alone in zip(in_one_block, in_small_blocks, one_by_one, strict=True):
+        assert torch.equal(crop, other)
+        assert torch.equal(crop, alone)
 
 
 # ---------------------------------------------------------------- other channels, no up
@@ -387,7 +411,8 @@ def test_other_channels_than_rgb_change_in_brightness_and_contrast_alone(
     images = torch.rand(6, channels, 12, 12)
     factors = torch.rand(6, 4) + 0.5
     order = torch.rand(6, 4).argsort(dim=1)
-    changed = multicrop.colour_jitter(images.clone(), factors, order)
+    all_of_them = torch.ones(6, dtype=torch.bool)
+    changed = multicrop.colour_jitter(images.clone(), all_of_them, factors, order)
     for image, values, kinds, result in zip(images, factors, order.tolist(), changed, strict=True):
         expected = image
         for kind in kinds:
