@@ -44,6 +44,9 @@ TIMM_NAMES = {
 }
 
 
+NUM_PROTOTYPES = 4096  # where nothing says how many
+
+
 ABOVE_ZERO = {"above": 0}  # what a setting's numbers may be; without it, they are at least 0
 SHARE = {"most": 1}
 PIXELS = {"above": 0, "most": 4096}
@@ -71,8 +74,10 @@ class ModelConfig:
     projection_hidden_dim: int = field(default=1024, metadata=ABOVE_ZERO)
     # width of the head's bottleneck [paper: 256]
     projection_bottleneck_dim: int = field(default=256, metadata=ABOVE_ZERO)
-    # prototypes K [paper: 65536]; fewer than the images; of one alone the loss is always 0
-    projection_output_dim: int = field(default=4096, metadata={"above": 1})
+    # prototypes K [paper: 65536]; fewer than the images; of one alone the loss is always 0; None:
+    # 1,024 up to 20,000 training images, 2,048 up to 50,000, 4,096 up to 100,000, 16,384 up to
+    # 200,000, 32,768 up to 500,000, then the paper's; 4,096 where no images are known
+    projection_output_dim: int | None = field(default=None, metadata={"above": 1})
     # weight-normalise the head's last layer [paper: yes]
     use_weight_norm: bool = True
     # fix the last layer's gain at 1 [paper: yes for ViT-B]; learning it can help a small ViT
@@ -384,7 +389,7 @@ class DinoModel(nn.Module):
             input_dim=backbone.output_dim,
             hidden_dim=config.projection_hidden_dim,
             bottleneck_dim=config.projection_bottleneck_dim,
-            output_dim=config.projection_output_dim,
+            output_dim=config.projection_output_dim or NUM_PROTOTYPES,
             use_weight_norm=config.use_weight_norm,
             norm_last_layer=config.norm_last_layer,
             use_bn=config.use_bn,

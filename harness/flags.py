@@ -24,6 +24,7 @@ from torch import nn
 from config import SETTINGS, Config
 from data import ImageDataset, Survey
 from harness.command import read_flags
+from harness.defaults import RECIPE_DEFAULTS, fill_in
 from harness.distributed import cores_per_process, is_set, num_local_processes, num_shards
 from harness.estimate import memory_of_machine
 from models import ModelConfig, get_backbone, load_tensors
@@ -59,10 +60,18 @@ def parse_config(args: Sequence[str], description: str | None = None) -> Config:
             raise ValueError(f"need --data PATH: {recipe} is for {of_recipe}")
         if known.resume is not None and known.config is None:
             of_run += _batch_flags(output_dir / "state.safetensors")
-        flags = [*of_run, *flags, "--config", str(recipe)]
+        flags = [*_recipe_default_flags(), *of_run, *flags, "--config", str(recipe)]
     if output_dir is not None:
         flags = [*flags, "--output-dir", str(output_dir)]
     return read_flags(Config, flags, description)
+
+
+def _recipe_default_flags() -> list[str]:
+    """Return what holds for all that a recipe does not say, as flags."""
+    flags: list[str] = []
+    for name, value in RECIPE_DEFAULTS.items():
+        flags += _flags_of(name.replace("_", "-"), value)
+    return flags
 
 
 def _recipe_file(given: Path | None) -> Path | None:
@@ -268,7 +277,8 @@ def _require_memory_for_weights(config: Config, num_backbone: int = 0) -> None:
     """Raise ValueError where student, teacher, gradient and optimizer are more than there is."""
     model = config.model
     hidden, bottleneck = model.projection_hidden_dim, model.projection_bottleneck_dim
-    num_head = hidden * hidden + hidden * bottleneck + bottleneck * model.projection_output_dim
+    output_dim = model.projection_output_dim or 0  # as long as it is not known
+    num_head = hidden * hidden + hidden * bottleneck + bottleneck * output_dim
     copies = 5 if config.optim.optimizer == "adamw" else 4  # the others keep one of AdamW's two
     num_bytes = 4 * copies * (num_head + num_backbone) // num_shards()
     flags = "--projection-output-dim, --projection-hidden-dim or --projection-bottleneck-dim"
@@ -392,13 +402,18 @@ def default_precision() -> str:
 # ---------------------------------------------------------------- what follows
 
 
-def finish(config: Config, dataset: ImageDataset, survey: Survey, precision: str) -> Config:
+def finish(
+    config: Config, dataset: ImageDataset, survey: Survey, precision: str, world: int = 1
+) -> Config:
     """Return the config with what follows from images, architecture and machine filled in.
 
-    These are sizes, levels, mean and deviation, workers, the data's path and precision; `survey`
-    tells what the images are like. The data set has its levels from then on. Raises ValueError for
-    sizes that do not fit each other.
+    These are sizes, levels, mean and deviation, workers, the data's path, precision and what else
+    was left open; `survey` tells what the images are like, `world` is the number of processes. The
+    data set has its levels from then on, and notes what was chosen. Raises ValueError for sizes
+    that do not fit each other.
     """
+    config, choices = fill_in(config, len(dataset), config.optim.images_per_step(world))
+    dataset.notes += choices
     batch_size = config.optim.batch_size
     if config.optim.koleo_weight and batch_size < 2:
         raise ValueError("need --batch-size of at least 2 for --koleo-weight, got 1")

@@ -324,7 +324,8 @@ class Run:
         except ValueError as error:
             raise ValueError(f"no images in {config.data.data} can be read: {error}") from error
         dataset.notes += survey.notes()
-        config = finish(config, dataset, survey, accelerator.mixed_precision)
+        world = accelerator.num_processes
+        config = finish(config, dataset, survey, accelerator.mixed_precision, world)
         dataset.seed = config.run.seed
         dataset = dataset.as_canvases(config.data.canvas_size)
         return cls(config, accelerator, dataset, lock)

@@ -33,6 +33,7 @@ from dino_train import (
     train,
 )
 from eval_knn import knn_accuracy
+from harness.defaults import fill_in
 from harness.flags import check_values, default_precision, finish, parse_config
 from harness.outlook import DryRun
 from harness.run import Run, TrainingState
@@ -77,12 +78,13 @@ def test_teacher_temperature_equals_the_original_by_epoch(parity: dict) -> None:
     config = Config()
     teacher = replace(config.teacher, teacher_temp=0.07, warmup_teacher_temp_epochs=3)
     config = replace(config, teacher=teacher, optim=replace(config.optim, epochs=6))
+    config, _ = fill_in(config, num_images=320, images_per_step=64)
     temps = [schedules(config, 5 * epoch + 4, 5, 64).teacher_temp for epoch in range(6)]
     assert temps == pytest.approx(parity["loss.teacher_temps"].tolist())
 
 
 def test_learning_rate_is_scaled_by_the_whole_batch() -> None:
-    config = Config()
+    config, _ = fill_in(Config(), num_images=7 * 1024, images_per_step=1024)
     warm = schedules(config, 10 * 7 - 1, 7, 1024)
     assert warm.lr == pytest.approx(5e-4 * 4)
     assert schedules(config, 0, 7, 1024).lr == 0
@@ -162,6 +164,7 @@ def test_steps_equal_algorithm_1_written_out(
     )
     config = tiny(tmp_path / "run", *flags, "--batch-size", 40, "--save-every", 1)
     train(config)
+    config, _ = fill_in(config, num_images=80, images_per_step=40)
     student, teacher = (
         DinoModel.from_config(replace(config.model, image_size=16)).train() for _ in range(2)
     )
@@ -188,9 +191,10 @@ def test_steps_equal_algorithm_1_written_out(
             targets = teacher(crops[:2])
         logits = student(crops)
         terms = [
-            -(((targets[t] - center) / 0.04).softmax(-1) * (logits[v] / 0.1).log_softmax(-1)).sum(
-                -1
-            )
+            -(
+                ((targets[t] - center) / now.teacher_temp).softmax(-1)
+                * (logits[v] / 0.1).log_softmax(-1)
+            ).sum(-1)
             for t in range(2)
             for v in range(3)
             if t != v
@@ -469,7 +473,7 @@ def test_quick_start_applies_without_data_and_config_only(tmp_path: Path) -> Non
         config = parse_config(args)
         assert (config.model, config.optim, config.crops) == (plain.model, plain.optim, plain.crops)
     of_file = parse_config(["--config", str(tmp_path / "c.yaml"), "--data", "patterns"])
-    assert of_file.model == plain.model
+    assert of_file.model == replace(plain.model, projection_output_dim=4096)
 
 
 def test_yaml_gives_the_config_and_flags_override_it(tmp_path: Path) -> None:

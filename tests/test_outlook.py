@@ -50,6 +50,7 @@ def test_what_cannot_be_meant_is_a_warning_that_names_the_flag(
 ) -> None:
     flags = ("--teacher-momentum", "0.9995", "--projection-output-dim", "128", "--knn-images", "9")
     more = ("--epochs", "1", "--warmup-epochs", "5", "--warmup-teacher-temp-epochs", "3")
+    more += ("--freeze-last-layer-epochs", "1")
     result = script("dino_train", *tiny_flags, *flags, *more, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     warned = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]

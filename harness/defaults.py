@@ -1,0 +1,88 @@
+"""Settings that were left open: by the number of training images and the length of the run.
+
+The paper's suit a million images and hundreds of epochs. A recipe (--config) is a whole
+configuration: what it does not say is in RECIPE_DEFAULTS. docs/science.md has the measurements.
+"""
+
+import dataclasses
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+from config import Config
+
+# the paper's, but for the prototypes, of which it has 65,536
+RECIPE_DEFAULTS = {
+    "projection_output_dim": 4096,
+    "warmup_epochs": 10,
+    "freeze_last_layer_epochs": 1,
+    "warmup_teacher_temp": 0.04,
+    "teacher_temp": 0.04,
+    "teacher_momentum": 0.996,
+}
+
+
+class Rung(NamedTuple):
+    """What suits up to so many images."""
+
+    most_images: float
+    num_prototypes: int
+    teacher_temp: float
+
+
+LADDER = (
+    Rung(20_000, 1024, 0.02),
+    Rung(50_000, 2048, 0.03),
+    Rung(100_000, 4096, 0.04),
+    Rung(200_000, 16_384, 0.04),
+    Rung(500_000, 32_768, 0.04),
+    Rung(math.inf, 65_536, 0.04),
+)
+PART_OF_RUN = 0.1  # that warm-up, frozen last layer and what the teacher averages take at most
+LEAST_AVERAGED = 2  # steps, by the teacher at first
+
+
+def fill_in(config: Config, num_images: int, images_per_step: int) -> tuple[Config, list[str]]:
+    """Return the config with what was left open, and a line on each thing that it follows from."""
+    rung = next(rung for rung in LADDER if num_images <= rung.most_images)
+    teacher_temp = config.teacher.teacher_temp or rung.teacher_temp
+    by_images = {
+        "projection_output_dim": rung.num_prototypes,
+        "teacher_temp": teacher_temp,
+        "warmup_teacher_temp": min(RECIPE_DEFAULTS["warmup_teacher_temp"], teacher_temp),
+    }
+    epochs, steps_per_epoch = config.optim.epochs, num_images // images_per_step
+    part = PART_OF_RUN * epochs
+    by_length = {
+        "warmup_epochs": min(RECIPE_DEFAULTS["warmup_epochs"], part),
+        "freeze_last_layer_epochs": min(RECIPE_DEFAULTS["freeze_last_layer_epochs"], int(part)),
+        "teacher_momentum": _momentum_for(part * steps_per_epoch),
+    }
+    lines: list[str] = []
+    of_images = f"{num_images:,} images"
+    of_length = f"{epochs:,} epochs of {steps_per_epoch:,} steps"
+    for values, reason in ((by_images, of_images), (by_length, of_length)):
+        config, filled = _with_values(config, values)
+        if filled:
+            flags = ", ".join(f"--{name.replace('_', '-')} {values[name]:g}" for name in filled)
+            lines.append(f"chosen for {reason}: {flags}")
+    return config, lines
+
+
+def _momentum_for(most_averaged: float) -> float:
+    """Return the momentum of a teacher that averages that many steps at first, at most 0.996."""
+    momentum = 1 - 1 / max(LEAST_AVERAGED, most_averaged)
+    return min(RECIPE_DEFAULTS["teacher_momentum"], round(momentum, 4))
+
+
+def _with_values(config: Config, values: dict[str, float]) -> tuple[Config, list[str]]:
+    """Return the config with values for the settings among these that are open, and their names."""
+    filled: list[str] = []
+    for section in dataclasses.fields(config):
+        settings = getattr(config, section.name)
+        names = {each.name for each in dataclasses.fields(settings)}
+        open_names = [name for name in values if name in names and getattr(settings, name) is None]
+        filled += open_names
+        new = {name: values[name] for name in open_names}
+        config = replace(config, **{section.name: replace(settings, **new)})
+    return config, filled
