@@ -2,19 +2,22 @@
 
     python benchmarks/bench_data.py FOLDER                    # of photographs
     python benchmarks/bench_data.py FOLDER --original PATH    # of a facebookresearch/dino checkout
+    python benchmarks/bench_data.py FOLDER --crops 32 16 4 --canvas 32    # of small images
 
 The host part is what a loader's worker does: decode and resize to the canvas here, decode and cut
-all crops there. The whole is decoding and multi-crop, 2 of 224 and 8 of 96 px. The detail that a
-canvas keeps is the mean absolute Laplacian of its crops, by that of the same boxes of the images.
+all crops there. The whole is decoding and multi-crop, 2 of 224 and 8 of 96 px without --crops.
+lightly and lightly-train are measured beside it where they are installed. The detail that a canvas
+keeps is the mean absolute Laplacian of its crops, by that of the same boxes of the images.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import baseline
 import measure
+import peers
 import torch
 import tyro
 from torch import Tensor
@@ -46,6 +49,9 @@ class Options:
     folder: tyro.conf.Positional[Path]  # with images of real size
     original: Path | None = None  # a checkout of facebookresearch/dino, compared too
     canvas: tuple[int, ...] = (256, 384, 512, 640)  # pixels
+    # pixels of the large and the small crops, and how many of these; below 64 px no crop is blurred
+    # or solarised
+    crops: tuple[int, int, int] = (224, 96, 8)
     images: int = 128  # a measurement
     rounds: int = 5
     batch_size: int = 32
@@ -113,7 +119,13 @@ def kept_detail(options: Options, config: CropConfig) -> list[list[str]]:
 
 def main() -> None:
     options = measure.read(Options, __doc__)
-    config = CropConfig(global_crop_size=224, local_crop_size=96)
+    global_size, local_size, num_local = options.crops
+    config = CropConfig(
+        global_crop_size=global_size, local_crop_size=local_size, num_local_crops=num_local
+    )
+    if global_size < 64:
+        nothing = (0.0, 0.0, 0.0)
+        config = replace(config, blur_probability=nothing, solarize_probability=nothing)
     machine = measure.machine("uint8 and float32, one worker and one thread", threads=1)
     paths = [path.decode() for path in build_dataset(str(options.folder)).images.tolist()]
     pipelines = baseline.plain_pipelines(config)
@@ -121,7 +133,11 @@ def main() -> None:
     if options.original:
         original = baseline.load_original(options.original)
         augmentations["original"] = baseline.original_augmentation(original, config)
+    if peers.is_installed("lightly"):
+        augmentations[peers.with_version("lightly")] = peers.lightly_augmentation(config)
     theirs = {name: baseline.PlainDataset(paths, a) for name, a in augmentations.items()}
+    if peers.is_installed("lightly-train"):
+        theirs[peers.with_version("lightly-train")] = peers.LightlyTrainDataset(paths, config)
 
     def ours(size: int) -> Dataset:
         return build_dataset(str(options.folder), canvas_size=size)
@@ -177,15 +193,15 @@ def report(
     title: str, seconds: measure.Seconds, options: Options, machine: str, images: int | None = None
 ) -> None:
     images = images or options.images
+    others = [name for name in seconds if not name.startswith("ours")]
     rows = []
     for name, values in seconds.items():
         row = [name, f"{images / measure.median(values):.1f}", f"{measure.spread(values):.0f} %"]
-        for other in ("plain", "original"):
-            if other in seconds:
-                ratio = measure.median(seconds[other]) / measure.median(values)
-                row.append(f"{ratio:.2f}x")
+        for other in others:
+            ratio = measure.median(seconds[other]) / measure.median(values)
+            row.append(f"{ratio:.2f}x")
         rows.append(row)
-    against = [f"against {other}" for other in ("plain", "original") if other in seconds]
+    against = [f"against {other}" for other in others]
     measure.show(title, ["", "images/s", "spread", *against], rows, machine)
 
 
