@@ -227,9 +227,10 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     crops = torch.empty(*boxes.shape[:2], images.shape[1], size, size)
     for view, view_boxes in enumerate(boxes.tolist()):
         for i, (top, left, height, width) in enumerate(view_boxes):
-            region = images[i, :, top : top + height, left : left + width]
-            crop = TF.resize(region, [size, size], TF.InterpolationMode.BICUBIC)
-            torch.div(crop, 255, out=crops[view, i])
+            region = images[i : i + 1, :, top : top + height, left : left + width]
+            # what TF.resize calls, without the 60 microseconds that it adds to each crop
+            crop = F.interpolate(region, size=(size, size), mode="bicubic", antialias=True)
+            torch.div(crop[0], 255, out=crops[view, i])
     return rearrange(crops, "v b c h w -> (v b) c h w")
 
 
