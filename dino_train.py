@@ -22,6 +22,10 @@ Source: DINO, arXiv 2104.14294. Axes: b batch, v student views, t teacher views,
 k output_dim.
 """
 
+from harness.waiting import NOTE as NOTE_ON_CORES  # before torch, whose threads it concerns
+
+# isort: split
+
 import math
 import os
 import shlex
@@ -423,6 +427,8 @@ def main() -> None:
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     if config.run.config == QUICKSTART:
         console.print("quick start: recipes/quickstart.yaml on embedded data; flags override it")
+    if NOTE_ON_CORES:
+        console.print(NOTE_ON_CORES)
     began = time.monotonic()
     result = train(config)
     if not config.run.dry_run:

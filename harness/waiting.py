@@ -1,0 +1,56 @@
+"""How torch's threads wait for each other; imported before torch, which reads it once.
+
+A thread that has nothing to do looks again and again for work, and only after a while sleeps. That
+is fastest as long as each thread has a core of its own. Where other programs want the cores, it
+takes from them what the working threads need. The quick start on two cores of an AMD EPYC, in
+images a second: 84 alone; with another busy program 25, and 45 if its threads sleep early. Alone
+they would make 63 then: so only where the cores are busy. No result depends on it.
+"""
+
+import os
+import time
+from pathlib import Path
+
+# tries before a thread sleeps, for GNU's OpenMP (300,000 by itself) and milliseconds for LLVM's
+EARLY_SLEEP = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
+LOADAVG = Path("/proc/loadavg")
+SAMPLES, SECONDS_BETWEEN = 5, 0.02
+
+
+def num_busy_tasks() -> float:
+    """Return how many threads of other programs run or wait for a core; 0 where nobody tells."""
+    counts = []
+    for _ in range(SAMPLES):
+        try:
+            runnable = LOADAVG.read_text().split()[3]  # "3/512": now runnable, of all
+        except (OSError, IndexError):
+            return 0.0
+        counts.append(int(runnable.split("/")[0]) - 1)  # without this one, which reads
+        time.sleep(SECONDS_BETWEEN)
+    return sorted(counts)[SAMPLES // 2]
+
+
+def sleep_early_where_cores_are_busy() -> str:
+    """Let idle threads of torch sleep early where other programs need cores; return what to say.
+
+    For a process that has not imported torch yet, and is the only one of its run on this machine.
+    Busy means that half of its cores, or more, are wanted by others. What the environment says
+    already stays.
+    """
+    num_cores = os.cpu_count() or 1
+    own_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else num_cores
+    if own_cores == 1 or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        return ""
+    num_busy = num_busy_tasks()
+    num_left_to_others = num_cores - own_cores
+    if num_busy - num_left_to_others < own_cores / 2:
+        return ""
+    for name, value in EARLY_SLEEP.items():
+        os.environ.setdefault(name, value)
+    return (
+        f"other programs keep {num_busy:g} of {num_cores} cores busy: idle threads sleep early, "
+        "which is faster then"
+    )
+
+
+NOTE = sleep_early_where_cores_are_busy()
