@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,34 @@ def flops_per_second(seconds: float = 0.05) -> float:
         num_products += 1
     rate = 2 * 512**3 * num_products / (time.perf_counter() - began)
     return rate / SLOWER_THAN_PRODUCTS
+
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def bf16_gain(rounds: int = 5) -> float:
+    """Return how many times as fast as in float32 this CPU trains in bf16; 0: not at all.
+
+    By a convolution and its gradients, for about a tenth of a second. Only CPUs with AMX are
+    tried: others have no bf16 arithmetic, or little. 0 where a gradient is not finite, as those of
+    1x1 images are on some CPUs.
+    """
+    if not CPUINFO.exists() or "amx_bf16" not in CPUINFO.read_text():
+        return 0.0
+    images = torch.randn(32, 64, 16, 16).to(memory_format=torch.channels_last)
+    seconds: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(64, 64, 3, 3).to(dtype).requires_grad_()
+        inputs = images.detach().to(dtype).requires_grad_()
+        times = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            torch.conv2d(inputs, weight, padding=1).mean().backward()
+            times.append(time.perf_counter() - began)
+        if not (weight.grad.isfinite().all() and inputs.grad.isfinite().all()):
+            return 0.0
+        seconds[dtype] = min(times)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def memory_of_machine() -> int | None:

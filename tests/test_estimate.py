@@ -1,11 +1,13 @@
 """What a step is said to take, against real steps and counted by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import run_script
 
-from harness import outlook
-from harness.estimate import StepCost, flops_per_second, memory_of_machine, step_cost
+from harness import estimate, outlook
+from harness.estimate import StepCost, bf16_gain, flops_per_second, memory_of_machine, step_cost
 from models import DinoModel, ModelConfig
 
 
@@ -45,6 +47,39 @@ def test_cost_grows_with_batch_and_crops() -> None:
 def test_machine_has_a_speed_and_memory() -> None:
     assert 1e8 < flops_per_second() < 1e14
     assert 1 << 28 < memory_of_machine() < 1 << 46
+
+
+def test_bf16_is_measured_where_the_cpu_has_amx_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(estimate, "CPUINFO", tmp_path / "cpuinfo")
+    assert bf16_gain() == 0
+    estimate.CPUINFO.write_text("flags : sse avx2\n")
+    assert bf16_gain() == 0
+    estimate.CPUINFO.write_text("flags : sse avx2 amx_bf16 amx_tile\n")
+    assert 0.001 < bf16_gain(rounds=2) < 100
+    convolve = torch.conv2d
+
+    def overflowing(*args: torch.Tensor, **options: int) -> torch.Tensor:
+        result = convolve(*args, **options)
+        return result * torch.inf if result.dtype == torch.bfloat16 else result
+
+    monkeypatch.setattr(torch, "conv2d", overflowing)
+    assert bf16_gain(rounds=2) == 0
+
+
+@pytest.mark.parametrize(
+    ("gain", "said"),
+    [(0.0, "float32"), (2.2, "float32 (2.2 times as fast here: --mixed-precision bf16)")],
+)
+def test_header_names_a_faster_precision(
+    gain: float, said: str, monkeypatch: pytest.MonkeyPatch, tiny_flags, tmp_path
+) -> None:
+    monkeypatch.setattr(outlook, "bf16_gain", lambda: gain)
+    flags = [*tiny_flags, "--epochs", 1, "--knn-every", 0, "--output-dir", tmp_path / "run"]
+    lines = run_script("dino_train", *flags).stdout.splitlines()
+    device = next(line for line in lines if line.startswith("device"))
+    assert device.split(", ", 1)[1].strip() == said
 
 
 def test_step_that_is_too_much_is_named_before_it_is_taken(
