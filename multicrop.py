@@ -61,6 +61,7 @@ def uniforms(keys: Tensor, num: int) -> Tensor:
 # ---------------------------------------------------------------- multi-crop
 
 
+PAPER_BLUR = (1.0, 0.1, 0.5)  # probabilities in the first large, second large and small crops
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -100,9 +101,10 @@ class CropConfig:
     hue: float = field(default=0.1, metadata=SHARE)
     # probability of losing all colour; RGB alone [paper: 0.2]
     grayscale_probability: float = field(default=0.2, metadata=SHARE)
-    # probability of a blur in the first large, the second large and the small crops; 0 for images
-    # of some 32 px [paper: 1 0.1 0.5]
-    blur_probability: tuple[float, float, float] = field(default=(1.0, 0.1, 0.5), metadata=SHARE)
+    # probability of a blur in the first large, the second large and the small crops
+    # [paper: 1 0.1 0.5]; None: the paper's, and 0 where large crops have less than 64 px, since it
+    # would erase what they show
+    blur_probability: tuple[float, float, float] | None = field(default=None, metadata=SHARE)
     # pixels, least and largest standard deviation of the blur [paper: 0.1 2]
     blur_sigma: tuple[float, float] = field(default=(0.1, 2.0), metadata={"above": 0, "most": 100})
     # probability of inverting the light half, in the same three kinds of crops [paper: 0 0.2 0]
@@ -120,7 +122,8 @@ def resolve_crop_sizes(config: CropConfig, image_size: int, patch_size: int = 1)
     """Return the config with its crop sizes filled in, for images of `image_size` pixels.
 
     `image_size` is the shorter side. Photographs get the paper's 224 and 96, small images their
-    own size and half of it, each rounded up to whole patches. Raises ValueError for the given size
+    own size and half of it, each rounded up to whole patches; crops below 64 px are not blurred
+    unless the config says so. Raises ValueError for the given size
     of crops that are made, if it is too small or the patch does not divide it.
     """
 
@@ -147,7 +150,15 @@ def resolve_crop_sizes(config: CropConfig, image_size: int, patch_size: int = 1)
                 fitting = whole_patches(max(8, size))
                 text += f" that the patch of {patch_size} px divides, such as {fitting}"
             raise ValueError(f"{text}, got {size}")
-    return replace(config, global_crop_size=global_size, local_crop_size=local_size)
+    blur = config.blur_probability
+    if blur is None:
+        blur = PAPER_BLUR if global_size >= 64 else (0.0, 0.0, 0.0)
+    return replace(
+        config,
+        global_crop_size=global_size,
+        local_crop_size=local_size,
+        blur_probability=blur,
+    )
 
 
 def draw_boxes(draws: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tensor:

@@ -11,7 +11,7 @@ keeps is the mean absolute Laplacian of its crops, by that of the same boxes of 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from multicrop import (
     boxes_on_canvas,
     draw_boxes,
     resized_crops,
+    resolve_crop_sizes,
     uniforms,
 )
 
@@ -50,7 +51,6 @@ class Options:
     original: Path | None = None  # a checkout of facebookresearch/dino, compared too
     canvas: tuple[int, ...] = (256, 384, 512, 640)  # pixels
     # pixels of the large and the small crops, and how many of these; below 64 px no crop is blurred
-    # or solarised
     crops: tuple[int, int, int] = (224, 96, 8)
     images: int = 128  # a measurement
     rounds: int = 5
@@ -123,9 +123,7 @@ def main() -> None:
     config = CropConfig(
         global_crop_size=global_size, local_crop_size=local_size, num_local_crops=num_local
     )
-    if global_size < 64:
-        nothing = (0.0, 0.0, 0.0)
-        config = replace(config, blur_probability=nothing, solarize_probability=nothing)
+    config = resolve_crop_sizes(config, image_size=224)
     machine = measure.machine("uint8 and float32, one worker and one thread", threads=1)
     paths = [path.decode() for path in build_dataset(str(options.folder)).images.tolist()]
     pipelines = baseline.plain_pipelines(config)

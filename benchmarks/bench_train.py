@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from data import CropConfig, Cropper, MultiCrop, StepSampler, build_dataset, collate
 from harness.command import run_command
+from multicrop import resolve_crop_sizes
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def main() -> None:
     options = measure.read(Options, __doc__)
     precision = {"no": "float32", "bf16": "bf16 autocast"}[options.precision]
     machine = measure.machine(precision, options.threads)
-    config = CropConfig(global_crop_size=224, local_crop_size=96)
+    config = resolve_crop_sizes(CropConfig(), image_size=224)
     rows = []
     for arch in options.arch:
         pipelines = baseline.plain_pipelines(config)

@@ -13,6 +13,7 @@ from config import Config
 
 # the paper's, but for the prototypes, of which it has 65,536
 RECIPE_DEFAULTS = {
+    "blur_probability": [1.0, 0.1, 0.5],
     "projection_output_dim": 4096,
     "warmup_epochs": 10,
     "freeze_last_layer_epochs": 1,

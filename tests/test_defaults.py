@@ -95,3 +95,4 @@ def test_recipe_leaves_nothing_open(tmp_path: Path) -> None:
     assert config.optim.warmup_epochs == 3
     assert config.teacher.teacher_momentum == 0.9
     assert config.teacher.teacher_temp == RECIPE_DEFAULTS["teacher_temp"] == 0.04
+    assert config.crops.blur_probability == (1.0, 0.1, 0.5)

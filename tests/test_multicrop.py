@@ -332,6 +332,14 @@ def test_local_crops_follow_from_a_given_global_size() -> None:
         assert config.local_crop_size == local_size
 
 
+def test_small_crops_are_not_blurred_unless_the_config_says_so() -> None:
+    for size, blur in ((32, (0.0, 0.0, 0.0)), (63, (0.0, 0.0, 0.0)), (64, (1.0, 0.1, 0.5))):
+        config = CropConfig(global_crop_size=size, local_crop_size=16)
+        assert multicrop.resolve_crop_sizes(config, 224).blur_probability == blur
+    given = CropConfig(global_crop_size=32, blur_probability=(0.3, 0.2, 0.1))
+    assert multicrop.resolve_crop_sizes(given, 224).blur_probability == (0.3, 0.2, 0.1)
+
+
 def test_crop_size_that_the_patch_does_not_divide_is_named() -> None:
     said = r"need --local-crop-size .*patch of 16 px divides, such as 112, got 100"
     with pytest.raises(ValueError, match=said):
