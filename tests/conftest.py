@@ -133,6 +133,7 @@ VIT_FLAGS = """
     --arch vit_tiny_patch16_224 --patch-size 8 --drop-path-rate 0 --epochs 2
     --warmup-epochs 0 --num-local-crops 1 --lr 0.01 --projection-hidden-dim 16
     --projection-output-dim 16 --knn-every 0 --projection-bottleneck-dim 8 --num-workers 0
+    --teacher-temp 0.04 --teacher-momentum 0.996 --freeze-last-layer-epochs 1
 """.split()
 
 
