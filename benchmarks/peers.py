@@ -26,13 +26,6 @@ def lightly_augmentation(config: CropConfig) -> Callable:
     """Build lightly's multi-crop of Pillow images."""
     from lightly.transforms import DINOTransform
 
-    jitter = {
-        "cj_strength": 1.0,
-        "cj_bright": config.brightness,
-        "cj_contrast": config.contrast,
-        "cj_sat": config.saturation,
-        "cj_hue": config.hue,
-    }
     return DINOTransform(
         global_crop_size=config.global_crop_size,
         global_crop_scale=config.global_crop_scale,
@@ -41,11 +34,15 @@ def lightly_augmentation(config: CropConfig) -> Callable:
         n_local_views=config.num_local_crops,
         hf_prob=config.flip_probability,
         cj_prob=config.jitter_probability,
+        cj_strength=1.0,
+        cj_bright=config.brightness,
+        cj_contrast=config.contrast,
+        cj_sat=config.saturation,
+        cj_hue=config.hue,
         random_gray_scale=config.grayscale_probability,
         gaussian_blur=config.blur_probability,
         sigmas=config.blur_sigma,
         solarization_prob=config.solarize_probability[1],
-        **jitter,
     )
 
 

@@ -4,17 +4,18 @@ The paper's suit a million images and hundreds of epochs. A recipe (--config) is
 configuration: what it does not say is in RECIPE_DEFAULTS. docs/science.md has the measurements.
 """
 
-import dataclasses
 import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from config import Config
+from config import SETTINGS, Config
+from models import NUM_PROTOTYPES
+from multicrop import PAPER_BLUR
 
 # the paper's, but for the prototypes, of which it has 65,536
 RECIPE_DEFAULTS = {
-    "blur_probability": [1.0, 0.1, 0.5],
-    "projection_output_dim": 4096,
+    "blur_probability": list(PAPER_BLUR),
+    "projection_output_dim": NUM_PROTOTYPES,
     "warmup_epochs": 10,
     "freeze_last_layer_epochs": 1,
     "warmup_teacher_temp": 0.04,
@@ -79,11 +80,13 @@ def _momentum_for(most_averaged: float) -> float:
 def _with_values(config: Config, values: dict[str, float]) -> tuple[Config, list[str]]:
     """Return the config with values for the settings among these that are open, and their names."""
     filled: list[str] = []
-    for section in dataclasses.fields(config):
-        settings = getattr(config, section.name)
-        names = {each.name for each in dataclasses.fields(settings)}
-        open_names = [name for name in values if name in names and getattr(settings, name) is None]
-        filled += open_names
-        new = {name: values[name] for name in open_names}
-        config = replace(config, **{section.name: replace(settings, **new)})
+    for section, settings in SETTINGS.items():
+        current = getattr(config, section)
+        new = {
+            name: value
+            for name, value in values.items()
+            if name in settings and getattr(current, name) is None
+        }
+        config = replace(config, **{section: replace(current, **new)})
+        filled += new
     return config, filled
