@@ -3,7 +3,8 @@
     python benchmarks/bench_loss.py
     python benchmarks/bench_loss.py --k 4096 65536 --batch 64 256 --original PATH
 
-The second table adds the head's weight-normalised last layer, from the bottleneck of 256 on.
+Where lightly is installed, its loss is compared, which lightly-train uses, too. The second table
+adds the head's weight-normalised last layer, from the bottleneck of 256 on.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import baseline
 import measure
+import peers
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +56,10 @@ def losses(k: int, options: Options) -> dict[str, Callable[[Tensor, Tensor], Ten
         theirs = main.DINOLoss(k, VIEWS, TEMP, TEMP, 0, 1).to(device)
         theirs.update_center = lambda teacher: None  # ours has it apart
         found["original"] = lambda s, t: theirs(s.flatten(end_dim=1), t.flatten(end_dim=1), 0)
+    if peers.is_installed("lightly"):
+        lightly = peers.lightly_loss(k).to(device)
+        lightly.update_center = lambda teacher: None
+        found["lightly"] = lambda s, t: lightly(t.unbind(0), s.unbind(0), teacher_temp=TEMP)
     return found
 
 
@@ -95,15 +101,19 @@ def compare(title: str, cases: Callable[[int, int], dict], options: Options, mac
                     speed = measure.ratio(seconds[name], seconds["ours"])
                     row.append(f"{speed:.1f}x, {mine / max(1, memory[name]):.2f}")
             rows.append(row)
-    columns = ["k", "batch", "pairwise ms", "MiB", "ours: speed, memory", "ours ms", "MiB"]
-    if options.original:
-        columns += ["original ms", "MiB", "ours: speed, memory"]
+    columns = ["k", "batch"]
+    for name in losses(1, options):
+        columns += [f"{name} ms", "MiB"]
+        if name != "ours":
+            columns.append("ours: speed, memory")
     measure.show(title, columns, rows, machine)
 
 
 def main() -> None:
     options = measure.read(Options, __doc__)
     machine = measure.machine("float32", options.threads)
+    if peers.is_installed("lightly"):
+        machine += f", {peers.with_version('lightly')}"
     device = measure.device()
 
     def logits_case(k: int, batch: int) -> dict:

@@ -6,7 +6,8 @@
 The step is the paper's: 2 crops of 224 and 8 of 96 px, K 65,536, AdamW, clipping by parameter. The
 plain form is the same networks in the paper's algorithm: a backbone call for each crop size, the
 loss of pairs, clipping, EMA and AdamW by parameter. `--original` is the code of a checkout of
-facebookresearch/dino. All at one precision.
+facebookresearch/dino. Where lightly is installed, its loss, heads and moving average are compared,
+of which lightly-train's DINO is made, too. All at one precision.
 """
 
 import time
@@ -17,6 +18,7 @@ from typing import Literal
 
 import baseline
 import measure
+import peers
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -186,6 +188,34 @@ def original_step(arch: str, options: Options) -> Callable[[list[Tensor]], None]
     return step
 
 
+def lightly_step(arch: str, options: Options) -> Callable[[list[Tensor]], None]:
+    """Build lightly's networks, loss and moving average into the order of its examples."""
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+
+    device = measure.device()
+    student = peers.lightly_network(arch, K).to(device).train()
+    teacher = peers.lightly_network(arch, K).to(device).train()
+    teacher.load_state_dict(student.state_dict())
+    deactivate_requires_grad(teacher)
+    loss_of = peers.lightly_loss(K).to(device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+
+    def step(crops: list[Tensor]) -> None:
+        update_momentum(student, teacher, MOMENTUM)
+        large, small = torch.cat(crops[:2]), torch.cat(crops[2:])
+        with autocast(options):
+            with torch.no_grad():
+                targets = teacher(large)
+            logits = torch.cat([student(large), student(small)])
+            loss = loss_of(targets.chunk(2), logits.chunk(len(crops)), teacher_temp=TEMP)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        optimizer.step()
+
+    return step
+
+
 def now() -> float:
     measure.synchronize()
     return time.perf_counter()
@@ -216,6 +246,8 @@ def main() -> None:
             steps["plain"] = plain_step(arch, options)
         if options.original:
             steps["original"] = original_step(arch, options)
+        if peers.is_installed("lightly"):
+            steps[peers.with_version("lightly")] = lightly_step(arch, options)
         with FlopCounterMode(display=False) as counter:
             (steps["plain"] if options.plain and options.compile else steps["ours"])(crops)
         flops = counter.get_total_flops() / options.batch

@@ -1,4 +1,4 @@
-"""The crops of lightly and lightly-train with our settings, where these packages are installed.
+"""Crops, loss and networks of lightly and lightly-train, where these packages are installed.
 
 Tried with lightly 1.6.0 and with lightly-train 0.18.0, albumentations 2.0.8 and OpenCV 5.0.0.
 """
@@ -8,10 +8,13 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
+import timm
+import torchvision
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from data import CropConfig
+from models import TIMM_NAMES
 
 
 def is_installed(package: str) -> bool:
@@ -20,6 +23,28 @@ def is_installed(package: str) -> bool:
 
 def with_version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
+
+
+def lightly_loss(num_prototypes: int) -> nn.Module:
+    from lightly.loss import DINOLoss
+
+    return DINOLoss(num_prototypes)
+
+
+def lightly_network(arch: str, num_prototypes: int) -> nn.Sequential:
+    """Build lightly's head on a ViT of timm's or a ResNet of torchvision's, as its examples do.
+
+    `arch` is a name of models.py; forward maps (b, 3, h, w) to (b, num_prototypes).
+    """
+    from lightly.models.modules import DINOProjectionHead, MaskedVisionTransformerTIMM
+
+    if arch in TIMM_NAMES:
+        vit = timm.create_model(TIMM_NAMES[arch], dynamic_img_size=True)
+        backbone, dim = MaskedVisionTransformerTIMM(vit=vit), vit.embed_dim
+    else:
+        resnet = torchvision.models.get_model(arch)
+        backbone, dim = nn.Sequential(*list(resnet.children())[:-1]), resnet.fc.in_features
+    return nn.Sequential(backbone, nn.Flatten(), DINOProjectionHead(dim, output_dim=num_prototypes))
 
 
 def lightly_augmentation(config: CropConfig) -> Callable:

@@ -1,5 +1,6 @@
 """Each benchmark prints its table; what they measure is not asserted."""
 
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -52,6 +53,13 @@ def test_number_that_measures_nothing_is_one_line(
     with pytest.raises(SystemExit, match="2"):
         benchmark(name, *args)
     assert capsys.readouterr().err == f"error: need {said}\n"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightly") is not None, reason="lightly is there")
+def test_missing_lightly_is_one_line(benchmark, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        benchmark("train_lightly", "runs/clothes", "--out", "lightly")
+    assert capsys.readouterr().err == "error: need the package lightly: pip install lightly\n"
 
 
 def test_data_table(benchmark, tmp_path: Path) -> None:
