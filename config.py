@@ -49,17 +49,17 @@ class DataConfig:
     knn_data: str | None = setting(None, may_change=True)
     # take folders called train, val and test for splits; --no-splits: for classes
     splits: bool = True
-    # values that become black and white in images of more than 8 bits, for all bands or two of each
-    # band in turn; None: the 0.1 and 99.9 percentile of up to 64 images, of other channels than 1
-    # and 3 by band
+    # LOW HIGH, the values that become black and white in images of more than 8 bits; or such a pair
+    # for each band, in the bands' order; None: the 0.1 and 99.9 percentile of up to 64 images, for
+    # each band where there are not 1 or 3
     levels: tuple[float, ...] | None = setting(None, above=-math.inf)
     # pixels, side of the square that images are decoded to; None: by their longer side, at most 512
     canvas_size: int | None = setting(None, above=7, most=4096)
     # pixels, shorter side before the center crop of an evaluation [paper: 256 for a crop of 224];
     # None: in that proportion for photographs, no margin for small images
     eval_resize: int | None = setting(None, above=0, most=4096, may_change=True)
-    # processes that decode images for each process; None: one less than its cores, 1 to 16; 0 for
-    # data in memory; at most 512, more than cores of a node
+    # workers that decode images, for each process of the run; None: its cores less one, from 1 to
+    # 16, or 0 for `patterns`
     num_workers: int | None = setting(None, most=512, may_change=True)
 
 
@@ -119,14 +119,14 @@ class TeacherConfig:
     # --teacher-temp [paper: 30, for a teacher_temp of 0.07]
     warmup_teacher_temp_epochs: int = setting(0, most=1_000_000)
     # momentum of the teacher's moving average at first, 1 at the end; about 0.9995 for a whole
-    # batch of 256, less for short runs; with 1 the teacher never learns [paper: 0.996]; None:
-    # 0.996, in short runs less, so that it averages about a tenth of the run
+    # batch of 256, less for short runs [paper: 0.996]; None: 0.996, in short runs less, so that it
+    # averages about a tenth of the run
     teacher_momentum: float | None = setting(None, below=1)
     # what keeps prototypes from taking all images: the center, which is a moving average of the
     # teacher's logits [paper], or sinkhorn, by which all prototypes take equal shares of each batch
     # [DINOv2's larger models]
     centering: Literal["center", "sinkhorn"] = "center"
-    # momentum of the center's moving average; with 1 it stays 0 [paper: 0.9]
+    # momentum of the center's moving average [paper: 0.9]
     center_momentum: float = setting(0.9, below=1)
 
 
@@ -195,10 +195,6 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-    @property
-    def model_config(self) -> ModelConfig:
-        return self.model
 
 
 # every section's settings by name: {"optim": {"epochs": its field}}

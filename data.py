@@ -10,7 +10,7 @@
 The order of the images and every crop are functions of (seed, epoch, image): there is no generator
 and no state, so batch, worker, process and resumption change nothing. folders.py says which images
 there are, pixels.py how they are decoded. To copy this file, copy those two, multicrop.py and
-tar_shards.py with it; it needs torch, torchvision, einops and Pillow besides.
+tar_shards.py with it; it needs torch, torchvision, einops, NumPy and Pillow besides.
 Axes: b batch, n images, c h w image.
 """
 
@@ -19,7 +19,7 @@ import difflib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -205,6 +205,7 @@ TORCHVISION_SETS = {
     "stl10": ("STL10", {"split": "train+unlabeled"}, {"split": "train"}, {"split": "test"}),
     "imagenette": ("Imagenette", {"split": "train"}, {"split": "train"}, {"split": "val"}),
 }
+NAMED_SETS = ("patterns", *TORCHVISION_SETS)
 SPLITS = ("train", "memory", "test")
 SURVEYED = 64  # images that are looked at for what a whole data set is like
 
@@ -344,15 +345,18 @@ class ImageDataset(Dataset):
 
         Raises ValueError where none of all images is readable.
         """
-        read = dict(self._read(0, index) for index in self._some())
-        sides = [sorted(pixels.size) for pixels in read.values()]
+        sizes: dict[int, tuple[int, int]] = {}
+        for index in self._some():
+            source, pixels = self._read(0, index)  # of another image where this one is broken
+            sizes[source] = pixels.size
+        sides = [sorted(size) for size in sizes.values()]
         short, long = np.median(sides, axis=0).astype(int).tolist()
-        facts = [image_facts(self.images[source], self.channels) for source in read]
+        facts = self._facts_of(sizes)
         num_with_frames = sum(each.has_frames for each in facts)
-        num_bands = max(each.num_bands for each in facts)
+        num_bands = max((each.num_bands for each in facts), default=0)
         if num_bands == self.channels or num_bands <= 3:
             num_bands = 0
-        return Survey(len(read), short, long, num_with_frames, num_bands, _levels_of(facts))
+        return Survey(len(sizes), short, long, num_with_frames, num_bands, _levels_of(facts))
 
     def _some(self) -> list[int]:
         """Return the indices of up to SURVEYED images, evenly spaced."""
@@ -360,11 +364,14 @@ class ImageDataset(Dataset):
 
     def measure_levels(self) -> Levels | None:
         """Return the 0.1 and 99.9 percentile of some images that have more than 8 bits, or None."""
+        return _levels_of(self._facts_of(self._some()))
+
+    def _facts_of(self, indices: Iterable[int]) -> list[ImageFacts]:
         facts: list[ImageFacts] = []
-        for index in self._some():
-            with contextlib.suppress(Exception):  # one that cannot be read tells nothing
+        for index in indices:
+            with contextlib.suppress(Exception):  # a broken file can raise anything
                 facts.append(image_facts(self.images[index], self.channels))
-        return _levels_of(facts)
+        return facts
 
     def measure_mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation of each channel within 0..1, of some images.
@@ -372,10 +379,15 @@ class ImageDataset(Dataset):
         These are those of `survey`, and count alike, however large they are. A channel that is the
         same everywhere gets the deviation of one step of 255.
         """
-        read = dict(self._read(0, index) for index in self._some())
-        shares = [pixels.image.double() / 255 for pixels in read.values()]
-        mean = torch.stack([share.mean(dim=(1, 2)) for share in shares]).mean(dim=0)
-        mean_square = torch.stack([share.square().mean(dim=(1, 2)) for share in shares]).mean(dim=0)
+        means: dict[int, Tensor] = {}
+        mean_squares: dict[int, Tensor] = {}
+        for index in self._some():
+            source, pixels = self._read(0, index)  # of another image where this one is broken
+            shares = pixels.image.double() / 255
+            means[source] = shares.mean(dim=(1, 2))
+            mean_squares[source] = shares.square().mean(dim=(1, 2))
+        mean = torch.stack(list(means.values())).mean(dim=0)
+        mean_square = torch.stack(list(mean_squares.values())).mean(dim=0)
         std = (mean_square - mean.square()).clamp(min=1 / 255**2).sqrt()
         return _rounded(mean), _rounded(std)
 
@@ -493,11 +505,10 @@ def _require_source(data: str, flag: str) -> None:
     if path.is_absolute() and not path.exists():  # as runs and checkpoints keep it
         text = f"need {flag} NEW with their place, if the images were moved"
         raise ValueError(f"no such folder or file: {data}; {text}")
-    known = ["patterns", *TORCHVISION_SETS]
-    close = difflib.get_close_matches(data, known, n=2)
+    close = difflib.get_close_matches(data, NAMED_SETS, n=2)
     hint = f" (close: {', '.join(close)})" if close else ""
     kinds = "a folder, a .tar, a .txt or .csv that lists paths"
-    names = f" or one of {', '.join(known)}" if flag == "--data" else ""
+    names = f" or one of {', '.join(NAMED_SETS)}" if flag == "--data" else ""
     raise ValueError(f"no such data {data!r}{hint}: need for {flag} {kinds}{names}")
 
 
@@ -524,6 +535,8 @@ def build_dataset(
     To add a source: a row in TORCHVISION_SETS or a branch here that returns an ImageDataset, whose
     images `decode` reads; and what tells its images from others, in ImageDataset.fingerprint.
     """
+    if data in NAMED_SETS and val is not None:
+        raise ValueError(f"--val {val} goes with images of your own: {data} has its own to test on")
     if data == "patterns":
         num_images, first = (1000, 1 << 32) if split == "test" else (2000, 0)
         index = torch.arange(first, first + num_images)

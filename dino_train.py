@@ -215,8 +215,8 @@ class StepMeans:
             entropy = self.dino_loss.teacher_entropy(teacher_logits, self.teacher_temp)
             num_views = len(features)
             directions = F.normalize(features.float(), dim=-1).mean(dim=1) / num_views**0.5
-            heads = torch.stack([cross_entropy.detach().to(entropy), entropy])
-            self.figures.append(torch.cat([heads, directions.flatten()]))
+            scalars = torch.stack([cross_entropy.detach().to(entropy), entropy])
+            self.figures.append(torch.cat([scalars, directions.flatten()]))
 
     @property
     def loss(self) -> Tensor:
@@ -288,7 +288,8 @@ def run_loop(
             torch.manual_seed(int(hash_keys(seed, step, micro, rank)))
             with accelerator.accumulate(model):
                 with accelerator.autocast():
-                    student_features, student_logits, features, teacher_logits = model(crops)
+                    outputs = model(crops)
+                student_features, student_logits, teacher_features, teacher_logits = outputs
                 if has_sinkhorn:
                     dino_loss.balance_center(teacher_logits, rates.teacher_temp)  # a collective
                 cross_entropy = dino_loss(
@@ -298,7 +299,7 @@ def run_loop(
                 if optim.koleo_weight:
                     loss = loss + optim.koleo_weight * koleo_loss(student_features[:2])
                 accelerator.backward(loss)
-            means.add(loss, cross_entropy, teacher_logits, features)
+            means.add(loss, cross_entropy, teacher_logits, teacher_features)
         if optim.clip_grad:
             accelerator.unscale_gradients(optimizer)
             clip_gradients(student.parameters(), optim.clip_grad)
@@ -360,7 +361,7 @@ def epochs_that_fit(config: Config) -> int:
     """
     settings = replace(config.run, dry_run=True, overwrite=False)
     if config.run.overwrite:
-        settings = replace(settings, output_dir=None)  # which holds a run still
+        settings = replace(settings, output_dir=None)  # the folder holds the old run still
     run = DryRun.prepare(replace(config, run=settings))
     monitor = Monitor(run)
     monitor.console.quiet = True
@@ -425,7 +426,7 @@ def main() -> None:
     config = parse_config(sys.argv[1:], __doc__)
     stop_with_launcher()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
-    if config.run.config == QUICKSTART:
+    if config.run.config == QUICKSTART and config.data.data == "patterns":
         console.print("quick start: recipes/quickstart.yaml on embedded data; flags override it")
     if NOTE_ON_CORES:
         console.print(NOTE_ON_CORES)

@@ -412,9 +412,11 @@ def _read_list(data: Path) -> _Listing:
     paths = [os.path.join(os.path.abspath(data.parent), name) for name in names]
     rows = [row for row, path in enumerate(paths) if os.path.isfile(path)]
     missing = [names[row] for row in sorted(set(range(len(paths))) - set(rows))]
+    if not names:
+        raise ValueError(f"{data} names no file: need paths relative to the list")
     if not rows:
-        first = f", the first is {_shown(names[0])}" if names else ""
-        text = f"{data} names {number_of(len(names), 'file')}, none of which exists{first}"
+        first = f"the first is {_shown(names[0])}"
+        text = f"{data} names {number_of(len(names), 'file')}, none of which exists, {first}"
         raise ValueError(f"{text}: need paths relative to the list")
     notes: list[str] = []
     if missing:
@@ -438,8 +440,8 @@ def _read_columns(data: Path, text: str) -> tuple[list[str], list[str] | None, l
     """Return a table's paths, labels and splits; None for a column that it does not have."""
     first_line = text.split("\n", 1)[0]
     delimiter = max("\t;,", key=first_line.count)
-    rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
-    header = list(rows[0]) if rows else []
+    reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
+    header, rows = list(reader.fieldnames or []), list(reader)
     found = {
         kind: next((name for name in header if str(name).strip().lower() in names), None)
         for kind, names in COLUMNS.items()

@@ -47,7 +47,8 @@ TIMM_NAMES = {
 NUM_PROTOTYPES = 4096  # where nothing says how many
 
 
-ABOVE_ZERO = {"above": 0}  # what a setting's numbers may be; without it, they are at least 0
+# what a setting's numbers may be; without "above", they are at least 0
+ABOVE_ZERO = {"above": 0}
 SHARE = {"most": 1}
 PIXELS = {"above": 0, "most": 4096}
 
@@ -531,8 +532,10 @@ def replace_file(temporary: Path, path: Path) -> None:
 def _sync(path: Path) -> None:
     """Wait until a file or folder is on the disk: a power cut cannot undo it then."""
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_tensors(

@@ -123,8 +123,8 @@ def resolve_crop_sizes(config: CropConfig, image_size: int, patch_size: int = 1)
 
     `image_size` is the shorter side. Photographs get the paper's 224 and 96, small images their
     own size and half of it, each rounded up to whole patches; crops below 64 px are not blurred
-    unless the config says so. Raises ValueError for the given size
-    of crops that are made, if it is too small or the patch does not divide it.
+    unless the config says so. Raises ValueError for a size below 8 px or no multiple of the patch;
+    the local size counts only where there are local crops.
     """
 
     def whole_patches(size: int) -> int:
@@ -393,7 +393,7 @@ BLUR = 33
 SIGMA = 34
 SOLARIZE = 35
 NUM_DRAWS = 36
-# Draws of keys of their own: whoever does not use them gets the crops of before they were there
+# Hashed from keys of their own, so that these options leave all other draws as they were
 VERTICAL_FLIP = 0
 QUARTER_TURN = 1
 HALF_TURN = 2

@@ -16,10 +16,11 @@ import contextlib
 import functools
 import io
 import itertools
+import math
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -72,11 +73,13 @@ def image_suffixes(channels: int = 3) -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def _opened(content: bytes) -> Image.Image:
+def _opened(content: bytes) -> Iterator[Image.Image]:
     """Open an encoded image, of which Pillow reads the header alone."""
     # The content decides about the format, whatever the file is called: but none that runs others.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is our limit
+        warnings.simplefilter(
+            "ignore"
+        )  # of large images, for which we have MAX_PIXELS, and of EXIF
         with Image.open(io.BytesIO(content), formats=image_formats()) as image:
             yield image
 
@@ -159,10 +162,16 @@ def _to_8_bits(values: np.ndarray, levels: Levels | None) -> np.ndarray:
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         raise ValueError("it holds a nan or an infinity")
     low, high = np.array(levels or measured_levels([values])).reshape(-1, 2).T
-    if len(low) not in (1, values.shape[-1]):
-        raise ValueError(f"need levels of {values.shape[-1]} bands, got those of {len(low)}")
-    shares = (values.astype(np.float64) - low) / (high - low)
-    return (255 * shares.clip(0, 1)).round().astype(np.uint8)
+    num_bands = 1 if values.ndim == 2 else values.shape[-1]
+    if len(low) not in (1, num_bands):
+        raise ValueError(f"need levels of {num_bands} bands, got those of {len(low)}")
+    scaled = np.empty(values.shape, np.uint8)
+    num_rows = max(1, 1_000_000 // values[0].size)  # at a time, since float64 takes much memory
+    for start in range(0, len(values), num_rows):
+        rows = slice(start, start + num_rows)
+        shares = (values[rows].astype(np.float64) - low) / (high - low)
+        scaled[rows] = (255 * shares.clip(0, 1)).round()
+    return scaled
 
 
 def measured_levels(images: Sequence[np.ndarray]) -> Levels:
@@ -303,7 +312,7 @@ def read_pixels(
 
 
 class ImageFacts(NamedTuple):
-    values: np.ndarray | None  # unscaled, of an image of more than 8 bits
+    values: np.ndarray | None  # some, unscaled, of an image of more than 8 bits
     has_frames: bool  # pages or frames, of which `decode` takes the first
     num_bands: int  # of a TIFF without those of transparency, of which `decode` may take 3; else 0
 
@@ -315,12 +324,20 @@ def image_facts(image: object, channels: int = 3) -> ImageFacts:
     content = _content_of(image)
     if _is_of_bands(content, channels):
         values = _read_bands(content, channels)
-        return ImageFacts(None if values.dtype == np.uint8 else values, False, values.shape[-1])
+        deep_values = None if values.dtype == np.uint8 else _some_of(values)
+        return ImageFacts(deep_values, False, values.shape[-1])
     with _opened(content) as opened:
         # a photograph's other frames, in a JPEG, are its preview or its depth
         has_frames = opened.format not in JPEGS and getattr(opened, "n_frames", 1) > 1
-        values = _deep_values(opened, content) if _is_deep(opened) else None
-        return ImageFacts(values, has_frames, _num_bands(opened))
+        deep_values = _some_of(_deep_values(opened, content)) if _is_deep(opened) else None
+        return ImageFacts(deep_values, has_frames, _num_bands(opened))
+
+
+def _some_of(values: np.ndarray) -> np.ndarray:
+    """Return an image's numbers (h, w) or (h, w, c) at up to 250,000 evenly spaced pixels."""
+    height, width = values.shape[:2]
+    step = math.ceil(math.sqrt(height * width / 250_000))
+    return values[::step, ::step].copy()  # of which the whole image need not be kept
 
 
 def _num_bands(image: Image.Image) -> int:

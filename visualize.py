@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from config import setting
 from data import (
-    TORCHVISION_SETS,
+    NAMED_SETS,
     ImageDataset,
     build_dataset,
     center_crop,
@@ -219,7 +219,7 @@ def open_images(source: str, channels: int = 3) -> ImageDataset:
         photo = ImageDataset([os.fsencode(path)], None)
         photo.channels = channels
         return photo
-    if not path.exists() and source not in ("patterns", *TORCHVISION_SETS):
+    if not path.exists() and source not in NAMED_SETS:
         raise ValueError(f"no such photo, folder or data set: {source}")
     images = build_dataset(source, channels=channels)
     for note in images.notes:

@@ -40,8 +40,9 @@ LADDER = (
     Rung(500_000, 32_768, 0.04),
     Rung(math.inf, 65_536, 0.04),
 )
-PART_OF_RUN = 0.1  # that warm-up, frozen last layer and what the teacher averages take at most
-LEAST_AVERAGED = 2  # steps, by the teacher at first
+# largest share of a run for the warm-up, the frozen last layer and what the teacher averages
+PART_OF_RUN = 0.1
+LEAST_AVERAGED = 2  # steps that the teacher averages at first, however short the run
 
 
 def fill_in(config: Config, num_images: int, images_per_step: int) -> tuple[Config, list[str]]:

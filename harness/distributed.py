@@ -161,8 +161,10 @@ def cores_per_process() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    share = max(1, cores // num_local_processes())
-    return _number("SLURM_CPUS_PER_TASK", share)  # a Slurm task may run on its own cores only
+    cores_of_task = _number("SLURM_CPUS_PER_TASK", 0)
+    if cores_of_task and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return cores_of_task  # each of Slurm's tasks is a process
+    return max(1, (cores_of_task or cores) // num_local_processes())
 
 
 def stop_with_launcher() -> None:

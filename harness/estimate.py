@@ -23,7 +23,7 @@ from models import DinoModel, ModelConfig
 # The seconds of steps of five networks were 1.3 to 4 times those of the arithmetic at the speed of
 # a product of matrices, on one core of an AMD EPYC; the median was 1.7.
 SLOWER_THAN_PRODUCTS = 1.7
-IMAGES = 2  # that the cost is told by: BatchNorm needs more than one
+IMAGES = 2  # whose cost is measured and scaled up: BatchNorm needs more than one
 
 
 class StepCost(NamedTuple):

@@ -22,7 +22,7 @@ import yaml
 from torch import nn
 
 from config import SETTINGS, Config
-from data import ImageDataset, Survey
+from data import NAMED_SETS, ImageDataset, Survey
 from harness.command import read_flags
 from harness.defaults import RECIPE_DEFAULTS, fill_in
 from harness.distributed import cores_per_process, is_set, num_local_processes, num_shards
@@ -469,7 +469,9 @@ def _num_backbone_parameters(model: ModelConfig) -> int:
 
 def _absolute(data: str | None) -> str | None:
     """Return where data lie from any folder; the name of a data set stays as it is."""
-    return os.path.abspath(data) if data is not None and os.path.exists(data) else data
+    if data is None or data in NAMED_SETS or not os.path.exists(data):
+        return data
+    return os.path.abspath(data)
 
 
 CANVAS_SIZES = (256, 384, 512)  # pixels; docs/data.md tells what each keeps, and its speed
@@ -560,6 +562,9 @@ def fit_batch(config: Config, num_images: int, world: int) -> Config:
         raise ValueError(f"cannot resume on {world} processes: {text}")
     largest = config.optim.batch_size  # which fitted in memory
     batch_size = max(n for n in range(1, largest + 1) if each % n == 0)
+    if config.optim.koleo_weight and batch_size < 2:
+        text = f"--koleo-weight needs 2 images of the {num_images} a step in each"
+        raise ValueError(f"cannot resume on {world} processes: {text}")
     optim = replace(config.optim, batch_size=batch_size, accumulation_steps=each // batch_size)
     return replace(config, optim=optim)
 

@@ -75,15 +75,19 @@ class OnlineKnn:
         elif not self.interval:
             self.why_not = "--knn-every 0"
         else:
-            try:
-                self.splits = self._open_splits()
-            except ValueError as error:
-                self.why_not = str(error)
-                with contextlib.suppress(ValueError):  # which would be the same again
-                    self.splits = self._open_without_classes()
-                    self.why_not += "; RankMe alone"
+            with run.accelerator.local_main_process_first():  # which may have to download
+                self._open()
         sizes = [len(split) for split in self.splits]
         run.agreement.require_same(sizes, "images to evaluate with")
+
+    def _open(self) -> None:
+        try:
+            self.splits = self._open_splits()
+        except ValueError as error:
+            self.why_not = str(error)
+            with contextlib.suppress(ValueError):  # which would be the same again
+                self.splits = self._open_without_classes()
+                self.why_not += "; RankMe alone"
 
     def _open_splits(self) -> tuple[Dataset, Dataset]:
         memory, test = evaluation_splits(self.preparation)

@@ -16,7 +16,7 @@ from config import Config
 from data import ImageDataset, batch_factors
 from folders import some_of
 from harness.command import print_rows, unused_path
-from harness.distributed import has_compiler, is_compiled
+from harness.distributed import has_compiler, is_compiled, num_local_processes
 from harness.estimate import bf16_gain, flops_per_second, memory_of_machine, step_cost
 from harness.flags import as_plain_data
 from harness.monitor import Monitor, duration, peak_memory, three_digits, write_picture
@@ -298,7 +298,7 @@ def _too_much_for_a_cpu(run: Run) -> list[str]:
     sizes = [crops.global_crop_size] * 2 + [crops.local_crop_size] * crops.num_local_crops
     cost = step_cost(config.model, sizes, config.optim.batch_size)
     seconds = config.optim.accumulation_steps * cost.flops / flops_per_second()
-    own_bytes, all_bytes = cost.num_bytes * run.accelerator.num_processes, memory_of_machine()
+    own_bytes, all_bytes = cost.num_bytes * num_local_processes(), memory_of_machine()
     is_large = all_bytes is not None and own_bytes > MUCH_MEMORY * all_bytes
     if seconds < SLOW_STEP and not is_large:
         return []

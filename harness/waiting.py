@@ -8,6 +8,7 @@ they would make 63 then: so only where the cores are busy. No result depends on 
 """
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -33,13 +34,14 @@ def num_busy_tasks() -> float:
 def sleep_early_where_cores_are_busy() -> str:
     """Let idle threads of torch sleep early where other programs need cores; return what to say.
 
-    For a process that has not imported torch yet, and is the only one of its run on this machine.
+    Only in a process that has not imported torch yet, and is alone of its run on this machine.
     Busy means that half of its cores, or more, are wanted by others. What the environment says
     already stays.
     """
     num_cores = os.cpu_count() or 1
     own_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else num_cores
-    if own_cores == 1 or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    is_too_late = "torch" in sys.modules
+    if is_too_late or own_cores == 1 or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         return ""
     num_busy = num_busy_tasks()
     num_left_to_others = num_cores - own_cores
@@ -48,8 +50,8 @@ def sleep_early_where_cores_are_busy() -> str:
     for name, value in EARLY_SLEEP.items():
         os.environ.setdefault(name, value)
     return (
-        f"other programs keep {num_busy:g} of {num_cores} cores busy: idle threads sleep early, "
-        "which is faster then"
+        f"other programs have {num_busy:g} busy threads on {num_cores} cores: idle threads sleep "
+        "early, which is faster then"
     )
 
 

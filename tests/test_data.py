@@ -33,6 +33,12 @@ def photos(batch: int = 4, size: int = 40) -> Tensor:
     return (255 * images).round().to(torch.uint8)
 
 
+def test_data_sets_with_test_images_of_their_own_take_no_others() -> None:
+    for name in ("patterns", "cifar10"):
+        with pytest.raises(ValueError, match=f"--val photos .* images of your own: {name} has its"):
+            build_dataset(name, "test", val="photos")
+
+
 # ---------------------------------------------------------------- sampler
 
 

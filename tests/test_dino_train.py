@@ -494,7 +494,7 @@ def test_yaml_gives_the_config_and_flags_override_it(tmp_path: Path) -> None:
     assert config.crops.global_crop_scale == (0.25, 1.0)
     assert config.crops.local_crop_size is None
     config = replace(config, model=replace(config.model, arch="resnet10_half", image_size=32))
-    model = DinoModel.from_config(config.model_config)
+    model = DinoModel.from_config(config.model)
     assert model.projection_head.last_layer.weight.shape == (2048, 256)
 
 

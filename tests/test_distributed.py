@@ -319,6 +319,26 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("env", "cores"),
+    [
+        ({}, 12),
+        ({"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}, 3),
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "3"}, 3),  # srun starts each process
+        # srun starts torchrun, which starts all processes of the task
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "8", "TORCHELASTIC_RUN_ID": "none"}, 2),
+    ],
+)
+def test_processes_share_the_cores(env: dict, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    all_cores = set(range(12))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: all_cores, raising=False)
+    assert distributed.cores_per_process() == cores
+
+
+@pytest.mark.parametrize(
     ("name", "said"),
     [
         ("ACCELERATE_USE_DEEPSPEED", "got DeepSpeed"),

@@ -13,7 +13,14 @@ from data import build_dataset
 from eval_knn import KnnConfig
 from eval_linear import LinearConfig
 from harness.evaluation import EvalConfig
-from harness.flags import QUICKSTART, check_values, finish, memory_of_process, parse_config
+from harness.flags import (
+    QUICKSTART,
+    check_values,
+    finish,
+    fit_batch,
+    memory_of_process,
+    parse_config,
+)
 from visualize import VisualizeConfig
 
 
@@ -120,6 +127,23 @@ def test_memory_is_compared_with_the_machines(
         finish(config, dataset, dataset.survey(), "no")
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_name_of_a_data_set_stays_where_a_folder_is_called_the_same(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "patterns").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = parse_config([*tiny_flags, "--data", "patterns"])
+    dataset = build_dataset(config.data.data)
+    assert finish(config, dataset, dataset.survey(), "no").data.data == "patterns"
+
+
+def test_koleo_needs_two_images_also_on_more_processes(tiny_flags: list[str]) -> None:
+    config = parse_config([*tiny_flags, "--koleo-weight", "0.1"])
+    assert fit_batch(config, 8, 4).optim.batch_size == 2
+    with pytest.raises(ValueError, match="cannot resume on 8 processes: --koleo-weight needs 2"):
+        fit_batch(config, 8, 8)
 
 
 def bomb() -> str:

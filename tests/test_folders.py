@@ -395,6 +395,8 @@ def test_list_with_labels_and_splits(delimiter: str, tmp_path: Path) -> None:
         ("path,split\na.png,holdout\n", "need splits train, val or test, got 'holdout'"),
         ("path,split\na.png,val\n", "need lines of the split train, got val"),
         ("", "need a first line with a column `path`, got an empty file"),
+        ("name,kind\n", "need a first line with a column `path`, got name, kind"),
+        ("path,label\n", "names no file: need paths relative to the list"),
     ],
 )
 def test_wrong_list_is_named(text: str, message: str, tmp_path: Path) -> None:

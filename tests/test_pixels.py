@@ -1,5 +1,6 @@
 """Which pixels an image has, whatever its depth, its frames and its size."""
 
+import os
 import struct
 import sys
 import zlib
@@ -444,6 +445,33 @@ def test_arrays_are_images_only_where_channels_are_given(tmp_path: Path) -> None
     np.save(tmp_path / "a" / "features.npy", np.zeros((6, 8), np.float32))
     assert len(build_dataset(str(tmp_path))) == 6
     assert len(build_dataset(str(tmp_path), channels=1)) == 7
+
+
+def test_pages_that_cannot_be_counted_end_no_survey(tmp_path: Path) -> None:
+    pages = [Image.new("L", (40, 30), 9 * i) for i in range(4)]
+    pages[0].save(tmp_path / "whole.tif", save_all=True, append_images=pages[1:])
+    content = (tmp_path / "whole.tif").read_bytes()
+    surveyed = 0
+    for size in range(len(content) // 4, len(content), 40):
+        (tmp_path / "cut.tif").write_bytes(content[:size])
+        if decodes(tmp_path / "cut.tif"):
+            surveyed += 1
+            assert build_dataset(str(tmp_path)).survey().num_images == 2
+    assert surveyed > 9
+
+
+def decodes(path: Path) -> bool:
+    try:
+        decode(os.fsencode(path))
+    except ValueError:
+        return False
+    return True
+
+
+def test_levels_of_bands_are_refused_for_a_grey_image_of_as_many_columns(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tif", np.full((5, 3), 300, np.uint16))
+    with pytest.raises(ValueError, match="need levels of 1 bands, got those of 3"):
+        decode(bytes_of(tmp_path / "a.tif"), levels=(0, 1, 0, 1, 0, 1))
 
 
 def test_bands_that_are_not_taken_are_said(tmp_path: Path) -> None:

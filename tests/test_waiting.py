@@ -1,9 +1,11 @@
 """Threads sleep early where other programs want half of the cores, and nowhere else."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness import waiting
 
@@ -18,6 +20,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             monkeypatch.delenv(name)
         (tmp_path / "loadavg").write_text(f"0.50 0.40 0.30 {runnable}/300 12345\n")
         monkeypatch.setattr(waiting, "LOADAVG", tmp_path / "loadavg")
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
         monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
         monkeypatch.setattr(
             os, "sched_getaffinity", lambda pid: set(range(own_cores)), raising=False
@@ -46,7 +49,9 @@ def test_threads_sleep_early_where_half_of_the_cores_are_wanted(
     assert bool(said) is is_early
     assert ("GOMP_SPINCOUNT" in os.environ) is is_early
     if is_early:
-        assert said.startswith(f"other programs keep {runnable - 1} of {num_cores} cores busy")
+        assert said.startswith(
+            f"other programs have {runnable - 1} busy threads on {num_cores} cores"
+        )
 
 
 def test_what_the_environment_says_stays(machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +59,15 @@ def test_what_the_environment_says_stays(machine, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("GOMP_SPINCOUNT", "77")
     assert waiting.sleep_early_where_cores_are_busy()
     assert os.environ["GOMP_SPINCOUNT"] == "77"
+
+
+def test_nothing_is_set_where_torch_has_read_it_already(
+    machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(2, 2, 3)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert waiting.sleep_early_where_cores_are_busy() == ""
+    assert "GOMP_SPINCOUNT" not in os.environ
 
 
 def test_processes_of_one_run_are_not_others(machine, monkeypatch: pytest.MonkeyPatch) -> None:
