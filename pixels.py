@@ -77,9 +77,8 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
     """Open an encoded image, of which Pillow reads the header alone."""
     # The content decides about the format, whatever the file is called: but none that runs others.
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of large images, for which we have MAX_PIXELS, and of EXIF
+        # Pillow warns of large images, for which MAX_PIXELS is there, and of damaged EXIF
+        warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(content), formats=image_formats()) as image:
             yield image
 

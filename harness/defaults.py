@@ -1,6 +1,6 @@
-"""Settings that were left open: by the number of training images and the length of the run.
+"""Settings that were left open: by the number of images, the length of the run and the network.
 
-The paper's suit a million images and hundreds of epochs. A recipe (--config) is a whole
+The paper's suit ViTs, a million images and hundreds of epochs. A recipe (--config) is a whole
 configuration: what it does not say is in RECIPE_DEFAULTS. docs/science.md has the measurements.
 """
 
@@ -16,6 +16,7 @@ from multicrop import PAPER_BLUR
 RECIPE_DEFAULTS = {
     "blur_probability": list(PAPER_BLUR),
     "projection_output_dim": NUM_PROTOTYPES,
+    "lr": 5e-4,
     "warmup_epochs": 10,
     "freeze_last_layer_epochs": 1,
     "warmup_teacher_temp": 0.04,
@@ -42,11 +43,19 @@ LADDER = (
 )
 # largest share of a run for the warm-up, the frozen last layer and what the teacher averages
 PART_OF_RUN = 0.1
+LEARNING_RATES = {"adamw": 5e-4, "sgd": 0.03, "lars": 0.3}  # the paper's, by optimizer
+WITH_BATCH_NORM = 4e-3  # adamw's on ResNets, for which 5e-4 is too little
+GOING_ON = 0.1  # of these rates, so that trained weights are not lost
 LEAST_AVERAGED = 2  # steps that the teacher averages at first, however short the run
 
 
-def fill_in(config: Config, num_images: int, images_per_step: int) -> tuple[Config, list[str]]:
-    """Return the config with what was left open, and a line on each thing that it follows from."""
+def fill_in(
+    config: Config, num_images: int, images_per_step: int, has_batch_norm: bool = False
+) -> tuple[Config, list[str]]:
+    """Return the config with what was left open, and a line on each thing that it follows from.
+
+    `has_batch_norm` tells of the backbone.
+    """
     rung = next(rung for rung in LADDER if num_images <= rung.most_images)
     teacher_temp = config.teacher.teacher_temp or rung.teacher_temp
     by_images = {
@@ -61,10 +70,20 @@ def fill_in(config: Config, num_images: int, images_per_step: int) -> tuple[Conf
         "freeze_last_layer_epochs": min(RECIPE_DEFAULTS["freeze_last_layer_epochs"], int(part)),
         "teacher_momentum": _momentum_for(part * steps_per_epoch),
     }
+    optimizer, arch = config.optim.optimizer, config.model.arch
+    rate = LEARNING_RATES[optimizer]
+    if has_batch_norm and optimizer == "adamw":
+        rate = WITH_BATCH_NORM
+    of_network = f"{optimizer} on {arch}"
+    if config.run.init_from is not None or config.model.pretrained:
+        rate *= GOING_ON
+        of_network += ", which is trained already"
+    by_network = {"lr": rate}
     lines: list[str] = []
     of_images = f"{num_images:,} images"
     of_length = f"{epochs:,} epochs of {steps_per_epoch:,} steps"
-    for values, reason in ((by_images, of_images), (by_length, of_length)):
+    reasons = {of_images: by_images, of_length: by_length, of_network: by_network}
+    for reason, values in reasons.items():
         config, filled = _with_values(config, values)
         if filled:
             flags = ", ".join(f"--{name.replace('_', '-')} {values[name]:g}" for name in filled)

@@ -412,12 +412,18 @@ def finish(
     data set has its levels from then on, and notes what was chosen. Raises ValueError for sizes
     that do not fit each other.
     """
-    config, choices = fill_in(config, len(dataset), config.optim.images_per_step(world))
-    dataset.notes += choices
     batch_size = config.optim.batch_size
     if config.optim.koleo_weight and batch_size < 2:
         raise ValueError("need --batch-size of at least 2 for --koleo-weight, got 1")
     model, crops = _fit_sizes(config.model, config.crops, survey.short, batch_size)
+    backbone = _without_values(model)
+    config, choices = fill_in(
+        replace(config, model=model),
+        len(dataset),
+        config.optim.images_per_step(world),
+        has_batch_norm=any(isinstance(each, nn.BatchNorm2d) for each in backbone.modules()),
+    )
+    dataset.notes += choices
     size = crops.global_crop_size
     data = config.data
     dataset.levels = data.levels or survey.levels
@@ -442,9 +448,9 @@ def finish(
         num_workers=num_workers,
     )
     run = replace(config.run, mixed_precision=precision)
-    finished = replace(config, model=model, data=data, crops=crops, run=run)
+    finished = replace(config, data=data, crops=crops, run=run)
     _require_memory_for_batch(finished)
-    _require_memory_for_weights(finished, _num_backbone_parameters(model))
+    _require_memory_for_weights(finished, sum(each.numel() for each in backbone.parameters()))
     return finished
 
 
@@ -456,15 +462,15 @@ def _with_mean_and_std(crops: CropConfig, dataset: ImageDataset) -> CropConfig:
     return replace(crops, mean=crops.mean or mean, std=crops.std or std)
 
 
-def _num_backbone_parameters(model: ModelConfig) -> int:
+def _without_values(model: ModelConfig) -> nn.Module:
+    """Return the backbone, without memory for its tensors."""
     with torch.device("meta"):
-        backbone = get_backbone(
+        return get_backbone(
             model.arch,
             patch_size=model.patch_size,
             image_size=model.image_size,
             channels=model.channels,
         )
-    return sum(parameter.numel() for parameter in backbone.parameters())
 
 
 def _absolute(data: str | None) -> str | None:

@@ -300,6 +300,7 @@ class Run:
         self.new_unreadable: set[int] = set()  # not yet said
         self.waited = 0.0  # seconds, for batches
         self._batches: Generator | None = None
+        self.has_teacher = self.is_resumed and self.checkpoint.exists()  # in its folder
         self.saved_at = time.monotonic()
 
     @classmethod
@@ -605,6 +606,7 @@ class Run:
         error = self.agreement.gather(error)[0]
         if error:
             raise error
+        self.has_teacher = True
         self.saved_at = time.monotonic()
 
     def _write(
@@ -644,6 +646,7 @@ class Run:
             # a teacher without a state is then one whose state was lost.
             save_tensors(self.state_file, tensors, texts)
         save_checkpoint(self.checkpoint, teacher, metadata, teacher_tensors)
+        self.has_teacher = True
         self._write_state(tensors, texts, step)
 
     def _write_state(self, tensors: dict[str, Tensor], texts: dict[str, str], step: int) -> None:
@@ -668,10 +671,10 @@ class Run:
 
     def lacks_teacher(self) -> bool:
         """Tell whether the run has its state alone: a kill came between, or the file is gone."""
-        is_lacking = self.is_resumed and not self.checkpoint.exists()
+        is_lacking = self.is_resumed and not self.has_teacher
         return bool(self.agreement.largest(is_lacking)[0])
 
     def kept(self) -> str:
         """Return what the run still has when it fails, in words."""
-        is_there = self.checkpoint.exists()
-        return f"{self.checkpoint} is kept" if is_there else "no checkpoint was saved yet"
+        # asks no file system: one that has stalled would not answer
+        return f"{self.checkpoint} is kept" if self.has_teacher else "no checkpoint was saved yet"

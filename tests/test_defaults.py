@@ -50,6 +50,27 @@ def test_learning_rate_has_its_peak_within_the_first_tenth_of_a_run(epochs: int)
     assert rates[peak].lr == pytest.approx(config.optim.lr * 8 / 256)
 
 
+@pytest.mark.parametrize(
+    ("flags", "has_batch_norm", "rate"),
+    [
+        ([], False, 5e-4),
+        ([], True, 4e-3),
+        (["--optimizer", "sgd"], True, 0.03),
+        (["--optimizer", "lars"], False, 0.3),
+        (["--init-from", "dino_vits16"], False, 5e-5),
+        (["--pretrained", "--optimizer", "sgd"], True, 0.003),
+        (["--lr", "0.7"], True, 0.7),
+    ],
+)
+def test_learning_rate_follows_from_network_optimizer_and_start(
+    flags: list[str], has_batch_norm: bool, rate: float
+) -> None:
+    config = parse_config(["--data", "images", *flags])
+    config, lines = fill_in(config, 3000, 30, has_batch_norm)
+    assert config.optim.lr == pytest.approx(rate)
+    assert any(f"--lr {rate:g}" in line for line in lines) is ("--lr" not in flags)
+
+
 @pytest.mark.parametrize(("epochs", "frozen"), [(1, 0), (9, 0), (10, 1), (800, 1)])
 def test_last_layer_is_never_frozen_for_more_than_a_tenth_of_a_run(
     epochs: int, frozen: int
@@ -76,6 +97,7 @@ def test_what_is_given_stays_and_what_is_chosen_is_said_with_its_reason() -> Non
         "chosen for 3,000 images: --warmup-teacher-temp 0.03",
         "chosen for 20 epochs of 100 steps: --warmup-epochs 2, --freeze-last-layer-epochs 1, "
         "--teacher-momentum 0.995",
+        "chosen for adamw on dino_vits16: --lr 0.0005",
     ]
     assert fill_in(config, 3000, images_per_step=30) == (config, [])
 

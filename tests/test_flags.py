@@ -160,7 +160,7 @@ def bomb() -> str:
         ("optim:\n  lr: !!python/object:os.system x\n", "got the tag tag:yaml.org,2002:python"),
         ("optim:\n  lr: !!float x\n", "got the tag"),
         ("[" * 5000, "cannot read"),
-        ("optim:\n  lr: 0.o1\n", "need float for lr, got '0.o1'"),
+        ("optim:\n  weight_decay: 0.o1\n", "need float for weight_decay, got '0.o1'"),
         ("optim:\n  epochs: 3.5\n", "need int for epochs, got 3.5"),
         ("crops:\n  blur_sigma: [0.5]\n", "need tuple[float, float] for blur_sigma, got [0.5"),
         ("model:\n  arch: --help\n", "need str for arch, got '--help'"),
