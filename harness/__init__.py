@@ -14,7 +14,7 @@ ranking          average precision of what a search brings, in its order
 foreign          weights as other projects write them: unwrapped, renamed
 weights          weights from elsewhere: read, matched, loaded
 estimate         what a step will take on this machine, before the first
-defaults         settings that follow from the number of images and the length of the run
+defaults         settings that follow from the number of images, the length of the run and the network
 flags            recipes, checks of settings, what follows from data and machine
 run              a run's folder: what is saved, when, and how it goes on
 trackers         TensorBoard and W&B, which go on where the run goes on
@@ -26,5 +26,5 @@ evaluation       a frozen backbone: opened, its images prepared, its features
 online_knn       the teacher's k-NN and RankMe during training
 
 A file imports only those listed above it, and the top level's models.py, losses.py, multicrop.py,
-data.py, tar_shards.py, optimizers.py and config.py. None imports a script.
+data.py, folders.py, pixels.py, tar_shards.py, optimizers.py and config.py. None imports a script.
 """

@@ -2,9 +2,9 @@
 
 A thread that has nothing to do looks again and again for work, and only after a while sleeps. That
 is fastest as long as each thread has a core of its own. Where other programs want the cores, it
-takes from them what the working threads need. The quick start on two cores of an AMD EPYC, in
-images a second: 84 alone; with another busy program 25, and 45 if its threads sleep early. Alone
-they would make 63 then: so only where the cores are busy. No result depends on it.
+takes from them what the working threads need: beside a busy program, the quick start on two cores
+is nearly twice as fast with threads that sleep early, and alone a quarter slower. So they do only
+where the cores are busy. No result depends on it; docs/speed.md has the figures.
 """
 
 import os

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -181,7 +182,8 @@ def _unpickle(path: Path) -> dict:
     allowed += [(make_number, name) for name in numpy_names]
     try:
         _require_undamaged_archive(path)
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickles, which are read all the same
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many kinds
         if isinstance(error, OSError) and error.filename is not None:
