@@ -124,7 +124,10 @@ class DinoLoss(nn.Module):
         self.fused: Callable[..., Tensor] | None = None
 
     def use_torch_compile(self) -> None:
-        """Compute forward by torch.compile from now on: faster on a GPU; needs a C compiler."""
+        """Compute forward by torch.compile from now on: faster on a GPU; needs a C compiler.
+
+        In float32 then, whatever the logits, and `overwrite_student` has no effect.
+        """
         self.fused = torch.compile(_all_pairs_fused, dynamic=False)
 
     def forward(

@@ -14,7 +14,7 @@ ranking          average precision of what a search brings, in its order
 foreign          weights as other projects write them: unwrapped, renamed
 weights          weights from elsewhere: read, matched, loaded
 estimate         what a step will take on this machine, before the first
-defaults         settings that follow from the number of images, the length of the run and the network
+defaults         settings that follow from images, length of the run and network
 flags            recipes, checks of settings, what follows from data and machine
 run              a run's folder: what is saved, when, and how it goes on
 trackers         TensorBoard and W&B, which go on where the run goes on

@@ -309,7 +309,8 @@ def _too_much_for_a_cpu(run: Run) -> list[str]:
     flags = "--batch-size, --num-local-crops, the crop sizes or --arch"
     return [
         f"a step will take about {duration(seconds)} on this CPU and {memory}, the run about "
-        f"{whole}: smaller {flags} help; --dry-run measures it"
+        f"{whole}: smaller {flags} help, and so does --config clothes_cpu, made for CPUs; --dry-run "
+        "measures it"
     ]
 
 
