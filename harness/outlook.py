@@ -306,11 +306,10 @@ def _too_much_for_a_cpu(run: Run) -> list[str]:
     if all_bytes is not None:
         memory += f" of this machine's {all_bytes / 2**30:.1f}"
     whole = duration(seconds * (run.total_steps - run.steps_before))
-    flags = "--batch-size, --num-local-crops, the crop sizes or --arch"
+    remedies = "smaller --batch-size, --num-local-crops, the crop sizes or --arch help"
     return [
         f"a step will take about {duration(seconds)} on this CPU and {memory}, the run about "
-        f"{whole}: smaller {flags} help, and so does --config clothes_cpu, made for CPUs; --dry-run "
-        "measures it"
+        f"{whole}: {remedies}, and so does --config clothes_cpu; --dry-run measures it"
     ]
 
 
