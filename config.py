@@ -77,8 +77,8 @@ class OptimConfig:
     # how the student's weights are updated [paper: adamw; lars for ResNet-50]
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     # learning rate at its peak for 256 images, scaled by the whole batch / 256 [paper: 5e-4 with
-    # adamw, 0.03 with sgd, 0.3 with lars]; None: the paper's, but 4e-3 for adamw on networks with
-    # BatchNorm, and a tenth for weights that are trained already
+    # adamw, 0.03 with sgd, 0.3 with lars]; None: in a recipe 5e-4, else the paper's, but 4e-3 for
+    # adamw on ResNets, and a tenth for weights that are trained already
     lr: float | None = setting(None, above=0, most=100)
     # learning rate at the end, not scaled [paper: 1e-6]
     min_lr: float = setting(1e-6, most=100)

@@ -333,7 +333,7 @@ def image_facts(image: object, channels: int = 3) -> ImageFacts:
 
 
 def _some_of(values: np.ndarray) -> np.ndarray:
-    """Return an image's numbers (h, w) or (h, w, c) at up to 250,000 evenly spaced pixels."""
+    """Return an image's numbers (h, w) or (h, w, c) at about 250,000 evenly spaced pixels."""
     height, width = values.shape[:2]
     step = math.ceil(math.sqrt(height * width / 250_000))
     return values[::step, ::step].copy()  # of which the whole image need not be kept

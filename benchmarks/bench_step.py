@@ -6,8 +6,8 @@
 The step is the paper's: 2 crops of 224 and 8 of 96 px, K 65,536, AdamW, clipping by parameter. The
 plain form is the same networks in the paper's algorithm: a backbone call for each crop size, the
 loss of pairs, clipping, EMA and AdamW by parameter. `--original` is the code of a checkout of
-facebookresearch/dino. Where lightly is installed, its loss, heads and moving average are compared,
-of which lightly-train's DINO is made, too. All at one precision.
+facebookresearch/dino. Where lightly is installed, its networks, loss and moving average are
+compared; lightly-train uses the same loss and head. All at one precision.
 """
 
 import time
@@ -28,7 +28,7 @@ from dino_train import build_networks
 from harness.command import run_command
 from harness.distributed import make_accelerator
 from losses import DinoLoss
-from models import DinoModel, ModelConfig, update_teacher_EMA
+from models import RESNETS, TIMM_NAMES, DinoModel, ModelConfig, update_teacher_EMA
 from optimizers import clip_gradients
 
 K = 65536  # prototypes
@@ -189,7 +189,7 @@ def original_step(arch: str, options: Options) -> Callable[[list[Tensor]], None]
 
 
 def lightly_step(arch: str, options: Options) -> Callable[[list[Tensor]], None]:
-    """Build lightly's networks, loss and moving average into the order of its examples."""
+    """Build lightly's networks, loss and moving average, with a call for each crop size."""
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 
     device = measure.device()
@@ -246,7 +246,7 @@ def main() -> None:
             steps["plain"] = plain_step(arch, options)
         if options.original:
             steps["original"] = original_step(arch, options)
-        if peers.is_installed("lightly"):
+        if peers.is_installed("lightly") and arch in (*TIMM_NAMES, *RESNETS):
             steps[peers.with_version("lightly")] = lightly_step(arch, options)
         with FlopCounterMode(display=False) as counter:
             (steps["plain"] if options.plain and options.compile else steps["ours"])(crops)

@@ -18,7 +18,9 @@ from models import TIMM_NAMES
 
 
 def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package.replace("-", "_")) is not None
+    # a folder of the package's name is found too, but has no origin
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    return spec is not None and spec.origin is not None
 
 
 def with_version(package: str) -> str:

@@ -1,12 +1,12 @@
-"""Train lightly's DINO with the network, the images and the time of one of our runs.
+"""Train lightly's DINO with the network and the images of one of our runs, for so many minutes.
 
-    python benchmarks/train_lightly.py runs/NAME --minutes 42 --out lightly
-    python eval_knn.py lightly/ckpt.safetensors
+    python benchmarks/train_lightly.py runs/NAME --minutes 42 --out runs/lightly
+    python eval_knn.py runs/lightly/ckpt.safetensors
 
 The backbone starts untrained. All else is lightly's own benchmark on CIFAR-10, which holds its
 settings for small images: two global crops, no blur, a head of two layers with BatchNorm, SGD at
-0.06 along a cosine, batches of 128. `--local-crops` adds the run's local crops. Needs lightly;
-tried with lightly 1.6.0.
+0.06 along a cosine, batches of 128. `--local-crops` adds as many local crops as the run has.
+Needs lightly; tried with lightly 1.6.0.
 """
 
 import copy
@@ -65,9 +65,14 @@ def build_loader(options: Options, config: dict) -> DataLoader:
         normalize={"mean": crops["mean"], "std": crops["std"]},
     )
     folder = Path(config["data"]["data"])
+    if not folder.is_dir():
+        raise ValueError(f"need a run on a folder of images, got one on {folder}")
     train = folder / "train"
+    dataset = LightlyDataset(str(train if train.is_dir() else folder), transform=transform)
+    if len(dataset) < options.batch_size:
+        raise ValueError(f"need --batch-size of at most {len(dataset)}, got {options.batch_size}")
     return DataLoader(
-        LightlyDataset(str(train if train.is_dir() else folder), transform=transform),
+        dataset,
         batch_size=options.batch_size,
         shuffle=True,
         drop_last=True,
@@ -115,7 +120,7 @@ def train(options: Options) -> None:
             next_report += 0.1
     model.backbone = teacher[0]
     options.out.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(options.out / "ckpt.safetensors", model, metadata)
+    save_checkpoint(options.out / "ckpt.safetensors", model, {"config": metadata["config"]})
 
 
 def main() -> None:

@@ -44,18 +44,13 @@ LADDER = (
 # largest share of a run for the warm-up, the frozen last layer and what the teacher averages
 PART_OF_RUN = 0.1
 LEARNING_RATES = {"adamw": 5e-4, "sgd": 0.03, "lars": 0.3}  # the paper's, by optimizer
-WITH_BATCH_NORM = 4e-3  # adamw's on ResNets, for which 5e-4 is too little
+ADAMW_ON_RESNETS = 4e-3  # for which 5e-4 is too little
 GOING_ON = 0.1  # of these rates, so that trained weights are not lost
 LEAST_AVERAGED = 2  # steps that the teacher averages at first, however short the run
 
 
-def fill_in(
-    config: Config, num_images: int, images_per_step: int, has_batch_norm: bool = False
-) -> tuple[Config, list[str]]:
-    """Return the config with what was left open, and a line on each thing that it follows from.
-
-    `has_batch_norm` tells of the backbone.
-    """
+def fill_in(config: Config, num_images: int, images_per_step: int) -> tuple[Config, list[str]]:
+    """Return the config with what was left open, and a line on each thing that it follows from."""
     rung = next(rung for rung in LADDER if num_images <= rung.most_images)
     teacher_temp = config.teacher.teacher_temp or rung.teacher_temp
     by_images = {
@@ -72,8 +67,8 @@ def fill_in(
     }
     optimizer, arch = config.optim.optimizer, config.model.arch
     rate = LEARNING_RATES[optimizer]
-    if has_batch_norm and optimizer == "adamw":
-        rate = WITH_BATCH_NORM
+    if optimizer == "adamw" and "resnet" in arch:
+        rate = ADAMW_ON_RESNETS
     of_network = f"{optimizer} on {arch}"
     if config.run.init_from is not None or config.model.pretrained:
         rate *= GOING_ON

@@ -416,13 +416,8 @@ def finish(
     if config.optim.koleo_weight and batch_size < 2:
         raise ValueError("need --batch-size of at least 2 for --koleo-weight, got 1")
     model, crops = _fit_sizes(config.model, config.crops, survey.short, batch_size)
-    backbone = _without_values(model)
-    config, choices = fill_in(
-        replace(config, model=model),
-        len(dataset),
-        config.optim.images_per_step(world),
-        has_batch_norm=any(isinstance(each, nn.BatchNorm2d) for each in backbone.modules()),
-    )
+    config = replace(config, model=model)
+    config, choices = fill_in(config, len(dataset), config.optim.images_per_step(world))
     dataset.notes += choices
     size = crops.global_crop_size
     data = config.data
@@ -450,7 +445,7 @@ def finish(
     run = replace(config.run, mixed_precision=precision)
     finished = replace(config, data=data, crops=crops, run=run)
     _require_memory_for_batch(finished)
-    _require_memory_for_weights(finished, sum(each.numel() for each in backbone.parameters()))
+    _require_memory_for_weights(finished, _num_backbone_parameters(model))
     return finished
 
 
@@ -462,15 +457,15 @@ def _with_mean_and_std(crops: CropConfig, dataset: ImageDataset) -> CropConfig:
     return replace(crops, mean=crops.mean or mean, std=crops.std or std)
 
 
-def _without_values(model: ModelConfig) -> nn.Module:
-    """Return the backbone, without memory for its tensors."""
+def _num_backbone_parameters(model: ModelConfig) -> int:
     with torch.device("meta"):
-        return get_backbone(
+        backbone = get_backbone(
             model.arch,
             patch_size=model.patch_size,
             image_size=model.image_size,
             channels=model.channels,
         )
+    return sum(parameter.numel() for parameter in backbone.parameters())
 
 
 def _absolute(data: str | None) -> str | None:
@@ -569,7 +564,8 @@ def fit_batch(config: Config, num_images: int, world: int) -> Config:
     largest = config.optim.batch_size  # which fitted in memory
     batch_size = max(n for n in range(1, largest + 1) if each % n == 0)
     if config.optim.koleo_weight and batch_size < 2:
-        text = f"--koleo-weight needs 2 images of the {num_images} a step in each"
+        text = f"--koleo-weight needs micro-batches of 2 to {largest} that divide the {each} images"
+        text += " of each"
         raise ValueError(f"cannot resume on {world} processes: {text}")
     optim = replace(config.optim, batch_size=batch_size, accumulation_steps=each // batch_size)
     return replace(config, optim=optim)

@@ -55,8 +55,10 @@ def test_number_that_measures_nothing_is_one_line(
     assert capsys.readouterr().err == f"error: need {said}\n"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lightly") is not None, reason="lightly is there")
-def test_missing_lightly_is_one_line(benchmark, capsys: pytest.CaptureFixture) -> None:
+def test_missing_lightly_is_one_line(
+    benchmark, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         benchmark("train_lightly", "runs/clothes", "--out", "lightly")
     assert capsys.readouterr().err == "error: need the package lightly: pip install lightly\n"

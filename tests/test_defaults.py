@@ -51,22 +51,23 @@ def test_learning_rate_has_its_peak_within_the_first_tenth_of_a_run(epochs: int)
 
 
 @pytest.mark.parametrize(
-    ("flags", "has_batch_norm", "rate"),
+    ("flags", "rate"),
     [
-        ([], False, 5e-4),
-        ([], True, 4e-3),
-        (["--optimizer", "sgd"], True, 0.03),
-        (["--optimizer", "lars"], False, 0.3),
-        (["--init-from", "dino_vits16"], False, 5e-5),
-        (["--pretrained", "--optimizer", "sgd"], True, 0.003),
-        (["--lr", "0.7"], True, 0.7),
+        ([], 5e-4),
+        (["--arch", "xcit_small_12_p16_224"], 5e-4),
+        (["--arch", "resnet50"], 4e-3),
+        (["--arch", "resnet10_half"], 4e-3),
+        (["--arch", "resnet50", "--optimizer", "sgd"], 0.03),
+        (["--optimizer", "lars"], 0.3),
+        (["--init-from", "dino_vits16"], 5e-5),
+        (["--arch", "resnet50", "--pretrained", "--optimizer", "sgd"], 0.003),
+        (["--arch", "resnet50", "--lr", "0.7"], 0.7),
     ],
 )
 def test_learning_rate_follows_from_network_optimizer_and_start(
-    flags: list[str], has_batch_norm: bool, rate: float
+    flags: list[str], rate: float
 ) -> None:
-    config = parse_config(["--data", "images", *flags])
-    config, lines = fill_in(config, 3000, 30, has_batch_norm)
+    config, lines = fill_in(parse_config(["--data", "images", *flags]), 3000, 30)
     assert config.optim.lr == pytest.approx(rate)
     assert any(f"--lr {rate:g}" in line for line in lines) is ("--lr" not in flags)
 

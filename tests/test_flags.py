@@ -142,7 +142,7 @@ def test_name_of_a_data_set_stays_where_a_folder_is_called_the_same(
 def test_koleo_needs_two_images_also_on_more_processes(tiny_flags: list[str]) -> None:
     config = parse_config([*tiny_flags, "--koleo-weight", "0.1"])
     assert fit_batch(config, 8, 4).optim.batch_size == 2
-    with pytest.raises(ValueError, match="cannot resume on 8 processes: --koleo-weight needs 2"):
+    with pytest.raises(ValueError, match="8 processes: --koleo-weight needs micro-batches of 2"):
         fit_batch(config, 8, 8)
 
 

@@ -15,7 +15,7 @@ from test_folders import flags_of, write
 from data import build_dataset
 from dino_train import train
 from harness.flags import parse_config
-from pixels import decode, measured_levels, read_pixels, to_canvas
+from pixels import decode, image_facts, measured_levels, read_pixels, to_canvas
 
 
 def bytes_of(path: Path) -> bytes:
@@ -472,6 +472,16 @@ def test_levels_of_bands_are_refused_for_a_grey_image_of_as_many_columns(tmp_pat
     write_tiff(tmp_path / "a.tif", np.full((5, 3), 300, np.uint16))
     with pytest.raises(ValueError, match="need levels of 1 bands, got those of 3"):
         decode(bytes_of(tmp_path / "a.tif"), levels=(0, 1, 0, 1, 0, 1))
+
+
+def test_large_image_is_mapped_by_levels_like_a_small_one(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 5000, (1300, 1100), dtype=np.uint16)
+    write_tiff(tmp_path / "a.tif", values)
+    pixels = decode(bytes_of(tmp_path / "a.tif"), levels=(100, 4000))
+    expected = (255 * ((values - 100.0) / 3900).clip(0, 1)).round()
+    assert (pixels[0].numpy() == expected).all()
+    facts = image_facts(bytes_of(tmp_path / "a.tif"))
+    assert (facts.values == values[::3, ::3]).all()
 
 
 def test_bands_that_are_not_taken_are_said(tmp_path: Path) -> None:
