@@ -345,10 +345,7 @@ class ImageDataset(Dataset):
 
         Raises ValueError where none of all images is readable.
         """
-        sizes: dict[int, tuple[int, int]] = {}
-        for index in self._some():
-            source, pixels = self._read(0, index)  # of another image where this one is broken
-            sizes[source] = pixels.size
+        sizes = {source: pixels.size for source, pixels in self._read_some()}
         sides = [sorted(size) for size in sizes.values()]
         short, long = np.median(sides, axis=0).astype(int).tolist()
         facts = self._facts_of(sizes)
@@ -361,6 +358,11 @@ class ImageDataset(Dataset):
     def _some(self) -> list[int]:
         """Return the indices of up to SURVEYED images, evenly spaced."""
         return np.linspace(0, len(self) - 1, min(SURVEYED, len(self))).round().astype(int).tolist()
+
+    def _read_some(self) -> Iterator[tuple[int, Pixels]]:
+        """Read these images one by one, others where they are broken, each with its index."""
+        for index in self._some():
+            yield self._read(0, index)
 
     def measure_levels(self) -> Levels | None:
         """Return the 0.1 and 99.9 percentile of some images that have more than 8 bits, or None."""
@@ -381,8 +383,7 @@ class ImageDataset(Dataset):
         """
         means: dict[int, Tensor] = {}
         mean_squares: dict[int, Tensor] = {}
-        for index in self._some():
-            source, pixels = self._read(0, index)  # of another image where this one is broken
+        for source, pixels in self._read_some():
             shares = pixels.image.double() / 255
             means[source] = shares.mean(dim=(1, 2))
             mean_squares[source] = shares.square().mean(dim=(1, 2))

@@ -34,6 +34,7 @@ from data import (
     to_canvas,
 )
 from harness.command import run_command
+from harness.flags import is_installed
 from multicrop import (
     BOX,
     NUM_DRAWS,
@@ -131,10 +132,10 @@ def main() -> None:
     if options.original:
         original = baseline.load_original(options.original)
         augmentations["original"] = baseline.original_augmentation(original, config)
-    if peers.is_installed("lightly"):
+    if is_installed("lightly"):
         augmentations[peers.with_version("lightly")] = peers.lightly_augmentation(config)
     theirs = {name: baseline.PlainDataset(paths, a) for name, a in augmentations.items()}
-    if peers.is_installed("lightly-train"):
+    if is_installed("lightly-train"):
         theirs[peers.with_version("lightly-train")] = peers.LightlyTrainDataset(paths, config)
 
     def ours(size: int) -> Dataset:

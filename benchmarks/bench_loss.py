@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.command import run_command
+from harness.flags import is_installed
 from losses import DinoLoss
 from models import PrototypeLayer
 
@@ -56,7 +57,7 @@ def losses(k: int, options: Options) -> dict[str, Callable[[Tensor, Tensor], Ten
         theirs = main.DINOLoss(k, VIEWS, TEMP, TEMP, 0, 1).to(device)
         theirs.update_center = lambda teacher: None  # ours has it apart
         found["original"] = lambda s, t: theirs(s.flatten(end_dim=1), t.flatten(end_dim=1), 0)
-    if peers.is_installed("lightly"):
+    if is_installed("lightly"):
         lightly = peers.lightly_loss(k).to(device)
         lightly.update_center = lambda teacher: None
         found["lightly"] = lambda s, t: lightly(t.unbind(0), s.unbind(0), teacher_temp=TEMP)
@@ -112,7 +113,7 @@ def compare(title: str, cases: Callable[[int, int], dict], options: Options, mac
 def main() -> None:
     options = measure.read(Options, __doc__)
     machine = measure.machine("float32", options.threads)
-    if peers.is_installed("lightly"):
+    if is_installed("lightly"):
         machine += f", {peers.with_version('lightly')}"
     device = measure.device()
 

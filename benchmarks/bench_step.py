@@ -27,6 +27,7 @@ from config import Config, RunConfig
 from dino_train import build_networks
 from harness.command import run_command
 from harness.distributed import make_accelerator
+from harness.flags import is_installed
 from losses import DinoLoss
 from models import RESNETS, TIMM_NAMES, DinoModel, ModelConfig, update_teacher_EMA
 from optimizers import clip_gradients
@@ -246,7 +247,7 @@ def main() -> None:
             steps["plain"] = plain_step(arch, options)
         if options.original:
             steps["original"] = original_step(arch, options)
-        if peers.is_installed("lightly") and arch in (*TIMM_NAMES, *RESNETS):
+        if is_installed("lightly") and arch in (*TIMM_NAMES, *RESNETS):
             steps[peers.with_version("lightly")] = lightly_step(arch, options)
         with FlopCounterMode(display=False) as counter:
             (steps["plain"] if options.plain and options.compile else steps["ours"])(crops)

@@ -4,7 +4,6 @@ Tried with lightly 1.6.0 and with lightly-train 0.18.0, albumentations 2.0.8 and
 """
 
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +14,6 @@ from torch.utils.data import Dataset
 
 from data import CropConfig
 from models import TIMM_NAMES
-
-
-def is_installed(package: str) -> bool:
-    # a folder of the package's name is found too, but has no origin
-    spec = importlib.util.find_spec(package.replace("-", "_"))
-    return spec is not None and spec.origin is not None
 
 
 def with_version(package: str) -> str:

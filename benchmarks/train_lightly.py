@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from harness.command import run_command
+from harness.flags import is_installed
 from models import DinoModel, load_checkpoint, save_checkpoint
 
 PEAK_LR = 0.06
@@ -81,7 +82,6 @@ def build_loader(options: Options, config: dict) -> DataLoader:
 
 
 def train(options: Options) -> None:
-    from lightly.loss import DINOLoss
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 
     torch.manual_seed(options.seed)
@@ -93,7 +93,7 @@ def train(options: Options) -> None:
     # the teacher's head starts from other weights than the student's, as in lightly's benchmark
     teacher = nn.Sequential(copy.deepcopy(model.backbone), build_head(dim))
     deactivate_requires_grad(teacher)
-    dino_loss = DINOLoss(NUM_PROTOTYPES)
+    dino_loss = peers.lightly_loss(NUM_PROTOTYPES)
     optimizer = torch.optim.SGD(student.parameters(), PEAK_LR, momentum=0.9, weight_decay=5e-4)
 
     start, epoch, num_images, next_report = time.monotonic(), 0, 0, 0.0
@@ -125,7 +125,7 @@ def train(options: Options) -> None:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    if not peers.is_installed("lightly"):
+    if not is_installed("lightly"):
         raise ValueError("need the package lightly: pip install lightly")
     train(options)
 

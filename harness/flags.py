@@ -231,7 +231,7 @@ def check_values(config: Config) -> None:
         given = f"--probe-every {run.probe_every}"
         text = "a multiple of --knn-every, with which it shares its features"
         raise ValueError(f"{given}: need {text}, and that is {run.knn_every}")
-    if run.log_with and not _is_installed(run.log_with):
+    if run.log_with and not is_installed(run.log_with):
         text = f"--log-with {run.log_with} needs that package: pip install {run.log_with}"
         raise ValueError(text)
 
@@ -372,9 +372,10 @@ def _is_of(value: object, kind: object) -> bool:
     return type(value) is (str if kind is Path else kind)
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Tell whether a package, by its name for pip, can be imported."""
     # a folder of the package's name is found too, but has no origin
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package.replace("-", "_"))
     return spec is not None and spec.origin is not None
 
 
@@ -412,13 +413,12 @@ def finish(
     data set has its levels from then on, and notes what was chosen. Raises ValueError for sizes
     that do not fit each other.
     """
+    config, choices = fill_in(config, len(dataset), config.optim.images_per_step(world))
+    dataset.notes += choices
     batch_size = config.optim.batch_size
     if config.optim.koleo_weight and batch_size < 2:
         raise ValueError("need --batch-size of at least 2 for --koleo-weight, got 1")
     model, crops = _fit_sizes(config.model, config.crops, survey.short, batch_size)
-    config = replace(config, model=model)
-    config, choices = fill_in(config, len(dataset), config.optim.images_per_step(world))
-    dataset.notes += choices
     size = crops.global_crop_size
     data = config.data
     dataset.levels = data.levels or survey.levels
@@ -443,7 +443,7 @@ def finish(
         num_workers=num_workers,
     )
     run = replace(config.run, mixed_precision=precision)
-    finished = replace(config, data=data, crops=crops, run=run)
+    finished = replace(config, model=model, data=data, crops=crops, run=run)
     _require_memory_for_batch(finished)
     _require_memory_for_weights(finished, _num_backbone_parameters(model))
     return finished

@@ -64,7 +64,7 @@ def track_with(tracker: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
         return make_accelerator(precision, tracker if log_with else None)
 
     monkeypatch.setattr(harness.run, "make_accelerator", make)
-    monkeypatch.setattr(harness.flags, "_is_installed", lambda package: True)
+    monkeypatch.setattr(harness.flags, "is_installed", lambda package: True)
 
 
 def tracker_id_of(folder: Path) -> str:
