@@ -26,7 +26,7 @@ from data import NAMED_SETS, ImageDataset, Survey
 from harness.command import read_flags
 from harness.defaults import RECIPE_DEFAULTS, fill_in
 from harness.distributed import cores_per_process, is_set, num_local_processes, num_shards
-from harness.estimate import memory_of_machine
+from harness.estimate import WORTH_CHANGING, bf16_gain, memory_of_machine
 from models import ModelConfig, get_backbone, load_tensors
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, CropConfig, resolve_crop_sizes
 
@@ -380,7 +380,7 @@ def is_installed(package: str) -> bool:
 
 
 def choose_precision(config: Config) -> str:
-    """Return --mixed-precision, or what launcher and GPU imply where it is None.
+    """Return --mixed-precision, or what launcher, GPU and CPU imply where it is None.
 
     Raises ValueError for fp16 without a GPU.
     """
@@ -391,10 +391,19 @@ def choose_precision(config: Config) -> str:
 
 
 def default_precision() -> str:
-    """Return accelerate launch's precision or, where it has none, the best that the GPU has."""
+    """Return accelerate launch's precision or, where it has none, the best of GPU or CPU.
+
+    A CPU's is bf16 where that is measured to be faster. Several processes on CPUs take float32:
+    each would measure for itself, and they could differ.
+    """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched != "no" or not torch.cuda.is_available() or is_set("ACCELERATE_USE_CPU"):
+    if launched != "no":
         return launched
+    if is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
+        is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        return "bf16" if is_alone and bf16_gain() >= WORTH_CHANGING else "no"
+    if not torch.cuda.is_available():
+        return "no"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "no" if is_set("ACCELERATE_USE_FSDP") else "fp16"

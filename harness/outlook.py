@@ -17,7 +17,14 @@ from data import ImageDataset, batch_factors
 from folders import some_of
 from harness.command import print_rows, unused_path
 from harness.distributed import has_compiler, is_compiled, num_local_processes
-from harness.estimate import bf16_gain, flops_per_second, memory_of_machine, step_cost
+from harness.estimate import (
+    WORTH_CHANGING,
+    bf16_gain,
+    emulates_bf16,
+    flops_per_second,
+    memory_of_machine,
+    step_cost,
+)
 from harness.flags import as_plain_data
 from harness.monitor import Monitor, duration, peak_memory, three_digits, write_picture
 from harness.pictures import crop_cells, sheet, shown_channels
@@ -176,21 +183,29 @@ def _devices_of(run: Run) -> str:
     return f"{text} DDP" if world > 1 else text
 
 
-WORTH_SAYING = 1.2  # times as fast
-
-
 def _precision_of(run: Run) -> str:
     """Return the precision of the networks, and one that is faster on this device."""
-    precision = run.config.run.mixed_precision
+    precision, device = run.config.run.mixed_precision, run.accelerator.device.type
+    if device == "cpu":
+        return precision_on_cpu(precision)
     if precision != "no":
         return precision
-    if run.accelerator.device.type != "cuda":
-        gain = bf16_gain()
-        if gain < WORTH_SAYING:
-            return "float32"
-        return f"float32 ({gain:.1f} times as fast here: --mixed-precision bf16)"
+    if device != "cuda":
+        return "float32"
     faster = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return f"float32 (faster: --mixed-precision {faster})"
+
+
+def precision_on_cpu(precision: str) -> str:
+    """Return the precision of networks on a CPU, and how a faster one is asked for."""
+    gain = bf16_gain()
+    if precision == "bf16":
+        if gain >= WORTH_CHANGING:
+            return f"bf16 ({gain:.1f} times as fast here as float32, which is --mixed-precision no)"
+        return "bf16 (float32 is faster here: --mixed-precision no)" if emulates_bf16() else "bf16"
+    if gain >= WORTH_CHANGING:
+        return f"float32 ({gain:.1f} times as fast here: --mixed-precision bf16)"
+    return "float32"
 
 
 def _compiling_of(config: Config, student: nn.Module) -> str:
