@@ -145,6 +145,45 @@ PATTERNS = (
 )
 
 
+def _from_center(position: Tensor, period: float = 1.0) -> Tensor:
+    """Return the offset from the center of the nearest cell."""
+    return (position / period - (position / period).round()) * period
+
+
+def _depths_in_figure(name: str, x: Tensor, y: Tensor) -> Tensor:
+    """Return how far inside a pattern's figure each point lies, in cells; below 0: outside."""
+    u, v = _from_center(x), _from_center(y)
+    near, far, radius = u.abs().minimum(v.abs()), u.abs().maximum(v.abs()), u.hypot(v)
+    match name:
+        case "stripes":
+            return 0.25 - u.abs()
+        case "checks":
+            return (math.pi * x).sin() * (math.pi * y).sin() / 3
+        case "dots":
+            return 0.3 - radius
+        case "rings":
+            return 0.1 - (radius - 0.33).abs()
+        case "waves":
+            return 0.25 - _from_center(x + 0.3 * (math.pi * y).sin()).abs()
+        case "grid":
+            return far - 0.38
+        case "bricks":
+            brick = _from_center(x + y.round() % 2, period=2.0)
+            return (v.abs() - 0.38).maximum(brick.abs() - 0.88)
+        case "honeycomb":  # cells stand in rows, of which every other one is shifted by half a cell
+            row, shifted_row = _from_center(y, 3**0.5), _from_center(y - 3**0.5 / 2, 3**0.5)
+            shifted_u = _from_center(x - 0.5)
+            is_nearer = u.hypot(row) < shifted_u.hypot(shifted_row)
+            hex_x = u.where(is_nearer, shifted_u).abs()
+            hex_y = row.where(is_nearer, shifted_row).abs()
+            return hex_x.maximum(hex_x / 2 + hex_y * 3**0.5 / 2) - 0.4
+        case "crosses":
+            return (0.42 - far).minimum(0.13 - near)
+        case "triangles":
+            return (v + 0.3).minimum(0.4 - v - 1.7 * u.abs())
+    raise ValueError(f"need a pattern of {PATTERNS}, got {name}")
+
+
 def draw_patterns(index: Tensor, size: int = 48) -> Tensor:
     """Draw textures (n, 3, size, size) uint8 of ten classes; index % 10 is the class in PATTERNS.
 
@@ -157,36 +196,11 @@ def draw_patterns(index: Tensor, size: int = 48) -> Tensor:
     pixel = torch.arange(0.5, size) / size
     x = cells * (pixel * angle.cos() - pixel[:, None] * angle.sin() + right)
     y = cells * (pixel * angle.sin() + pixel[:, None] * angle.cos() + down)
-
-    def from_center(position: Tensor, period: float = 1.0) -> Tensor:
-        """Return the offset from the center of the nearest cell."""
-        return (position / period - (position / period).round()) * period
-
-    u, v = from_center(x), from_center(y)
-    near, far, radius = u.abs().minimum(v.abs()), u.abs().maximum(v.abs()), u.hypot(v)
-    brick = from_center(x + y.round() % 2, period=2.0)
-    # honeycomb cells stand in rows, of which every other one is shifted by half a cell
-    row, shifted_row = from_center(y, 3**0.5), from_center(y - 3**0.5 / 2, 3**0.5)
-    shifted_u = from_center(x - 0.5)
-    nearer = u.hypot(row) < shifted_u.hypot(shifted_row)
-    hex_x, hex_y = u.where(nearer, shifted_u).abs(), row.where(nearer, shifted_row).abs()
-    distances = {  # from the figure's edge, in cells, positive inside
-        "stripes": 0.25 - u.abs(),
-        "checks": (math.pi * x).sin() * (math.pi * y).sin() / 3,
-        "dots": 0.3 - radius,
-        "rings": 0.1 - (radius - 0.33).abs(),
-        "waves": 0.25 - from_center(x + 0.3 * (math.pi * y).sin()).abs(),
-        "grid": far - 0.38,
-        "bricks": (v.abs() - 0.38).maximum(brick.abs() - 0.88),
-        "honeycomb": hex_x.maximum(hex_x / 2 + hex_y * 3**0.5 / 2) - 0.4,
-        "crosses": (0.42 - far).minimum(0.13 - near),
-        "triangles": (v + 0.3).minimum(0.4 - v - 1.7 * u.abs()),
-    }
-    figure = sum(
-        distances[name] * (index % 10 == label)[:, None, None]
-        for label, name in enumerate(PATTERNS)
-    )
-    figure = (0.5 + figure * size / cells).clamp(0, 1)[:, None]  # edges are one pixel soft
+    depths = torch.empty_like(x)
+    for label, name in enumerate(PATTERNS):
+        rows = index % 10 == label
+        depths[rows] = _depths_in_figure(name, x[rows], y[rows])
+    figure = (0.5 + depths * size / cells).clamp(0, 1)[:, None]  # edges are one pixel soft
     levels = 0.1 * rearrange(draws[:, 4:6], "n two -> two n 1 1 1")
     tints = 0.04 * rearrange(draws[:, 6:12] - 0.5, "n (two c) -> two n c 1 1", two=2)
     dark, light = 0.2 + levels[0] + tints[0], 0.65 + levels[1] + tints[1]
