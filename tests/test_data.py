@@ -81,10 +81,10 @@ def test_patterns_are_the_same_at_any_time_and_differ() -> None:
     assert torch.equal(data.draw_patterns(torch.tensor([31, 7])), whole[[31, 7]])
     assert len(whole.flatten(1).unique(dim=0)) == 40
     train, test = build_dataset("patterns"), build_dataset("patterns", "test")
-    assert (len(train), len(test)) == (2000, 1000)
-    assert np.bincount(train.labels).tolist() == [200] * 10
+    assert (len(train), len(test)) == (8000, 1000)
+    assert np.bincount(train.labels).tolist() == [800] * 10
     both = torch.cat([train.images, test.images]).flatten(1).unique(dim=0)
-    assert len(both) == 3000
+    assert len(both) == 9000
 
 
 def write_images(folder: Path, num: int, size: tuple[int, int] = (20, 30)) -> None:

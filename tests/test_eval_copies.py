@@ -224,7 +224,7 @@ def test_own_images_and_copydays_are_evaluated(script, tiny_run: Path, tmp_path:
     assert result.returncode == 0, result.stderr
     found = json.loads(answer.read_text())
     assert set(found["copies"]) == set(DISTORTIONS)
-    assert found["num_train"] == 80 + 2000
+    assert found["num_train"] == 80 + 8000
     assert {of_name["queries"] for of_name in found["copies"].values()} == {6}
     assert found["copies"]["JPEG quality 75"]["map"] > found["copies"]["JPEG quality 3"]["map"] / 2
     folder = write_copydays(tmp_path / "copydays")
