@@ -153,7 +153,7 @@ class RunConfig:
     # fixes the initial weights, the order of the images, their crops and drop path
     seed: int = setting(0, most=1 << 62)
     # precision of the networks; loss, center and EMA are float32; None: accelerate launch's, else
-    # bf16 on a GPU (fp16 on old ones) and on a CPU with AMX that it speeds up, no on other CPUs
+    # bf16 on a GPU (fp16 on old ones) and on a CPU that it speeds up, no on other CPUs
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     # BatchNorm over the batches of all GPUs, where there are several; no effect on CPUs
     sync_bn: bool = True

@@ -45,6 +45,7 @@ from torch.optim import Optimizer
 from config import Config, OptimConfig
 from data import Cropper, hash_keys
 from eval_knn import knn_accuracy
+from harness.bf16_on_cpu import pad_small_images
 from harness.command import print_rows, run_command, stop_requests
 from harness.distributed import has_compiler, lay_out, stop_with_launcher
 from harness.fast_backbone import share_drop_path, skip_unread_tokens
@@ -148,6 +149,8 @@ def build_networks(
     share_drop_path(student.backbone)
     skip_unread_tokens(student.backbone)
     skip_unread_tokens(teacher.backbone)
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
+        pad_small_images(student.backbone)
     compile_blocks = config.run.compile and has_compiler()
     system = lay_out(DinoSystem(student, teacher), accelerator, config.run.sync_bn, compile_blocks)
     fused = accelerator.scaler is None

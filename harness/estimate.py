@@ -6,12 +6,10 @@
 The networks are built on the meta device, where tensors have shapes and no memory.
 """
 
-import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -80,55 +78,6 @@ def flops_per_second(seconds: float = 0.05) -> float:
         num_products += 1
     rate = 2 * 512**3 * num_products / (time.perf_counter() - began)
     return rate / SLOWER_THAN_PRODUCTS
-
-
-CPUINFO = Path("/proc/cpuinfo")
-WORTH_CHANGING = 1.2  # times as fast, from which on bf16 is taken in place of float32
-
-
-def bf16_gain(rounds: int = 5) -> float:
-    """Return how many times as fast as in float32 this CPU trains in bf16; 0: not at all.
-
-    By a convolution and its gradients, for about a tenth of a second. Only CPUs with AMX are
-    tried: others have no bf16 arithmetic, or little. 0 where a gradient is not finite, as those of
-    1x1 images are on some CPUs.
-    """
-    if "amx_bf16" not in _cpu_flags():
-        return 0.0
-    fastest: dict[torch.dtype, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        times = [_seconds_of_convolution(dtype, size=16) for _ in range(rounds)]
-        times_of_dots = [_seconds_of_convolution(dtype, size=1) for _ in range(rounds)]
-        if math.inf in times + times_of_dots:
-            return 0.0
-        fastest[dtype] = min(times)
-    return fastest[torch.float32] / fastest[torch.bfloat16]
-
-
-def emulates_bf16() -> bool:
-    """Tell whether bf16 is slower than float32 on this CPU, since it has no arithmetic for it.
-
-    That of an AMD EPYC without it took ten times as long for a step of resnet10_half.
-    """
-    flags = _cpu_flags()
-    return "avx2" in flags and not flags & {"amx_bf16", "avx512_bf16"}
-
-
-def _cpu_flags() -> set[str]:
-    """Return what Linux says that an x86 CPU can do, nothing elsewhere."""
-    return set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
-
-
-def _seconds_of_convolution(dtype: torch.dtype, size: int) -> float:
-    """Return how long a convolution and its gradients take; inf: a gradient is not finite."""
-    images = torch.randn(32, 64, size, size, dtype=dtype).to(memory_format=torch.channels_last)
-    images.requires_grad_()
-    weight = torch.randn(64, 64, 3, 3, dtype=dtype, requires_grad=True)
-    began = time.perf_counter()
-    torch.conv2d(images, weight, padding=1).mean().backward()
-    seconds = time.perf_counter() - began
-    is_finite = weight.grad.isfinite().all() and images.grad.isfinite().all()
-    return seconds if is_finite else math.inf
 
 
 def memory_of_machine() -> int | None:

@@ -23,10 +23,11 @@ from torch import nn
 
 from config import SETTINGS, Config
 from data import NAMED_SETS, ImageDataset, Survey
+from harness.bf16_on_cpu import WORTH_CHANGING, bf16_gain
 from harness.command import read_flags
 from harness.defaults import RECIPE_DEFAULTS, fill_in
 from harness.distributed import cores_per_process, is_set, num_local_processes, num_shards
-from harness.estimate import WORTH_CHANGING, bf16_gain, memory_of_machine
+from harness.estimate import memory_of_machine
 from models import ModelConfig, get_backbone, load_tensors
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, CropConfig, resolve_crop_sizes
 

@@ -15,16 +15,10 @@ from torch import Tensor, nn
 from config import Config
 from data import ImageDataset, batch_factors
 from folders import some_of
+from harness.bf16_on_cpu import WORTH_CHANGING, bf16_gain, emulates_bf16
 from harness.command import print_rows, unused_path
 from harness.distributed import has_compiler, is_compiled, num_local_processes
-from harness.estimate import (
-    WORTH_CHANGING,
-    bf16_gain,
-    emulates_bf16,
-    flops_per_second,
-    memory_of_machine,
-    step_cost,
-)
+from harness.estimate import flops_per_second, memory_of_machine, step_cost
 from harness.flags import as_plain_data
 from harness.monitor import Monitor, duration, peak_memory, three_digits, write_picture
 from harness.pictures import crop_cells, sheet, shown_channels
@@ -201,10 +195,10 @@ def precision_on_cpu(precision: str) -> str:
     gain = bf16_gain()
     if precision == "bf16":
         if gain >= WORTH_CHANGING:
-            return f"bf16 ({gain:.1f} times as fast here as float32, which is --mixed-precision no)"
+            return f"bf16 (convolutions {gain:.1f} x as fast as in float32, --mixed-precision no)"
         return "bf16 (float32 is faster here: --mixed-precision no)" if emulates_bf16() else "bf16"
     if gain >= WORTH_CHANGING:
-        return f"float32 ({gain:.1f} times as fast here: --mixed-precision bf16)"
+        return f"float32 (convolutions {gain:.1f} x as fast: --mixed-precision bf16)"
     return "float32"
 
 

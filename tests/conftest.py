@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from data import draw_patterns
-from harness import estimate
+from harness import bf16_on_cpu
 from harness.command import run_command
 from harness.monitor import Monitor
 
@@ -50,7 +50,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _float32_on_any_cpu() -> None:
     """Let runs be alike on all machines: on some CPUs bf16 would be taken."""
-    estimate.CPUINFO = Path(os.devnull)
+    bf16_on_cpu.CPUINFO = Path(os.devnull)
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ import eval_linear
 import eval_retrieval
 import eval_segmentation
 import eval_video
-from harness import command, distributed, estimate
+from harness import bf16_on_cpu, command, distributed
 
 # imported before the fork
 SCRIPTS = {
@@ -100,7 +100,7 @@ def child(request: dict, rank: int, port: int) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)
-    estimate.CPUINFO = Path(os.devnull)  # float32, also where the CPU is fast in bf16
+    bf16_on_cpu.CPUINFO = Path(os.devnull)  # float32, also where the CPU is fast in bf16
     os.environ |= request.get("env", {})
     if world > 1 or request.get("fsdp"):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}

@@ -1,15 +1,11 @@
 """What a step is said to take, against real steps and counted by hand."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import run_script
 
-from harness import estimate, flags, outlook
-from harness.estimate import StepCost, bf16_gain, flops_per_second, memory_of_machine, step_cost
-from harness.flags import default_precision
-from harness.outlook import precision_on_cpu
+from harness import outlook
+from harness.estimate import StepCost, flops_per_second, memory_of_machine, step_cost
 from models import DinoModel, ModelConfig
 
 
@@ -49,74 +45,6 @@ def test_cost_grows_with_batch_and_crops() -> None:
 def test_machine_has_a_speed_and_memory() -> None:
     assert 1e8 < flops_per_second() < 1e14
     assert 1 << 28 < memory_of_machine() < 1 << 46
-
-
-def test_bf16_is_measured_where_the_cpu_has_amx_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(estimate, "CPUINFO", tmp_path / "cpuinfo")
-    assert bf16_gain() == 0
-    estimate.CPUINFO.write_text("flags : sse avx2\n")
-    assert bf16_gain() == 0
-    estimate.CPUINFO.write_text("flags : sse avx2 amx_bf16 amx_tile\n")
-    assert 0.001 < bf16_gain(rounds=2) < 100
-
-
-@pytest.mark.parametrize("size", [16, 1])
-def test_bf16_is_not_taken_where_a_gradient_of_it_is_not_finite(
-    size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(estimate, "CPUINFO", tmp_path / "cpuinfo")
-    estimate.CPUINFO.write_text("flags : sse avx2 amx_bf16 amx_tile\n")
-    convolve = torch.conv2d
-
-    def overflowing(images: torch.Tensor, *args: torch.Tensor, **options: int) -> torch.Tensor:
-        result = convolve(images, *args, **options)
-        is_spoilt = result.dtype == torch.bfloat16 and images.shape[-1] == size
-        return result * torch.inf if is_spoilt else result
-
-    monkeypatch.setattr(torch, "conv2d", overflowing)
-    assert bf16_gain(rounds=2) == 0
-
-
-@pytest.mark.parametrize(
-    ("gain", "world", "expected"),
-    [(2.2, "1", "bf16"), (1.1, "1", "no"), (0.0, "1", "no"), (2.2, "2", "no")],
-)
-def test_bf16_is_taken_on_a_cpu_that_it_speeds_up(
-    gain: float, world: str, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(flags, "bf16_gain", lambda: gain)
-    monkeypatch.setenv("WORLD_SIZE", world)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert default_precision() == expected
-
-
-@pytest.mark.parametrize(
-    ("precision", "gain", "cpu", "said"),
-    [
-        ("no", 0.0, "avx2", "float32"),
-        ("no", 1.1, "avx2 amx_bf16", "float32"),
-        ("no", 2.2, "avx2 amx_bf16", "float32 (2.2 times as fast here: --mixed-precision bf16)"),
-        (
-            "bf16",
-            2.2,
-            "avx2 amx_bf16",
-            "bf16 (2.2 times as fast here as float32, which is --mixed-precision no)",
-        ),
-        ("bf16", 0.0, "avx2", "bf16 (float32 is faster here: --mixed-precision no)"),
-        ("bf16", 0.0, "avx2 avx512_bf16", "bf16"),
-        ("bf16", 0.0, "asimd", "bf16"),
-    ],
-)
-def test_header_says_the_precision_and_a_faster_one(
-    precision: str, gain: float, cpu: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path
-) -> None:
-    monkeypatch.setattr(estimate, "CPUINFO", tmp_path / "cpuinfo")
-    estimate.CPUINFO.write_text(f"flags : {cpu}\n")
-    monkeypatch.setattr(outlook, "bf16_gain", lambda: gain)
-    assert precision_on_cpu(precision) == said
 
 
 def test_step_that_is_too_much_is_named_before_it_is_taken(
