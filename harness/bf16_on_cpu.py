@@ -1,7 +1,7 @@
 """bf16 on a CPU: whether it is faster there, and what makes its gradients right.
 
-    bf16_gain() >= WORTH_CHANGING  # then --mixed-precision bf16 pays
-    pad_small_images(backbone)     # else some of its gradients are what memory held before
+    bf16_gain(backbone, image_size=224, batch_size=64) >= WORTH_CHANGING  # then bf16 pays
+    pad_small_images(backbone)  # else some of its bf16 gradients are what memory held before
 
 Stands alone: needs torch.
 """
@@ -19,22 +19,46 @@ ARITHMETIC = {"amx_bf16", "avx512_bf16"}  # of x86 CPUs, as Linux names it
 WORTH_CHANGING = 1.2  # times as fast, from which on bf16 is taken in place of float32
 
 
-def bf16_gain(rounds: int = 5) -> float:
-    """Return how many times as fast as in float32 this CPU convolves in bf16; 0: not at all.
+def bf16_gain(backbone: nn.Module, image_size: int, batch_size: int) -> float:
+    """Return how many times as fast as in float32 a backbone trains in bf16 on this CPU.
 
-    By a convolution and its gradients, for about a tenth of a second. Only CPUs with arithmetic
-    for bf16 are tried. 0 where a gradient is not finite, as those of 1x1 images are on some CPUs.
+    By its forward and backward pass over random images, of which it takes at most `batch_size`,
+    and no more than last a tenth of a second. 0 where a gradient is not finite. Its small images
+    are padded from then on (pad_small_images).
     """
-    if not _cpu_flags() & ARITHMETIC:
-        return 0.0
-    fastest: dict[torch.dtype, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        times = [_seconds_of_convolution(dtype, size=16) for _ in range(rounds)]
-        times_of_dots = [_seconds_of_convolution(dtype, size=1) for _ in range(rounds)]
-        if math.inf in times + times_of_dots:
-            return 0.0
-        fastest[dtype] = min(times)
-    return fastest[torch.float32] / fastest[torch.bfloat16]
+    pad_small_images(backbone)
+    num_images = min(4, batch_size)
+    with torch.random.fork_rng(devices=[]):
+        while True:
+            images = torch.randn(num_images, backbone.num_channels, image_size, image_size)
+            seconds = _seconds_of_step(backbone, images, uses_bf16=False)
+            if seconds > 0.1 or num_images == batch_size:
+                break
+            num_images = min(2 * num_images, batch_size)
+        _seconds_of_step(backbone, images, uses_bf16=True)  # the first one builds kernels
+        fastest = {False: math.inf, True: math.inf}
+        for _ in range(2):
+            for uses_bf16 in (False, True):
+                seconds = _seconds_of_step(backbone, images, uses_bf16)
+                fastest[uses_bf16] = min(fastest[uses_bf16], seconds)
+    return fastest[False] / fastest[True]
+
+
+def _seconds_of_step(backbone: nn.Module, images: Tensor, uses_bf16: bool) -> float:
+    """Return how long a forward and backward pass take; infinity where a gradient is not finite."""
+    backbone.zero_grad()
+    began = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=uses_bf16):
+        features = backbone(images)
+    features.float().square().mean().backward()
+    seconds = time.perf_counter() - began
+    grads = [param.grad for param in backbone.parameters() if param.grad is not None]
+    return seconds if all(grad.isfinite().all() for grad in grads) else math.inf
+
+
+def has_bf16() -> bool:
+    """Tell whether this CPU has arithmetic for bf16."""
+    return bool(_cpu_flags() & ARITHMETIC)
 
 
 def emulates_bf16() -> bool:
@@ -49,18 +73,6 @@ def emulates_bf16() -> bool:
 def _cpu_flags() -> set[str]:
     """Return what Linux says that an x86 CPU can do, nothing elsewhere."""
     return set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
-
-
-def _seconds_of_convolution(dtype: torch.dtype, size: int) -> float:
-    """Return how long a convolution and its gradients take; inf: a gradient is not finite."""
-    images = torch.randn(32, 64, size, size, dtype=dtype).to(memory_format=torch.channels_last)
-    images.requires_grad_()
-    weight = torch.randn(64, 64, 3, 3, dtype=dtype, requires_grad=True)
-    began = time.perf_counter()
-    torch.conv2d(images, weight, padding=1).mean().backward()
-    seconds = time.perf_counter() - began
-    is_finite = weight.grad.isfinite().all() and images.grad.isfinite().all()
-    return seconds if is_finite else math.inf
 
 
 class _PaddedConv2d(nn.Conv2d):

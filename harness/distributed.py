@@ -208,7 +208,7 @@ def has_compiler() -> bool:
     return header.is_file() and any(shutil.which(name) for name in compilers if name)
 
 
-def _crashes_on_cpu(system: nn.Module) -> bool:
+def crashes_in_channels_last(system: nn.Module) -> bool:
     """Tell whether a CPU would write outside of its memory for a network in channels_last.
 
     With torch 2.14 the gradient of a 1x1 convolution with stride 2 of 3 or 4 channels does that.
@@ -232,7 +232,7 @@ def lay_out(
     if accelerator.is_fsdp2:  # FSDP2 shards contiguous parameters only
         block_names = sorted({type(block).__name__ for block in repeated_blocks(system)})
         system._no_split_modules = ["DinoModel", *block_names]
-    elif accelerator.device.type != "cpu" or not _crashes_on_cpu(system):
+    elif accelerator.device.type != "cpu" or not crashes_in_channels_last(system):
         # 1.2 times faster for convolutions, no difference for ViTs
         system = system.to(memory_format=torch.channels_last)
     if sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cuda":

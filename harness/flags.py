@@ -23,10 +23,16 @@ from torch import nn
 
 from config import SETTINGS, Config
 from data import NAMED_SETS, ImageDataset, Survey
-from harness.bf16_on_cpu import WORTH_CHANGING, bf16_gain
+from harness.bf16_on_cpu import WORTH_CHANGING, bf16_gain, has_bf16
 from harness.command import read_flags
 from harness.defaults import RECIPE_DEFAULTS, fill_in
-from harness.distributed import cores_per_process, is_set, num_local_processes, num_shards
+from harness.distributed import (
+    cores_per_process,
+    crashes_in_channels_last,
+    is_set,
+    num_local_processes,
+    num_shards,
+)
 from harness.estimate import memory_of_machine
 from models import ModelConfig, get_backbone, load_tensors
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, CropConfig, resolve_crop_sizes
@@ -380,34 +386,55 @@ def is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def choose_precision(config: Config) -> str:
-    """Return --mixed-precision, or what launcher, GPU and CPU imply where it is None.
+def choose_precision(config: Config) -> tuple[str, list[str]]:
+    """Return --mixed-precision, or what launcher, GPU and CPU imply where it is None; and why.
 
-    Raises ValueError for fp16 without a GPU.
+    Why is a line, where it was measured. Raises ValueError for fp16 without a GPU.
     """
     precision = config.run.mixed_precision or default_precision()
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--mixed-precision fp16 needs a GPU, got none: need bf16 or no")
-    return precision
+    if precision is not None:
+        return precision, []
+    gain = _gain_of_bf16(config)
+    precision = "bf16" if gain >= WORTH_CHANGING else "no"
+    measured = f"{config.model.arch} trains {gain:.1f} times as fast in bf16 as in float32"
+    return precision, [f"chosen for this CPU: --mixed-precision {precision}; {measured}"]
 
 
-def default_precision() -> str:
-    """Return accelerate launch's precision or, where it has none, the best of GPU or CPU.
+def default_precision() -> str | None:
+    """Return accelerate launch's precision or, where it has none, the best of the GPU.
 
-    A CPU's is bf16 where that is measured to be faster. Several processes on CPUs take float32:
-    each would measure for itself, and they could differ.
+    On a CPU it is float32; None where bf16 may be faster, by its arithmetic. Several processes
+    take float32 there: each would measure for itself, and they could differ.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         return launched
     if is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        return "bf16" if is_alone and bf16_gain() >= WORTH_CHANGING else "no"
+        return None if is_alone and has_bf16() else "no"
     if not torch.cuda.is_available():
         return "no"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "no" if is_set("ACCELERATE_USE_FSDP") else "fp16"
+
+
+def _gain_of_bf16(config: Config) -> float:
+    """Measure bf16 against float32, with the network of the config or one much like it."""
+    model, crops = config.model, config.crops
+    size = crops.global_crop_size or model.image_size or 224
+    backbone = get_backbone(
+        model.arch,
+        patch_size=model.patch_size,
+        image_size=model.image_size or size,
+        channels=model.channels,
+    )
+    if not crashes_in_channels_last(backbone):
+        backbone = backbone.to(memory_format=torch.channels_last)
+    size -= size % backbone.patch_size
+    return bf16_gain(backbone, size, config.optim.batch_size)
 
 
 # ---------------------------------------------------------------- what follows

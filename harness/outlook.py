@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from config import Config
 from data import ImageDataset, batch_factors
 from folders import some_of
-from harness.bf16_on_cpu import WORTH_CHANGING, bf16_gain, emulates_bf16
+from harness.bf16_on_cpu import emulates_bf16
 from harness.command import print_rows, unused_path
 from harness.distributed import has_compiler, is_compiled, num_local_processes
 from harness.estimate import flops_per_second, memory_of_machine, step_cost
@@ -192,13 +192,8 @@ def _precision_of(run: Run) -> str:
 
 def precision_on_cpu(precision: str) -> str:
     """Return the precision of networks on a CPU, and how a faster one is asked for."""
-    gain = bf16_gain()
     if precision == "bf16":
-        if gain >= WORTH_CHANGING:
-            return f"bf16 (convolutions {gain:.1f} x as fast as in float32, --mixed-precision no)"
         return "bf16 (float32 is faster here: --mixed-precision no)" if emulates_bf16() else "bf16"
-    if gain >= WORTH_CHANGING:
-        return f"float32 (convolutions {gain:.1f} x as fast: --mixed-precision bf16)"
     return "float32"
 
 

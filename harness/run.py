@@ -311,7 +311,8 @@ class Run:
         make no sense, and for the folder of a live run; nothing is written then.
         """
         check_values(config)
-        accelerator = make_accelerator(choose_precision(config), config.run.log_with)
+        precision, choices = choose_precision(config)
+        accelerator = make_accelerator(precision, config.run.log_with)
         with accelerator.local_main_process_first():  # which may have to download or to scan
             dataset = build_dataset(
                 config.data.data,
@@ -324,7 +325,7 @@ class Run:
             survey = dataset.survey()
         except ValueError as error:
             raise ValueError(f"no images in {config.data.data} can be read: {error}") from error
-        dataset.notes += survey.notes()
+        dataset.notes += survey.notes() + choices
         world = accelerator.num_processes
         config = finish(config, dataset, survey, accelerator.mixed_precision, world)
         dataset.seed = config.run.seed

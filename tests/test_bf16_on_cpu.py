@@ -1,89 +1,120 @@
 """Where bf16 is taken on a CPU, and that its gradients are right for small images."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import bf16_on_cpu, flags, outlook
+from config import Config, RunConfig
+from harness import bf16_on_cpu, flags
 from harness.bf16_on_cpu import bf16_gain, pad_small_images
-from harness.flags import default_precision
+from harness.flags import choose_precision, default_precision
 from harness.outlook import precision_on_cpu
-from models import get_backbone
+from models import ModelConfig, get_backbone
 
 
-@pytest.mark.parametrize("arithmetic", ["amx_bf16 amx_tile", "avx512_bf16"])
-def test_bf16_is_measured_where_the_cpu_has_arithmetic_for_it(
-    arithmetic: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def _cpu_with(flags: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(bf16_on_cpu, "CPUINFO", folder / "cpuinfo")
+    bf16_on_cpu.CPUINFO.write_text(f"flags : sse {flags}\n")
+
+
+def test_gain_is_measured_on_the_network_and_leaves_random_numbers_alone() -> None:
+    backbone = get_backbone("resnet10_half", image_size=16)
+    state = torch.get_rng_state()
+    assert 0.001 < bf16_gain(backbone, image_size=16, batch_size=4) < 100
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_gain_is_the_ratio_of_the_fastest_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a second in float32, an eighth in bf16; the first steps do not count."""
+    seconds = {False: iter([0.5, 0.25, 0.75]), True: iter([9.0, 1.0, 0.125])}
+    batches: list[int] = []
+
+    def step(backbone: nn.Module, images: Tensor, uses_bf16: bool) -> float:
+        batches.append(len(images))
+        return next(seconds[uses_bf16])
+
+    monkeypatch.setattr(bf16_on_cpu, "_seconds_of_step", step)
+    assert bf16_gain(get_backbone("resnet10_half"), 16, batch_size=64) == 2
+    assert set(batches) == {4}
+
+
+def test_steps_that_are_too_short_to_measure_take_more_images(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bf16_on_cpu, "CPUINFO", tmp_path / "cpuinfo")
-    assert bf16_gain() == 0
-    bf16_on_cpu.CPUINFO.write_text("flags : sse avx2\n")
-    assert bf16_gain() == 0
-    bf16_on_cpu.CPUINFO.write_text(f"flags : sse avx2 {arithmetic}\n")
-    assert 0.001 < bf16_gain(rounds=2) < 100
+    batches: list[int] = []
+
+    def step(backbone: nn.Module, images: Tensor, uses_bf16: bool) -> float:
+        batches.append(len(images))
+        return 0.001 * len(images)
+
+    monkeypatch.setattr(bf16_on_cpu, "_seconds_of_step", step)
+    assert bf16_gain(get_backbone("resnet10_half"), 16, batch_size=20) == 1
+    assert batches == [4, 8, 16, 20] + 5 * [20]
 
 
-@pytest.mark.parametrize("size", [16, 1])
-def test_bf16_is_not_taken_where_a_gradient_of_it_is_not_finite(
-    size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(bf16_on_cpu, "CPUINFO", tmp_path / "cpuinfo")
-    bf16_on_cpu.CPUINFO.write_text("flags : sse avx2 amx_bf16 amx_tile\n")
-    convolve = torch.conv2d
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_bf16_is_not_taken_where_a_gradient_of_it_is_not_finite(value: float) -> None:
+    class Spoilt(nn.Linear):
+        num_channels = 3
 
-    def overflowing(images: torch.Tensor, *args: torch.Tensor, **options: int) -> torch.Tensor:
-        result = convolve(images, *args, **options)
-        is_spoilt = result.dtype == torch.bfloat16 and images.shape[-1] == size
-        return result * torch.inf if is_spoilt else result
+        def forward(self, images: Tensor) -> Tensor:
+            features = super().forward(images.flatten(1))
+            return features * value if torch.is_autocast_enabled("cpu") else features
 
-    monkeypatch.setattr(torch, "conv2d", overflowing)
-    assert bf16_gain(rounds=2) == 0
+    assert bf16_gain(Spoilt(3 * 4 * 4, 5), 4, batch_size=4) == 0
 
 
 @pytest.mark.parametrize(
-    ("gain", "world", "expected"),
-    [(2.2, "1", "bf16"), (1.1, "1", "no"), (0.0, "1", "no"), (2.2, "2", "no")],
+    ("cpu", "world", "expected"),
+    [
+        ("avx2 amx_bf16 amx_tile", "1", None),
+        ("avx2 avx512_bf16", "1", None),
+        ("avx2 avx512f", "1", "no"),
+        ("avx2 amx_bf16", "2", "no"),
+    ],
 )
-def test_bf16_is_taken_on_a_cpu_that_it_speeds_up(
-    gain: float, world: str, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_cpu_with_arithmetic_for_bf16_is_measured(
+    cpu: str, world: str, expected: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    _cpu_with(cpu, monkeypatch, tmp_path)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(flags, "bf16_gain", lambda: gain)
     monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     assert default_precision() == expected
 
 
+@pytest.mark.parametrize(("gain", "expected"), [(2.2, "bf16"), (1.1, "no"), (0.0, "no")])
+def test_precision_is_that_which_was_measured_to_be_faster_and_why_is_said(
+    gain: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flags, "default_precision", lambda: None)
+    monkeypatch.setattr(flags, "bf16_gain", lambda backbone, size, batch_size: gain)
+    config = Config(model=ModelConfig("resnet10_half"))
+    precision, reasons = choose_precision(config)
+    assert precision == expected
+    measured = f"resnet10_half trains {gain} times as fast in bf16 as in float32"
+    assert reasons == [f"chosen for this CPU: --mixed-precision {expected}; {measured}"]
+    given = replace(config, run=RunConfig(mixed_precision="no"))
+    assert choose_precision(given) == ("no", [])
+
+
 @pytest.mark.parametrize(
-    ("precision", "gain", "cpu", "said"),
+    ("precision", "cpu", "said"),
     [
-        ("no", 0.0, "avx2", "float32"),
-        ("no", 1.1, "avx2 amx_bf16", "float32"),
-        (
-            "no",
-            2.2,
-            "avx2 amx_bf16",
-            "float32 (convolutions 2.2 x as fast: --mixed-precision bf16)",
-        ),
-        (
-            "bf16",
-            2.2,
-            "avx2 amx_bf16",
-            "bf16 (convolutions 2.2 x as fast as in float32, --mixed-precision no)",
-        ),
-        ("bf16", 0.0, "avx2", "bf16 (float32 is faster here: --mixed-precision no)"),
-        ("bf16", 0.0, "avx2 avx512_bf16", "bf16"),
-        ("bf16", 0.0, "asimd", "bf16"),
+        ("no", "avx2 amx_bf16", "float32"),
+        ("bf16", "avx2 amx_bf16", "bf16"),
+        ("bf16", "avx2", "bf16 (float32 is faster here: --mixed-precision no)"),
+        ("bf16", "avx2 avx512_bf16", "bf16"),
+        ("bf16", "asimd", "bf16"),
     ],
 )
 def test_header_says_the_precision_and_a_faster_one(
-    precision: str, gain: float, cpu: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path
+    precision: str, cpu: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bf16_on_cpu, "CPUINFO", tmp_path / "cpuinfo")
-    bf16_on_cpu.CPUINFO.write_text(f"flags : {cpu}\n")
-    monkeypatch.setattr(outlook, "bf16_gain", lambda: gain)
+    _cpu_with(cpu, monkeypatch, tmp_path)
     assert precision_on_cpu(precision) == said
 
 
