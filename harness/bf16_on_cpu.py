@@ -22,9 +22,8 @@ WORTH_CHANGING = 1.2  # times as fast, from which on bf16 is taken in place of f
 def bf16_gain(backbone: nn.Module, image_size: int, batch_size: int) -> float:
     """Return how many times as fast as in float32 a backbone trains in bf16 on this CPU.
 
-    By its forward and backward pass over random images, of which it takes at most `batch_size`,
-    and no more than last a tenth of a second. 0 where a gradient is not finite. Its small images
-    are padded from then on (pad_small_images).
+    By its forward and backward pass over as many random images as take a tenth of a second, at
+    most `batch_size`. 0 where a gradient is not finite. It pads small images from then on.
     """
     pad_small_images(backbone)
     num_images = min(4, batch_size)
@@ -76,9 +75,9 @@ def _cpu_flags() -> set[str]:
 
 
 class _PaddedConv2d(nn.Conv2d):
-    """A convolution that pads an image smaller than its stride or padding before it, not within.
+    """A convolution that pads an image smaller than its stride or padding beforehand.
 
-    oneDNN's bf16 gradient of such weights leaves some as the memory was: 1e30, NaN or nothing.
+    Padded within, oneDNN's bf16 gradient has entries that were never written: 1e30, NaN, or zero.
     """
 
     def forward(self, images: Tensor) -> Tensor:
