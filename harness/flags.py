@@ -389,7 +389,7 @@ def is_installed(package: str) -> bool:
 def choose_precision(config: Config) -> tuple[str, list[str]]:
     """Return --mixed-precision, or what launcher, GPU and CPU imply where it is None; and why.
 
-    Why is a line, where it was measured. Raises ValueError for fp16 without a GPU.
+    Why is one line where it was measured, none elsewhere. Raises ValueError for fp16 without a GPU.
     """
     precision = config.run.mixed_precision or default_precision()
     if precision == "fp16" and not torch.cuda.is_available():
@@ -422,19 +422,23 @@ def default_precision() -> str | None:
 
 
 def _gain_of_bf16(config: Config) -> float:
-    """Measure bf16 against float32, with the network of the config or one much like it."""
-    model, crops = config.model, config.crops
-    size = crops.global_crop_size or model.image_size or 224
+    """Measure bf16 against float32, with crops for images of 224 px where their size is open.
+
+    Raises ValueError where the network does not take its crops.
+    """
+    batch_size = config.optim.batch_size
+    model, crops = _fit_sizes(
+        config.model, config.crops, config.model.image_size or 224, batch_size
+    )
     backbone = get_backbone(
         model.arch,
         patch_size=model.patch_size,
-        image_size=model.image_size or size,
+        image_size=model.image_size,
         channels=model.channels,
     )
     if not crashes_in_channels_last(backbone):
         backbone = backbone.to(memory_format=torch.channels_last)
-    size -= size % backbone.patch_size
-    return bf16_gain(backbone, size, config.optim.batch_size)
+    return bf16_gain(backbone, crops.global_crop_size, batch_size)
 
 
 # ---------------------------------------------------------------- what follows
