@@ -427,9 +427,8 @@ def _gain_of_bf16(config: Config) -> float:
     Raises ValueError where the network does not take its crops.
     """
     batch_size = config.optim.batch_size
-    model, crops = _fit_sizes(
-        config.model, config.crops, config.model.image_size or 224, batch_size
-    )
+    guessed_size = config.model.image_size or 224
+    model, crops = _fit_sizes(config.model, config.crops, guessed_size, batch_size)
     backbone = get_backbone(
         model.arch,
         patch_size=model.patch_size,

@@ -13,6 +13,7 @@ from harness.bf16_on_cpu import bf16_gain, pad_small_images
 from harness.flags import choose_precision, default_precision
 from harness.outlook import precision_on_cpu
 from models import ModelConfig, get_backbone
+from multicrop import CropConfig
 
 
 def _cpu_with(flags: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -99,6 +100,24 @@ def test_precision_is_that_which_was_measured_to_be_faster_and_why_is_said(
     assert reasons == [f"chosen for this CPU: --mixed-precision {expected}; {measured}"]
     given = replace(config, run=RunConfig(mixed_precision="no"))
     assert choose_precision(given) == ("no", [])
+
+
+def test_network_that_is_measured_takes_its_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crops that do not fit are refused in the words that they are refused in elsewhere."""
+    measured: list[tuple[int, int]] = []
+
+    def gain(backbone: nn.Module, size: int, batch_size: int) -> float:
+        measured.append((backbone.patch_size, size))
+        return 2.0
+
+    monkeypatch.setattr(flags, "default_precision", lambda: None)
+    monkeypatch.setattr(flags, "bf16_gain", gain)
+    for crops in (CropConfig(), CropConfig(global_crop_size=32, local_crop_size=16)):
+        choose_precision(Config(model=ModelConfig("dino_vits8"), crops=crops))
+    assert measured == [(8, 224), (8, 32)]
+    config = Config(model=ModelConfig("dino_vits16"), crops=CropConfig(global_crop_size=8))
+    with pytest.raises(ValueError, match="patch of 16 px divides, such as 16, got 8"):
+        choose_precision(config)
 
 
 @pytest.mark.parametrize(
