@@ -102,6 +102,7 @@ def script() -> Callable[..., Result]:
 
 
 TINY_FLAGS = """
+    --mixed-precision no
     --arch resnet10_half --batch-size 8 --epochs 2 --warmup-epochs 0 --num-local-crops 1
     --projection-hidden-dim 16 --projection-output-dim 16 --projection-bottleneck-dim 8
     --knn-every 1 --lr 0.01 --num-workers 0
@@ -137,6 +138,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) ->
 
 
 VIT_FLAGS = """
+    --mixed-precision no
     --arch vit_tiny_patch16_224 --patch-size 8 --drop-path-rate 0 --epochs 2
     --warmup-epochs 0 --num-local-crops 1 --lr 0.01 --projection-hidden-dim 16
     --projection-output-dim 16 --knn-every 0 --projection-bottleneck-dim 8 --num-workers 0
