@@ -184,7 +184,7 @@ def test_bf16_gradients_of_small_images_are_those_of_float32(size: int) -> None:
             assert (mine.float() - exact).abs().max() < 0.03 * exact.abs().max()
 
 
-def test_networks_keep_their_names_and_features(tmp_path: Path) -> None:
+def test_networks_keep_their_names_and_features() -> None:
     network = get_backbone("resnet10t").eval()
     images = torch.randn(2, 3, 40, 40)
     names, features = list(network.state_dict()), network(images)
