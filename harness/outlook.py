@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from config import Config
 from data import ImageDataset, batch_factors
 from folders import some_of
-from harness.bf16_on_cpu import emulates_bf16
+from harness.bf16_on_cpu import emulates_bf16, has_bf16
 from harness.command import print_rows, unused_path
 from harness.distributed import has_compiler, is_compiled, num_local_processes
 from harness.estimate import flops_per_second, memory_of_machine, step_cost
@@ -181,7 +181,7 @@ def _precision_of(run: Run) -> str:
     """Return the precision of the networks, and one that is faster on this device."""
     precision, device = run.config.run.mixed_precision, run.accelerator.device.type
     if device == "cpu":
-        return precision_on_cpu(precision)
+        return precision_on_cpu(precision, run.accelerator.num_processes)
     if precision != "no":
         return precision
     if device != "cuda":
@@ -190,10 +190,12 @@ def _precision_of(run: Run) -> str:
     return f"float32 (faster: --mixed-precision {faster})"
 
 
-def precision_on_cpu(precision: str) -> str:
+def precision_on_cpu(precision: str, num_processes: int) -> str:
     """Return the precision of networks on a CPU, and how a faster one is asked for."""
     if precision == "bf16":
         return "bf16 (float32 is faster here: --mixed-precision no)" if emulates_bf16() else "bf16"
+    if num_processes > 1 and has_bf16():  # one process has measured it
+        return "float32 (bf16 may be faster here: --mixed-precision bf16)"
     return "float32"
 
 

@@ -134,7 +134,21 @@ def test_header_says_the_precision_and_a_faster_one(
     precision: str, cpu: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _cpu_with(cpu, monkeypatch, tmp_path)
-    assert precision_on_cpu(precision) == said
+    assert precision_on_cpu(precision, num_processes=1) == said
+
+
+@pytest.mark.parametrize(
+    ("cpu", "said"),
+    [
+        ("avx2 avx512_bf16", "float32 (bf16 may be faster here: --mixed-precision bf16)"),
+        ("avx2", "float32"),
+    ],
+)
+def test_header_of_several_processes_names_bf16_that_none_has_measured(
+    cpu: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _cpu_with(cpu, monkeypatch, tmp_path)
+    assert precision_on_cpu("no", num_processes=2) == said
 
 
 KERNELS = [
