@@ -46,13 +46,13 @@ from config import Config, OptimConfig
 from data import Cropper, hash_keys
 from eval_knn import knn_accuracy
 from harness.bf16_on_cpu import pad_small_images
-from harness.command import print_rows, run_command, stop_requests
+from harness.command import in_epochs, print_rows, run_command, stop_requests
 from harness.distributed import has_compiler, lay_out, stop_with_launcher
 from harness.fast_backbone import share_drop_path, skip_unread_tokens
 from harness.flags import QUICKSTART, parse_config
 from harness.monitor import Monitor, duration
 from harness.online_knn import OnlineKnn
-from harness.outlook import DryRun, in_epochs, introduce, tracked_settings
+from harness.outlook import DryRun, introduce, tracked_settings
 from harness.run import Run, TrainingState
 from harness.run_lock import FolderLock
 from harness.weights import load_weights

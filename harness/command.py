@@ -343,6 +343,10 @@ def unused_path(folder: Path, name: str, suffix: str = "") -> Path:
         path = folder / f"{name}-{number}{suffix}"
 
 
+def in_epochs(number: float) -> str:
+    return f"{number:g} epoch" if number == 1 else f"{number:g} epochs"
+
+
 def print_rows(console: Console, rows: dict[str, str]) -> None:
     """Print names and texts below each other; no table, which would cut long paths."""
     for name, text in rows.items():

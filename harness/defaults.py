@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from config import SETTINGS, Config
+from harness.command import in_epochs
 from models import NUM_PROTOTYPES
 from multicrop import PAPER_BLUR
 
@@ -76,7 +77,7 @@ def fill_in(config: Config, num_images: int, images_per_step: int) -> tuple[Conf
     by_network = {"lr": rate}
     lines: list[str] = []
     of_images = f"{num_images:,} images"
-    of_length = f"{epochs:,} epochs of {steps_per_epoch:,} steps"
+    of_length = f"{in_epochs(epochs)} of {steps_per_epoch:,} steps"
     reasons = {of_images: by_images, of_length: by_length, of_network: by_network}
     for reason, values in reasons.items():
         config, filled = _with_values(config, values)

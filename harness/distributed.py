@@ -1,7 +1,7 @@
 """Processes: an Accelerator for every launch line, guards, networks laid out, common decisions.
 
 Accelerate takes some launch lines for others without a word: two independent runs, DDP for FSDP, or
-one process for several. `make_accelerator` stops there, and says what to type.
+one process for several. `join_processes` and `make_accelerator` stop there, and say what to type.
 """
 
 import ctypes
@@ -18,8 +18,8 @@ from typing import Literal
 import timm
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -27,6 +27,24 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 PATIENCE = timedelta(hours=3)
 
 # ---------------------------------------------------------------- launching
+
+
+def join_processes() -> PartialState:
+    """Join the processes of this launch, one or several, on GPUs or CPUs.
+
+    For what comes before the precision is known, with which an Accelerator is built. Raises
+    ValueError, naming what to type, for a launch that would do something else.
+    """
+    if is_set("ACCELERATE_USE_DEEPSPEED") or is_set("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError("need --multi_gpu or --use_fsdp, got DeepSpeed or Megatron-LM")
+    for name in ("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_OFFLOAD_PARAMS"):
+        if is_set(name):
+            raise ValueError(f"{name.lower()} is not supported: set it to false")
+    is_on_cpu = is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    processes = PartialState(cpu=is_on_cpu, timeout=PATIENCE)
+    _check_launch(processes)
+    _use_all_cores(processes)
+    return processes
 
 
 def make_accelerator(
@@ -37,26 +55,19 @@ def make_accelerator(
 
     Raises ValueError, naming what to type, for a launch that would do something else.
     """
-    if is_set("ACCELERATE_USE_DEEPSPEED") or is_set("ACCELERATE_USE_MEGATRON_LM"):
-        raise ValueError("need --multi_gpu or --use_fsdp, got DeepSpeed or Megatron-LM")
-    for name in ("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_OFFLOAD_PARAMS"):
-        if is_set(name):
-            raise ValueError(f"{name.lower()} is not supported: set it to false")
+    processes = join_processes()
     uses_fsdp = is_set("ACCELERATE_USE_FSDP")
-    if uses_fsdp and mixed_precision == "fp16":
-        raise ValueError("FSDP trains in bf16 or float32, got --mixed-precision fp16")
     if mixed_precision in (None, "no"):  # float32 is meant, not TF32, which cuDNN would take
         torch.backends.cudnn.allow_tf32 = False
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=processes.device.type == "cpu",
         mixed_precision=mixed_precision,
         log_with=log_with,
         fsdp_plugin=_fsdp_plugin() if uses_fsdp else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         project_dir=".",  # trackers need one; the run sets its folder once it is known
     )
-    _check_launch(accelerator)
-    _use_all_cores(accelerator)
+    if uses_fsdp and not accelerator.is_fsdp2:
+        raise ValueError(_without_fsdp(accelerator.device.type))
     return accelerator
 
 
@@ -77,7 +88,8 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
 
 
 def is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() == "true"
+    """Tell whether an environment variable says yes, in any word that Accelerate takes for it."""
+    return os.environ.get(name, "").lower() in ("true", "t", "yes", "y", "on", "1")
 
 
 def _number(name: str, default: int) -> int:
@@ -91,16 +103,24 @@ WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD
 GPU_LAUNCH = "accelerate launch --multi_gpu --num_processes"
 
 
-def _check_launch(accelerator: Accelerator) -> None:
-    """Raise ValueError where processes, Slurm tasks or FSDP are not what the launch asked for."""
-    world, device = accelerator.num_processes, accelerator.device.type
-    script = Path(sys.argv[0]).name
-    on_cpus = f"torchrun --nproc_per_node N {script} ..."
-    on_gpus = f"{GPU_LAUNCH} N {script} ..."
-    if is_set("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
-        text = f"--use_fsdp would train without FSDP on {device}, which needs GPUs"
-        raise ValueError(f"{text}; type: {on_cpus}")
+def _launch_on_cpus() -> str:
+    """Return what to type for several processes on CPUs."""
+    return f"torchrun --nproc_per_node N {Path(sys.argv[0]).name} ..."
+
+
+def _without_fsdp(device: str) -> str:
+    text = f"--use_fsdp would train without FSDP on {device}, which needs GPUs"
+    return f"{text}; type: {_launch_on_cpus()}"
+
+
+def _check_launch(processes: PartialState) -> None:
+    """Raise ValueError where processes or Slurm tasks are not what the launch asked for."""
+    world, device = processes.num_processes, processes.device.type
+    on_cpus = _launch_on_cpus()
+    on_gpus = f"{GPU_LAUNCH} N {Path(sys.argv[0]).name} ..."
     launched = max(_number(name, 1) for name in WORLD_SIZES)
+    if launched != world and is_set("ACCELERATE_USE_FSDP"):
+        raise ValueError(_without_fsdp(device))
     if launched != world:
         text = f"{launched} processes were launched, and each would train alone on {device}"
         raise ValueError(f"{text}; type: {on_cpus} for CPUs, {on_gpus} for GPUs")
@@ -135,13 +155,13 @@ def launch_line(accelerator: Accelerator) -> str:
     return f"{GPU_LAUNCH} {world}"
 
 
-def _use_all_cores(accelerator: Accelerator) -> None:
+def _use_all_cores(processes: PartialState) -> None:
     """Let a CPU process use its share of the cores, where a launcher has set one thread.
 
     That cannot be told from a user who set one; OMP_NUM_THREADS=2 and more are kept.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+    if processes.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(cores_per_process())
 
 

@@ -7,6 +7,7 @@ finished by `finish` once the images are known.
 import argparse
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import json
 import os
@@ -214,6 +215,7 @@ LARGEST = 1e38  # near the end of float32's range
 def check_values(config: Config) -> None:
     """Raise ValueError for numbers out of range, and for flags that contradict each other."""
     check_ranges(config)
+    _check_precision(config)
     _check_channels(config)
     run = config.run
     for flag, text in (
@@ -386,19 +388,30 @@ def is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def choose_precision(config: Config) -> tuple[str, list[str]]:
-    """Return --mixed-precision, or what launcher, GPU and CPU imply where it is None; and why.
-
-    Why is one line where it was measured, none elsewhere. Raises ValueError for fp16 without a GPU.
-    """
-    precision = config.run.mixed_precision or default_precision()
-    if precision == "fp16" and not torch.cuda.is_available():
+def _check_precision(config: Config) -> None:
+    """Raise ValueError for fp16 where it cannot be."""
+    if (config.run.mixed_precision or default_precision()) != "fp16":
+        return
+    if not torch.cuda.is_available():
         raise ValueError("--mixed-precision fp16 needs a GPU, got none: need bf16 or no")
+    if is_set("ACCELERATE_USE_FSDP"):
+        raise ValueError("FSDP trains in bf16 or float32, got --mixed-precision fp16")
+
+
+def choose_precision(
+    given: str | None, model: ModelConfig, image_size: int, batch_size: int
+) -> tuple[str, list[str]]:
+    """Return the precision given, or what launcher, GPU and CPU imply where it is None; and why.
+
+    Why is one line where it was measured, on the network's steps of `batch_size` images of
+    `image_size` pixels; elsewhere there is none.
+    """
+    precision = given or default_precision()
     if precision is not None:
         return precision, []
-    gain = _gain_of_bf16(config)
+    gain = gain_of_bf16(model, image_size, batch_size)
     precision = "bf16" if gain >= WORTH_CHANGING else "no"
-    measured = f"{config.model.arch} trains {gain:.1f} times as fast in bf16 as in float32"
+    measured = f"{model.arch} trains {gain:.1f} times as fast in bf16 as in float32"
     return precision, [f"chosen for this CPU: --mixed-precision {precision}; {measured}"]
 
 
@@ -421,14 +434,9 @@ def default_precision() -> str | None:
     return "no" if is_set("ACCELERATE_USE_FSDP") else "fp16"
 
 
-def _gain_of_bf16(config: Config) -> float:
-    """Measure bf16 against float32, with crops for images of 224 px where their size is open.
-
-    Raises ValueError where the network does not take its crops.
-    """
-    batch_size = config.optim.batch_size
-    guessed_size = config.model.image_size or 224
-    model, crops = _fit_sizes(config.model, config.crops, guessed_size, batch_size)
+@functools.cache  # so that the two runs of --minutes in one process have one answer
+def gain_of_bf16(model: ModelConfig, image_size: int, batch_size: int) -> float:
+    """Measure how many times as fast as in float32 a network trains in bf16 on this CPU."""
     backbone = get_backbone(
         model.arch,
         patch_size=model.patch_size,
@@ -437,15 +445,13 @@ def _gain_of_bf16(config: Config) -> float:
     )
     if not crashes_in_channels_last(backbone):
         backbone = backbone.to(memory_format=torch.channels_last)
-    return bf16_gain(backbone, crops.global_crop_size, batch_size)
+    return bf16_gain(backbone, image_size, batch_size)
 
 
 # ---------------------------------------------------------------- what follows
 
 
-def finish(
-    config: Config, dataset: ImageDataset, survey: Survey, precision: str, world: int = 1
-) -> Config:
+def finish(config: Config, dataset: ImageDataset, survey: Survey, world: int = 1) -> Config:
     """Return the config with what follows from images, architecture and machine filled in.
 
     These are sizes, levels, mean and deviation, workers, the data's path, precision and what else
@@ -482,11 +488,13 @@ def finish(
         eval_resize=eval_resize,
         num_workers=num_workers,
     )
-    run = replace(config.run, mixed_precision=precision)
-    finished = replace(config, model=model, data=data, crops=crops, run=run)
+    finished = replace(config, model=model, data=data, crops=crops)
     _require_memory_for_batch(finished)
     _require_memory_for_weights(finished, _num_backbone_parameters(model))
-    return finished
+    # last, since it may build the network and take steps of it
+    precision, why = choose_precision(config.run.mixed_precision, model, size, batch_size)
+    dataset.notes += why
+    return replace(finished, run=replace(config.run, mixed_precision=precision))
 
 
 def _with_mean_and_std(crops: CropConfig, dataset: ImageDataset) -> CropConfig:

@@ -16,7 +16,7 @@ from config import Config
 from data import ImageDataset, batch_factors
 from folders import some_of
 from harness.bf16_on_cpu import emulates_bf16, has_bf16
-from harness.command import print_rows, unused_path
+from harness.command import in_epochs, print_rows, unused_path
 from harness.distributed import has_compiler, is_compiled, num_local_processes
 from harness.estimate import flops_per_second, memory_of_machine, step_cost
 from harness.flags import as_plain_data
@@ -38,10 +38,6 @@ def ema_half_life(momentum: float) -> float:
     if momentum >= 1:
         return math.inf
     return math.log(0.5) / math.log(momentum)
-
-
-def in_epochs(number: float) -> str:
-    return f"{number:g} epoch" if number == 1 else f"{number:g} epochs"
 
 
 # ---------------------------------------------------------------- header

@@ -35,11 +35,10 @@ from data import (
 )
 from folders import cache_folder
 from harness.command import RunError, copy_whole, iterate, unused_path, write_whole
-from harness.distributed import Agreement, make_accelerator
+from harness.distributed import Agreement, join_processes, make_accelerator
 from harness.flags import (
     as_plain_data,
     check_values,
-    choose_precision,
     finish,
     fit_batch,
     wrong_setting,
@@ -311,9 +310,8 @@ class Run:
         make no sense, and for the folder of a live run; nothing is written then.
         """
         check_values(config)
-        precision, choices = choose_precision(config)
-        accelerator = make_accelerator(precision, config.run.log_with)
-        with accelerator.local_main_process_first():  # which may have to download or to scan
+        processes = join_processes()
+        with processes.local_main_process_first():  # which may have to download or to scan
             dataset = build_dataset(
                 config.data.data,
                 index_folder=None if config.run.dry_run else cache_folder(),
@@ -325,9 +323,9 @@ class Run:
             survey = dataset.survey()
         except ValueError as error:
             raise ValueError(f"no images in {config.data.data} can be read: {error}") from error
-        dataset.notes += survey.notes() + choices
-        world = accelerator.num_processes
-        config = finish(config, dataset, survey, accelerator.mixed_precision, world)
+        dataset.notes += survey.notes()
+        config = finish(config, dataset, survey, processes.num_processes)
+        accelerator = make_accelerator(config.run.mixed_precision, config.run.log_with)
         dataset.seed = config.run.seed
         dataset = dataset.as_canvases(config.data.canvas_size)
         return cls(config, accelerator, dataset, lock)

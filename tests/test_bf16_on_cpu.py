@@ -1,19 +1,18 @@
 """Where bf16 is taken on a CPU, and that its gradients are right for small images."""
 
-from dataclasses import replace
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from config import Config, RunConfig
+from data import build_dataset
 from harness import bf16_on_cpu, flags
 from harness.bf16_on_cpu import bf16_gain, pad_small_images
-from harness.flags import choose_precision, default_precision
+from harness.flags import choose_precision, default_precision, finish, parse_config
 from harness.outlook import precision_on_cpu
 from models import ModelConfig, get_backbone
-from multicrop import CropConfig
 
 
 def _cpu_with(flags: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -92,32 +91,35 @@ def test_precision_is_that_which_was_measured_to_be_faster_and_why_is_said(
     gain: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flags, "default_precision", lambda: None)
-    monkeypatch.setattr(flags, "bf16_gain", lambda backbone, size, batch_size: gain)
-    config = Config(model=ModelConfig("resnet10_half"))
-    precision, reasons = choose_precision(config)
+    monkeypatch.setattr(flags, "gain_of_bf16", lambda model, size, batch_size: gain)
+    model = ModelConfig("resnet10_half")
+    precision, reasons = choose_precision(None, model, image_size=32, batch_size=8)
     assert precision == expected
     measured = f"resnet10_half trains {gain} times as fast in bf16 as in float32"
     assert reasons == [f"chosen for this CPU: --mixed-precision {expected}; {measured}"]
-    given = replace(config, run=RunConfig(mixed_precision="no"))
-    assert choose_precision(given) == ("no", [])
+    assert choose_precision("no", model, image_size=32, batch_size=8) == ("no", [])
 
 
-def test_network_that_is_measured_takes_its_crops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Crops that do not fit are refused in the words that they are refused in elsewhere."""
-    measured: list[tuple[int, int]] = []
+def test_network_is_measured_once_at_the_crops_that_follow_from_the_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured: list[tuple[int, int, int]] = []
 
     def gain(backbone: nn.Module, size: int, batch_size: int) -> float:
-        measured.append((backbone.patch_size, size))
+        measured.append((backbone.patch_size, size, batch_size))
         return 2.0
 
     monkeypatch.setattr(flags, "default_precision", lambda: None)
     monkeypatch.setattr(flags, "bf16_gain", gain)
-    for crops in (CropConfig(), CropConfig(global_crop_size=32, local_crop_size=16)):
-        choose_precision(Config(model=ModelConfig("dino_vits8"), crops=crops))
-    assert measured == [(8, 224), (8, 32)]
-    config = Config(model=ModelConfig("dino_vits16"), crops=CropConfig(global_crop_size=8))
-    with pytest.raises(ValueError, match="patch of 16 px divides, such as 16, got 8"):
-        choose_precision(config)
+    uncached = flags.gain_of_bf16.__wrapped__
+    monkeypatch.setattr(flags, "gain_of_bf16", functools.cache(uncached))
+    config = parse_config(["--data", "patterns", "--arch", "dino_vits8", "--batch-size", "7"])
+    for _ in range(2):  # as --minutes does, whose first steps are a run of their own
+        dataset = build_dataset("patterns")
+        finished = finish(config, dataset, dataset.survey())
+        assert finished.run.mixed_precision == "bf16"
+        assert "dino_vits8 trains 2.0 times as fast" in dataset.notes[-1]
+    assert measured == [(8, 48, 7)]
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ def test_what_is_given_stays_and_what_is_chosen_is_said_with_its_reason() -> Non
         "chosen for adamw on dino_vits16: --lr 0.0005",
     ]
     assert fill_in(config, 3000, images_per_step=30) == (config, [])
+    _, lines = fill_in(of_epochs(1), 3000, images_per_step=30)
+    assert "chosen for 1 epoch of 100 steps: " in lines[1]
 
 
 def test_warm_up_of_a_high_temperature_starts_at_the_papers() -> None:

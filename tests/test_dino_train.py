@@ -711,7 +711,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, tiny) -> No
     train(config)
     dataset = build_dataset(config.data.data)
     config = replace(config, run=replace(config.run, resume=True))
-    config = finish(config, dataset, dataset.survey(), "no")
+    config = finish(config, dataset, dataset.survey())
     run = Run(config, Accelerator(cpu=True), dataset)
     model = DinoModel.from_config(replace(config.model, image_size=16))
     system = dino_train.DinoSystem(model, DinoModel.from_config(model.config))

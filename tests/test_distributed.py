@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from conftest import MEASURED, ROOT, Answer, read_log
 from safetensors.torch import load_file
 from torch import nn
@@ -336,6 +336,16 @@ def test_processes_share_the_cores(env: dict, cores: int, monkeypatch: pytest.Mo
     all_cores = set(range(12))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: all_cores, raising=False)
     assert distributed.cores_per_process() == cores
+
+
+@pytest.mark.parametrize("value", ["true", "True", "1", "yes", "on", "false", "0", "no", "off"])
+def test_environment_says_yes_in_accelerates_words(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+    assert distributed.is_set("ACCELERATE_USE_CPU") == parse_flag_from_env("ACCELERATE_USE_CPU")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")
+    assert not distributed.is_set("ACCELERATE_USE_CPU")
 
 
 @pytest.mark.parametrize(

@@ -121,10 +121,10 @@ def test_memory_is_compared_with_the_machines(
     dataset = build_dataset(config.data.data)
     monkeypatch.setattr("harness.flags.memory_of_process", lambda: (total, "the machine has"))
     if said is None:
-        finish(config, dataset, dataset.survey(), "no")
+        finish(config, dataset, dataset.survey())
         return
     with pytest.raises(ValueError) as raised:
-        finish(config, dataset, dataset.survey(), "no")
+        finish(config, dataset, dataset.survey())
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -136,7 +136,7 @@ def test_name_of_a_data_set_stays_where_a_folder_is_called_the_same(
     monkeypatch.chdir(tmp_path)
     config = parse_config([*tiny_flags, "--data", "patterns"])
     dataset = build_dataset(config.data.data)
-    assert finish(config, dataset, dataset.survey(), "no").data.data == "patterns"
+    assert finish(config, dataset, dataset.survey()).data.data == "patterns"
 
 
 def test_koleo_needs_two_images_also_on_more_processes(tiny_flags: list[str]) -> None:
