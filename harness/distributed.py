@@ -19,7 +19,7 @@ import timm
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -40,8 +40,7 @@ def join_processes() -> PartialState:
     for name in ("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_OFFLOAD_PARAMS"):
         if is_set(name):
             raise ValueError(f"{name.lower()} is not supported: set it to false")
-    is_on_cpu = is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    processes = PartialState(cpu=is_on_cpu, timeout=PATIENCE)
+    processes = PartialState(cpu=is_on_cpu(), timeout=PATIENCE)
     _check_launch(processes)
     _use_all_cores(processes)
     return processes
@@ -88,8 +87,12 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
 
 
 def is_set(name: str) -> bool:
-    """Tell whether an environment variable says yes, in any word that Accelerate takes for it."""
-    return os.environ.get(name, "").lower() in ("true", "t", "yes", "y", "on", "1")
+    return os.environ.get(name, "").lower() == "true"
+
+
+def is_on_cpu() -> bool:
+    """Tell whether this launch is for the CPU: by its environment, or since there is no other."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def _number(name: str, default: int) -> int:

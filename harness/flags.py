@@ -30,6 +30,7 @@ from harness.defaults import RECIPE_DEFAULTS, fill_in
 from harness.distributed import (
     cores_per_process,
     crashes_in_channels_last,
+    is_on_cpu,
     is_set,
     num_local_processes,
     num_shards,
@@ -265,7 +266,7 @@ def _check_channels(config: Config) -> None:
 
 def memory_of_process() -> tuple[int, str]:
     """Return the bytes that a process can have for its networks, and where; 0: it is not known."""
-    if torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU"):
+    if torch.cuda.is_available() and not is_on_cpu():
         return torch.cuda.get_device_properties(0).total_memory, "the GPU has"
     total = memory_of_machine() or 0
     return total // num_local_processes(), "the machine has for each process"
@@ -389,8 +390,11 @@ def is_installed(package: str) -> bool:
 
 
 def _check_precision(config: Config) -> None:
-    """Raise ValueError for fp16 where it cannot be."""
-    if (config.run.mixed_precision or default_precision()) != "fp16":
+    """Raise ValueError for fp16 where it cannot be, and for a launcher's fp8."""
+    precision = config.run.mixed_precision or default_precision()
+    if precision not in (None, "no", "bf16", "fp16"):
+        raise ValueError(f"need bf16, fp16 or no for --mixed_precision, got {precision}")
+    if precision != "fp16":
         return
     if not torch.cuda.is_available():
         raise ValueError("--mixed-precision fp16 needs a GPU, got none: need bf16 or no")
@@ -403,13 +407,13 @@ def choose_precision(
 ) -> tuple[str, list[str]]:
     """Return the precision given, or what launcher, GPU and CPU imply where it is None; and why.
 
-    Why is one line where it was measured, on the network's steps of `batch_size` images of
-    `image_size` pixels; elsewhere there is none.
+    Why is one line where it was measured, on the network's steps of `batch_size` images with two
+    crops of `image_size` pixels each; elsewhere there is none.
     """
     precision = given or default_precision()
     if precision is not None:
         return precision, []
-    gain = gain_of_bf16(model, image_size, batch_size)
+    gain = gain_of_bf16(model, image_size, 2 * batch_size)
     precision = "bf16" if gain >= WORTH_CHANGING else "no"
     measured = f"{model.arch} trains {gain:.1f} times as fast in bf16 as in float32"
     return precision, [f"chosen for this CPU: --mixed-precision {precision}; {measured}"]
@@ -424,7 +428,7 @@ def default_precision() -> str | None:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         return launched
-    if is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
+    if is_on_cpu():
         is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
         return None if is_alone and has_bf16() else "no"
     if not torch.cuda.is_available():

@@ -119,7 +119,16 @@ def test_network_is_measured_once_at_the_crops_that_follow_from_the_images(
         finished = finish(config, dataset, dataset.survey())
         assert finished.run.mixed_precision == "bf16"
         assert "dino_vits8 trains 2.0 times as fast" in dataset.notes[-1]
-    assert measured == [(8, 48, 7)]
+    assert measured == [(8, 48, 14)]
+
+
+def test_network_whose_maps_end_as_one_cell_is_measured_on_a_batch_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """BatchNorm refuses one value, and a step has two: the crops."""
+    monkeypatch.setattr(flags, "default_precision", lambda: None)
+    precision, _ = choose_precision(None, ModelConfig("resnet10t"), image_size=32, batch_size=1)
+    assert precision in ("bf16", "no")
 
 
 @pytest.mark.parametrize(

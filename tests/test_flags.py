@@ -3,9 +3,11 @@
 import dataclasses
 import re
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import dino_train
 from config import Config
@@ -21,6 +23,7 @@ from harness.flags import (
     memory_of_process,
     parse_config,
 )
+from models import ModelConfig
 from visualize import VisualizeConfig
 
 
@@ -118,15 +121,49 @@ def test_memory_is_compared_with_the_machines(
     total: int, flags: list[str], said: str | None, tiny_flags: list[str], monkeypatch
 ) -> None:
     config = parse_config([*tiny_flags, *flags])
+    config = replace(config, run=replace(config.run, mixed_precision=None))
     dataset = build_dataset(config.data.data)
+    measured: list[str] = []  # the networks that are built, which none is that is too large
+
+    def gain(model: ModelConfig, image_size: int, batch_size: int) -> float:
+        measured.append(model.arch)
+        return 1.0
+
+    monkeypatch.setattr("harness.flags.default_precision", lambda: None)
+    monkeypatch.setattr("harness.flags.gain_of_bf16", gain)
     monkeypatch.setattr("harness.flags.memory_of_process", lambda: (total, "the machine has"))
     if said is None:
         finish(config, dataset, dataset.survey())
+        assert measured == ["resnet50"]
         return
     with pytest.raises(ValueError) as raised:
         finish(config, dataset, dataset.survey())
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert measured == []
+
+
+@pytest.mark.parametrize(
+    ("env", "has_gpu", "said"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, False, "fp16 needs a GPU, got none"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_FSDP": "true"},
+            True,
+            "FSDP trains in bf16 or float32, got --mixed-precision fp16",
+        ),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, True, "need bf16, fp16 or no .* got fp8"),
+    ],
+)
+def test_precision_that_cannot_be_is_named_before_the_images_are_read(
+    env: dict, has_gpu: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr("harness.flags.memory_of_process", lambda: (0, ""))
+    with pytest.raises(ValueError, match=said):
+        check_values(parse_config([]))
 
 
 def test_name_of_a_data_set_stays_where_a_folder_is_called_the_same(
