@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as TF
 from data import draw_patterns
 from harness import bf16_on_cpu
 from harness.command import run_command
+from harness.distributed import cores_per_process
 from harness.monitor import Monitor
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,20 @@ def parity() -> dict[str, Tensor]:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what scans find out of the user's cache, in the processes that tests start, too."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny networks gain nothing by threads, which wait for each other on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """For a test that trains in earnest."""
+    torch.set_num_threads(cores_per_process())
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -103,7 +118,7 @@ def script() -> Callable[..., Result]:
 
 TINY_FLAGS = """
     --mixed-precision no
-    --arch resnet10_half --batch-size 8 --epochs 2 --warmup-epochs 0 --num-local-crops 1
+    --arch test_resnet --batch-size 8 --epochs 2 --warmup-epochs 0 --num-local-crops 1
     --projection-hidden-dim 16 --projection-output-dim 16 --projection-bottleneck-dim 8
     --knn-every 1 --lr 0.01 --num-workers 0
 """.split()
@@ -139,7 +154,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) ->
 
 VIT_FLAGS = """
     --mixed-precision no
-    --arch vit_tiny_patch16_224 --patch-size 8 --drop-path-rate 0 --epochs 2
+    --arch test_vit --patch-size 8 --drop-path-rate 0 --epochs 2
     --warmup-epochs 0 --num-local-crops 1 --lr 0.01 --projection-hidden-dim 16
     --projection-output-dim 16 --knn-every 0 --projection-bottleneck-dim 8 --num-workers 0
     --teacher-temp 0.04 --teacher-momentum 0.996 --freeze-last-layer-epochs 1

@@ -100,6 +100,7 @@ def test_precision_is_that_which_was_measured_to_be_faster_and_why_is_said(
     assert choose_precision("no", model, image_size=32, batch_size=8) == ("no", [])
 
 
+@pytest.mark.slow
 def test_network_is_measured_once_at_the_crops_that_follow_from_the_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -26,6 +26,7 @@ def start(args: list, **options: object) -> subprocess.Popen:
     return subprocess.Popen(words, text=True, stderr=subprocess.PIPE, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stdout", ["/dev/full", "closed pipe", "closed"])
 def test_run_outlives_its_output(stdout: str, tmp_path: Path, tiny_flags: list[str]) -> None:
     folder = tmp_path / "run"
@@ -111,6 +112,7 @@ def stalled(minutes: float) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal_ends_a_stalled_run_and_its_workers(number: int) -> None:
     process = stalled(0)
@@ -130,6 +132,7 @@ def test_second_signal_ends_a_stalled_run_and_its_workers(number: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_signal_that_a_launcher_passes_on_is_no_second_one() -> None:
     process = stalled(0)
     process.send_signal(signal.SIGTERM)
@@ -141,6 +144,7 @@ def test_signal_that_a_launcher_passes_on_is_no_second_one() -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_stalled_run_ends_after_so_many_minutes() -> None:
     process = stalled(0.02)
     process.send_signal(signal.SIGTERM)
@@ -162,12 +166,14 @@ kept.append(kept)  # as the traceback of an error keeps it
 """
 
 
+@pytest.mark.slow
 def test_process_with_an_unfinished_iterator_ends() -> None:
     begin = [sys.executable, "-W", "ignore", "-c", UNFINISHED]
     result = subprocess.run(begin, cwd=ROOT, check=True, timeout=60, stderr=subprocess.PIPE)
     assert result.stderr == b""
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_run(
     tmp_path: Path, tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -234,7 +234,7 @@ def test_run_leaves_its_files_and_log_lines(tiny_run: Path) -> None:
     assert [line["step"] for line in steps] == [10, 20]
     assert log[-1]["step"] == 20
     assert 0 <= log[-1]["knn_top1"] <= 100
-    assert 1 <= log[-1]["rankme"] <= 256
+    assert 1 <= log[-1]["rankme"] <= 96
 
 
 def test_checkpoint_is_the_teacher_with_its_recipe(tiny_run: Path) -> None:
@@ -260,6 +260,7 @@ def test_same_seed_same_losses_bit_for_bit(tmp_path: Path, tiny: Callable[..., C
     assert losses(tmp_path / "a") != losses(tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_config_file_of_a_run_reproduces_it(tmp_path: Path, tiny_run: Path) -> None:
     args = ["--config", str(tiny_run / "config.yaml"), "--output-dir", str(tmp_path / "again")]
     train(parse_config(args))
@@ -269,6 +270,7 @@ def test_config_file_of_a_run_reproduces_it(tmp_path: Path, tiny_run: Path) -> N
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer", ["adamw", pytest.param("sgd", marks=SLOW), pytest.param("lars", marks=SLOW)]
 )
@@ -391,6 +393,7 @@ def test_drop_path_repeats_on_resume_and_vit_trains_on_a_folder(
     assert [line for line in read_log(tmp_path / "cut") if "rankme" in line] == measured
 
 
+@pytest.mark.slow
 def test_last_layer_waits_in_the_first_epochs(tmp_path: Path, tiny: Callable[..., Config]) -> None:
     key = "student.projection_head.last_layer.weight"
     flags = ("--knn-every", 0, "--batch-size", 40, "--epochs", 1)
@@ -407,6 +410,7 @@ def test_last_layer_waits_in_the_first_epochs(tmp_path: Path, tiny: Callable[...
     assert not torch.equal(free, initial)
 
 
+@pytest.mark.slow
 def test_backbone_waits_bit_for_bit_while_the_head_trains(
     tmp_path: Path, tiny: Callable[..., Config]
 ) -> None:
@@ -424,7 +428,7 @@ def test_backbone_waits_bit_for_bit_while_the_head_trains(
             is_gain = name.endswith("last_layer.gain")  # fixed at 1
             is_as_before = torch.equal(frozen[f"{role}.{name}"], param)
             assert is_as_before == (is_backbone or is_gain), name
-        weight = f"{role}.backbone.conv1.weight"
+        weight = f"{role}.backbone.conv1.0.weight"
         assert not torch.equal(freed[weight], frozen[weight])
 
 
@@ -443,13 +447,14 @@ def test_bf16_trains_with_a_float32_loss(tmp_path: Path, tiny_flags: list[str]) 
     assert {x.dtype for x in state.values()} == {torch.float32, torch.int64}
 
 
+@pytest.mark.slow
 def test_output_is_plain_and_has_no_progress_bar_where_it_is_no_terminal(
     tmp_path: Path, script, tiny_flags: list[str]
 ) -> None:
     result = script("dino_train", *tiny_flags, "--output-dir", tmp_path / "run")
     assert "\x1b" not in result.stdout
     assert "ETA" not in result.stdout
-    for said in ("resnet10_half", "1 x cpu", "2 epochs of 10 steps", "eval_knn.py", "curves.png"):
+    for said in ("test_resnet", "1 x cpu", "2 epochs of 10 steps", "eval_knn.py", "curves.png"):
         assert said in result.stdout
     for said in ("step 10 of 20, epoch 1: loss ", "step 20 of 20, epoch 2: loss "):
         (line,) = [line for line in result.stdout.splitlines() if line.startswith(said)]
@@ -595,6 +600,7 @@ def test_wrong_input_is_one_line_with_code_2_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_folder_that_holds_a_run_is_refused_unless_told(
     tmp_path: Path, tiny_run: Path, script, tiny: Callable[..., Config], tiny_flags: list[str]
 ) -> None:
@@ -614,6 +620,7 @@ def test_folder_that_holds_a_run_is_refused_unless_told(
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_files_of_others_in_the_folder_stay(
     tmp_path: Path, tiny: Callable[..., Config], tiny_flags: list[str]
 ) -> None:
@@ -661,6 +668,7 @@ def test_resume_that_contradicts_itself_is_refused(tiny_run: Path, script) -> No
     assert "--resume goes on with a run and --overwrite deletes it" in result.stderr
 
 
+@pytest.mark.slow
 def test_resume_with_another_model_or_data_is_refused(
     tmp_path: Path, script, tiny: Callable[..., Config]
 ) -> None:
@@ -671,7 +679,7 @@ def test_resume_with_another_model_or_data_is_refused(
         (["--projection-output-dim", "32"], "--projection-output-dim 32: it has 16"),
         (["--lr", "0.5"], "--lr 0.5: it has 0.01"),
         (["--seed", "7"], "--seed 7: it has 0"),
-        (["--arch", "resnet18"], "--arch resnet18: it has resnet10_half"),
+        (["--arch", "resnet18"], "--arch resnet18: it has test_resnet"),
     ):
         result = script("dino_train", "--resume", folder, *flags)
         assert result.returncode == 2
@@ -706,6 +714,7 @@ def test_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_checkpoint(
     assert metadata["step"] == int(match[2]) - 1
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, tiny) -> None:
     config = tiny(tmp_path / "run", "--knn-every", 0)
     train(config)
@@ -725,6 +734,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, tiny) -> No
     assert {path: path.read_bytes() for path in run.folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_log_cut_off_by_a_kill_does_not_hinder_resuming(tmp_path: Path, tiny) -> None:
     folder = tmp_path / "run"
     train(tiny(folder, "--knn-every", 0))
@@ -748,6 +758,7 @@ def test_train_folder_with_classes_and_flat_val_trains_without_knn(
     assert f"eval_knn.py '{tmp_path}/[odd] name/ckpt.safetensors'" in result.stdout
 
 
+@pytest.mark.slow
 def test_warm_up_longer_than_the_run_is_said(tmp_path: Path, tiny_flags: list[str], script) -> None:
     flags = ("--warmup-epochs", 5, "--knn-every", 0, "--output-dir", tmp_path / "run")
     result = script("dino_train", *tiny_flags, *flags)
@@ -755,7 +766,9 @@ def test_warm_up_longer_than_the_run_is_said(tmp_path: Path, tiny_flags: list[st
 
 
 @pytest.mark.slow
-def test_quick_start_learns_within_minutes_and_beats_raw_pixels(tmp_path: Path) -> None:
+def test_quick_start_learns_within_minutes_and_beats_raw_pixels(
+    tmp_path: Path, all_cores: None
+) -> None:
     """Two thirds of it, with the schedules of a run that is as short."""
     flags = ["--epochs", "2", "--knn-every", "2", "--output-dir", str(tmp_path / "run")]
     result = train(parse_config(flags))
@@ -805,6 +818,7 @@ def test_koleo_spreads_features_and_is_no_part_of_the_divergence(tmp_path: Path,
         assert line["kl"] == pytest.approx(line["loss"] - line["teacher_entropy"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_run_starts_from_given_weights(tmp_path: Path, tiny_run: Path, tiny_flags, script) -> None:
     """Its untrained k-NN is what the other run ended with; resumed, it does not read them again."""
     weights, folder = tmp_path / "ckpt.safetensors", tmp_path / "run"
@@ -820,6 +834,7 @@ def test_run_starts_from_given_weights(tmp_path: Path, tiny_run: Path, tiny_flag
     assert read_log(folder)[-1]["step"] == 20
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_named(
     tmp_path: Path, tiny_run: Path, tiny_flags, script
 ) -> None:
@@ -840,6 +855,7 @@ def test_weights_that_do_not_fit_are_named(
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_bands_are_trained_on_kept_and_evaluated(script, tmp_path: Path) -> None:
     """The class is in the fourth band alone, whose numbers are on a scale of their own."""
     for i in range(40):
@@ -870,6 +886,7 @@ def test_bands_are_trained_on_kept_and_evaluated(script, tmp_path: Path) -> None
     assert (pictures / "crops.png").exists() and (pictures / "neighbours.png").exists()
 
 
+@pytest.mark.slow
 def test_minutes_are_as_many_epochs_as_fit_by_the_measured_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_flags: list[str], capfd
 ) -> None:

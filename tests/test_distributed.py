@@ -158,6 +158,7 @@ def test_evaluation_counts_each_image_once_on_several_processes(
     assert results[0]["num_train"] + results[0]["num_test"] == 80
 
 
+@pytest.mark.slow
 def test_loss_that_is_nan_in_one_process_stops_all_at_its_step(
     tmp_path: Path, launch: Launch, vit_flags: list[str]
 ) -> None:

@@ -39,7 +39,7 @@ def test_file_holds_features_names_labels_and_the_network(
     tensors = load_file(out)
     names = read_names(tensors)
     files = sorted(str(file.relative_to(image_folder)) for file in image_folder.rglob("*.jpg"))
-    assert names == files and tensors["features"].shape == (80, 256)
+    assert names == files and tensors["features"].shape == (80, 96)
     with safe_open(out, framework="pt") as file:
         texts = file.metadata()
     classes, facts = json.loads(texts["classes"]), json.loads(texts["facts"])
@@ -75,7 +75,7 @@ def test_every_kind_of_file_holds_the_same(
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == names
     assert [row["class"] for row in rows] == [name.split("/")[0] for name in names]
-    from_csv = [[float(row[f"f{i}"]) for i in range(256)] for row in rows]
+    from_csv = [[float(row[f"f{i}"]) for i in range(96)] for row in rows]
     assert np.array_equal(np.array(from_csv, np.float32), features)  # to the last bit
     assert json.loads((tmp_path / "f.json").read_text())["facts"] == described["facts"]
 
@@ -157,10 +157,10 @@ def test_half_precision_and_splits(
         shutil.copytree(image_folder, folder / split)
     assert "--no-splits takes all images" in embedded(script, tiny_run, folder, out)
     whole = np.load(out)
-    assert whole.shape == (80, 256)
+    assert whole.shape == (80, 96)
     embedded(script, tiny_run, folder, out, "--no-splits", "--dtype", "float16")
     halves = np.load(out)
-    assert halves.shape == (160, 256) and halves.dtype == np.float16
+    assert halves.shape == (160, 96) and halves.dtype == np.float16
     np.testing.assert_allclose(halves[80:], whole, rtol=1e-2, atol=1e-3)
 
 

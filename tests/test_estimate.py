@@ -47,6 +47,7 @@ def test_machine_has_a_speed_and_memory() -> None:
     assert 1 << 28 < memory_of_machine() < 1 << 46
 
 
+@pytest.mark.slow
 def test_step_that_is_too_much_is_named_before_it_is_taken(
     monkeypatch: pytest.MonkeyPatch, tiny_flags, tmp_path
 ) -> None:
@@ -61,6 +62,7 @@ def test_step_that_is_too_much_is_named_before_it_is_taken(
     assert said + "run about 16 min 40 s: smaller --batch-size" in result.stdout
 
 
+@pytest.mark.slow
 def test_cost_of_a_network_whose_layers_take_parameters_as_inputs() -> None:
     """PiT and CaiT hand their class token to a layer, which torch's counter stumbles over."""
     for arch in ("pit_ti_224", "cait_xxs24_224"):

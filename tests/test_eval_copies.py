@@ -217,6 +217,7 @@ def test_copydays_blocks_and_groups_are_those_of_the_names(tmp_path: Path) -> No
         open_copydays(tmp_path / "strong")
 
 
+@pytest.mark.slow
 def test_own_images_and_copydays_are_evaluated(script, tiny_run: Path, tmp_path: Path) -> None:
     answer, file = tmp_path / "copies.json", tiny_run / "ckpt.safetensors"
     flags = ["--num-queries", 6, "--json-out", answer]

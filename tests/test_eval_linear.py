@@ -127,6 +127,7 @@ def test_class_without_images_has_no_accuracy() -> None:
     assert report["per_class_top1"] == {"cat": 75.0, "dog": None}
 
 
+@pytest.mark.slow
 def test_probe_on_crops_equals_torch_sgd_on_the_features_it_saw() -> None:
     """Every epoch sees each image once, in another crop, and one probe is plain SGD."""
     dataset = build_dataset("patterns")

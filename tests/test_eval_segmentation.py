@@ -157,6 +157,7 @@ def test_attention_is_compared_with_all_that_is_no_background() -> None:
 # ---------------------------------------------------------------- the script
 
 
+@pytest.mark.slow
 def test_patches_of_known_objects_are_told_apart(
     pairs: Path, vit: Path, evaluate: Callable
 ) -> None:
@@ -179,6 +180,7 @@ def test_patches_of_known_objects_are_told_apart(
     assert f"best head {attention['jaccard_best_head']:.2f} %" in printed
 
 
+@pytest.mark.slow
 def test_memory_is_drawn_by_its_seed_and_capped(
     pairs: Path, tiny_run: Path, evaluate: Callable
 ) -> None:
@@ -195,7 +197,7 @@ def test_network_without_class_token_says_so(
     pairs: Path, tiny_run: Path, evaluate: Callable
 ) -> None:
     results, printed = evaluate(tiny_run, pairs)
-    assert "no attention to judge: resnet10_half has no class token" in printed
+    assert "no attention to judge: test_resnet has no class token" in printed
     assert "jaccard_best_head" not in results["attention"]
     assert 0 < results["knn"]["mean_iou"] < 100
 

@@ -266,6 +266,7 @@ def test_frames_of_ones_own_need_a_mask_and_give_masks(
         assert np.array_equal(np.asarray(ours), read_mask(followed[0] / f"one/{t:05}.png"))
 
 
+@pytest.mark.slow
 def test_settings_reach_the_propagation(
     davis: Path, tiny_run: Path, tmp_path: Path, script: Callable
 ) -> None:
@@ -278,6 +279,7 @@ def test_settings_reach_the_propagation(
     assert len(found) == 6
 
 
+@pytest.mark.slow
 def test_wrong_input_is_one_line(
     davis: Path, vit: Path, followed: tuple, tmp_path: Path, script: Callable
 ) -> None:

@@ -53,6 +53,7 @@ def system(request: pytest.FixtureRequest) -> Iterator[DinoSystem]:
         yield to_fake_gpu(DinoSystem(student, teacher)).train()
 
 
+@pytest.mark.slow
 def test_crops_networks_and_loss_stay_on_the_gpu_and_wait_for_nothing(system: DinoSystem) -> None:
     crops = fake_crops()
     assert {crop.device for crop in crops} == {GPU}

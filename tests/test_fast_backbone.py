@@ -7,6 +7,7 @@ from harness.fast_backbone import DropPath, share_drop_path, skip_unread_tokens
 from models import get_backbone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch", ["dino_vits16", pytest.param("vit_base_patch14_dinov2", marks=pytest.mark.slow)]
 )
@@ -27,6 +28,7 @@ def test_last_block_for_the_class_token_alone_is_exact(arch: str) -> None:
     copied.load_state_dict(get_backbone(arch, image_size=4 * patch).state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch",
     ["resnet18", "convnext_atto", "vit_base_patch16_siglip_224", "deit_tiny_distilled_patch16_224"],

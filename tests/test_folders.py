@@ -423,6 +423,7 @@ def one_line(result: Result) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_header_says_what_was_entered_and_left_out(script, tmp_path: Path) -> None:
     data = write(tmp_path / "data", "pets/train/cat/6", "pets/train/dog/6", "pets/val/cat/2")
     write(data, "pets/val/dog/2", "pets/test/cat/9", "pets/a.txt")
@@ -441,6 +442,7 @@ def test_header_says_what_was_entered_and_left_out(script, tmp_path: Path) -> No
     assert "data: left alone: test (9 images)" in result.stdout
 
 
+@pytest.mark.slow
 def test_run_within_its_data_goes_on_and_is_evaluated(script, tmp_path: Path, monkeypatch) -> None:
     data = write(tmp_path / "data", "cat/8", "dog/8")
     monkeypatch.chdir(data)
@@ -453,6 +455,7 @@ def test_run_within_its_data_goes_on_and_is_evaluated(script, tmp_path: Path, mo
     assert "15 train, 1 test images" in result.stdout
 
 
+@pytest.mark.slow
 def test_unlabelled_images_are_judged_on_labelled_ones(script, tmp_path: Path) -> None:
     photos = write(tmp_path / "photos", "./12")
     labelled = write(tmp_path / "labelled", "cat/10", "dog/10")
@@ -466,6 +469,7 @@ def test_unlabelled_images_are_judged_on_labelled_ones(script, tmp_path: Path) -
     assert "18 train, 2 test images" in result.stdout
 
 
+@pytest.mark.slow
 def test_ambiguous_folder_ends_a_run_before_anything_is_written(script, tmp_path: Path) -> None:
     data = write(tmp_path / "data", "train/4", "cat/4", "dog/4")
     result = script("dino_train", *flags_of(data, "--output-dir", tmp_path / "run"))
@@ -478,6 +482,7 @@ def test_ambiguous_folder_ends_a_run_before_anything_is_written(script, tmp_path
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_one_class_is_an_error_of_an_evaluation(script, tmp_path: Path) -> None:
     data = write(tmp_path / "data", "cat/8")
     result = script("dino_train", *flags_of(data, "--output-dir", tmp_path / "run"))

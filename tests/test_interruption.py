@@ -269,6 +269,7 @@ def test_worker_that_dies_is_an_error_and_no_hang(tmp_path: Path, tiny_flags: li
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
 def test_worker_whose_socket_breaks_before_it_has_ended_is_named(error: type) -> None:
     """As a batch is taken from a worker that is being killed: no error of the input, code 1."""
@@ -310,6 +311,7 @@ def test_older_states_and_teachers_of_epochs_are_kept_as_asked(
     assert all(torch.equal(final[name], again[name]) for name in final)
 
 
+@pytest.mark.slow
 def test_state_is_saved_after_so_many_minutes(tmp_path: Path, launch, tiny_flags: list) -> None:
     folder = tmp_path / "run"
     flags = [*tiny_flags, "--knn-every", "0", "--save-minutes", "0.0001", "--output-dir", folder]
@@ -360,6 +362,7 @@ def test_resume_follows_images_that_were_moved_and_refuses_other_ones(
     assert f"the images in {moved}: they are not those it began with" in refused.stderr
 
 
+@pytest.mark.slow
 def test_full_disk_names_the_folder_and_keeps_the_last_state(
     tmp_path: Path, launch: Launch, tiny_flags: list[str]
 ) -> None:
@@ -376,6 +379,7 @@ def test_full_disk_names_the_folder_and_keeps_the_last_state(
     assert train(parse_config(["--resume", str(folder)]))["step"] == 10
 
 
+@pytest.mark.slow
 def test_full_disk_stops_two_processes_with_one_line(
     tmp_path: Path, launch: Launch, vit_flags: list[str]
 ) -> None:

@@ -22,6 +22,7 @@ def clouds(num: int, distance: float, seed: int) -> tuple[torch.Tensor, torch.Te
     return points * torch.tensor([1.0, 100.0, 0.01, 1.0, 10.0]) + 7, labels
 
 
+@pytest.mark.slow
 def test_fit_is_the_minimum_that_plain_descent_finds() -> None:
     """In float64, by a gradient written out, 20,000 small steps."""
     features, labels = clouds(90, 1.0, seed=0)
@@ -71,6 +72,7 @@ def test_probe_draws_nothing_by_chance_and_gives_no_gradient_to_its_features() -
     assert features.grad is None and not first.requires_grad
 
 
+@pytest.mark.slow
 def test_run_with_probe_is_the_run_without_and_logs_what_its_checkpoint_gives(
     tmp_path: Path, tiny_run: Path, tiny_flags, script
 ) -> None:

@@ -81,6 +81,7 @@ def test_vit_takes_another_patch_size_and_image_size() -> None:
     assert backbone(torch.randn(2, 3, 16, 16)).shape == (2, 384)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["beit_base_patch16_224", "convit_tiny", "levit_128s"])
 def test_network_of_one_size_is_built_for_that_of_its_images(arch: str) -> None:
     with torch.device("meta"):
@@ -349,6 +350,7 @@ def test_broken_checkpoints_are_refused_in_one_line(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_no_length_of_the_metadata_looks_like_a_pickle(tmp_path: Path) -> None:
     model, path = DinoModel(nn.Identity(), nn.Identity()), tmp_path / "c.safetensors"
     model.config = TINY

@@ -61,6 +61,7 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MUTATIONS)
 @pytest.mark.parametrize("name", ["ckpt", "state"])
 def test_damaged_tensors_are_one_line_or_what_was_saved(
@@ -136,6 +137,7 @@ def test_every_type_has_a_checksum_and_other_writers_files_load(tmp_path: Path) 
 WRONG = [3, "text", None, [], {}, -1, 0, True, 1e300]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ckpt", "state"])
 def test_metadata_of_the_wrong_type_is_one_line(name: str, tiny_run: Path, tmp_path: Path) -> None:
     """Rewritten by another program, with no checksum."""

@@ -58,6 +58,7 @@ def test_run_without_labels_logs_rank_and_shares_of_its_teachers_features(
     assert f"the teacher's {in_words(measured[-1])}" in said
 
 
+@pytest.mark.slow
 def test_header_without_labels_says_when_to_stop_and_what_keeps_the_way_back(
     unlabelled: tuple[str, Path], tmp_path: Path, tiny_flags, image_folder, script
 ) -> None:
@@ -67,6 +68,7 @@ def test_header_without_labels_says_when_to_stop_and_what_keeps_the_way_back(
     assert "when to stop" not in script("dino_train", *flags).stdout
 
 
+@pytest.mark.slow
 def test_labelled_run_logs_the_probe_that_its_checkpoint_gives(
     tmp_path: Path, tiny_flags, image_folder: Path, script
 ) -> None:
@@ -83,6 +85,7 @@ def test_labelled_run_logs_the_probe_that_its_checkpoint_gives(
     assert f"linear probe {read_log(folder)[-1]['probe_top1']:.1f} %" in result.stdout
 
 
+@pytest.mark.slow
 def test_resumed_run_measures_what_the_uninterrupted_one_does(
     tmp_path: Path, tiny_flags, script, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ def test_durations_are_said_in_two_units() -> None:
     assert [duration(x) for x in seconds] == ["7 s", "4 min 06 s", "3 h 05 min", "2 d 03 h"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_meant_is_a_warning_that_names_the_flag(
     tmp_path: Path, tiny_flags, script
 ) -> None:
@@ -69,6 +70,7 @@ def test_what_cannot_be_meant_is_a_warning_that_names_the_flag(
     )
 
 
+@pytest.mark.slow
 def test_frozen_backbone_is_a_warning_where_it_has_learned_nothing_or_never_will(
     tiny_flags, tmp_path: Path
 ) -> None:
@@ -87,6 +89,7 @@ def test_frozen_backbone_is_a_warning_where_it_has_learned_nothing_or_never_will
         assert [line for line in lines if "backbone" in line] == ([said] if said else [])
 
 
+@pytest.mark.slow
 def test_header_says_whether_blocks_are_compiled_and_what_is_missing(
     tiny_flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +112,7 @@ def test_header_says_whether_blocks_are_compiled_and_what_is_missing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_header_shows_the_arithmetic(tiny_run: Path, tiny_flags, tmp_path: Path, script) -> None:
     flags = ("--teacher-temp", "0.07", "--warmup-teacher-temp-epochs", "1", "--dry-run")
     flags += ("--output-dir", tmp_path / "run", "--teacher-momentum", "0.9")
@@ -127,6 +131,7 @@ def test_header_shows_the_arithmetic(tiny_run: Path, tiny_flags, tmp_path: Path,
         assert text in said, said
 
 
+@pytest.mark.slow
 def test_dry_run_writes_its_crops_alone_and_changes_nothing(
     tmp_path: Path, tiny_run: Path, tiny_flags, script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +182,7 @@ def test_collapse_is_judged_by_entropy_and_kl() -> None:
     assert collapse_of(0.5 * most, 0.0, 1024) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, flags",
     [pytest.param("uniform", UNIFORM, marks=pytest.mark.slow), ("one-hot", ONE_HOT)],
@@ -214,6 +220,7 @@ def test_healthy_run_is_not_called_collapsed(tiny_run: Path) -> None:
     assert not any("collapse" in line for line in read_log(tiny_run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_classes", [True, False])
 def test_teacher_that_is_worse_than_untrained_for_a_fifth_of_the_run_is_named(
     has_classes: bool,
@@ -253,6 +260,7 @@ def test_teacher_that_is_worse_than_untrained_for_a_fifth_of_the_run_is_named(
         assert "--koleo-weight 0.1" in line
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_and_no_failure_of_theirs_ends_a_run(
     tmp_path: Path, tiny_run: Path, tiny_flags
 ) -> None:

@@ -175,6 +175,7 @@ def test_levels_never_are_the_same() -> None:
     assert measured_levels([np.full((3, 3), 7, np.uint16)]) == (7, 8)
 
 
+@pytest.mark.slow
 def test_levels_are_kept_by_run_and_checkpoint_and_used_by_evaluations(
     script, tmp_path: Path
 ) -> None:
@@ -214,6 +215,7 @@ def test_given_levels_are_taken_and_checked(script, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_levels_of_a_run_are_the_same_in_a_resumed_one(tmp_path: Path) -> None:
     for i in range(16):
         (tmp_path / "x").mkdir(exist_ok=True)

@@ -78,6 +78,7 @@ def test_fork_does_not_hold_the_lock(tmp_path: Path) -> None:
         os.waitpid(pid, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
 def test_folder_without_locks_is_said_once_and_used(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script, tiny_flags: list[str]
@@ -94,6 +95,7 @@ def test_folder_without_locks_is_said_once_and_used(
     assert not (tmp_path / "run" / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_live_run_is_neither_resumed_nor_overwritten_nor_joined(
     tmp_path: Path, script, tiny_flags: list[str]
 ) -> None:
@@ -140,6 +142,7 @@ def test_of_two_runs_that_start_at_once_one_trains(
     assert contents(folder).keys() == {".lock"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_resumed", [False, True])
 def test_all_processes_stop_where_the_folder_is_held(
     is_resumed: bool,
@@ -176,6 +179,7 @@ def run_of_two_states(tmp_path: Path, tiny_flags: list[str]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_resume_without_its_state_is_refused_with_the_rename_that_goes_back(
     run_of_two_states: Path, script
 ) -> None:
@@ -212,6 +216,7 @@ def test_resume_with_no_state_at_all_names_what_there_is(
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", range(1, 4))
 def test_kill_in_the_first_save_can_always_be_resumed(
     place: int, tmp_path: Path, launch: Callable[..., Answer], tiny_flags: list[str]
@@ -229,6 +234,7 @@ def test_kill_in_the_first_save_can_always_be_resumed(
     assert [line["step"] for line in read_log(folder)] == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_damaged_lines_of_the_log_are_kept_aside(run_of_two_states: Path, script) -> None:
     folder = run_of_two_states
     log = folder / "log.jsonl"

@@ -71,6 +71,7 @@ def tracker_id_of(folder: Path) -> str:
     return SavedRun.read(folder / "state.safetensors").tracker_id
 
 
+@pytest.mark.slow
 def test_tracker_gets_settings_counts_and_every_logged_figure(
     tmp_path: Path, tiny_flags: list[str], monkeypatch
 ) -> None:
@@ -83,7 +84,7 @@ def test_tracker_gets_settings_counts_and_every_logged_figure(
     figures = {"epoch", "loss", "lr", "teacher_entropy", "kl", "feature_spread", "data_wait"}
     assert figures <= recorder.lines[1].keys()
     settings = recorder.settings
-    assert settings["model.arch"] == "resnet10_half"
+    assert settings["model.arch"] == "test_resnet"
     assert settings["optim.batch_size"] == 8
     assert (settings["num_images"], settings["num_classes"]) == (80, 2)
     tensors, _ = load_tensors(folder / "ckpt.safetensors")
@@ -93,6 +94,7 @@ def test_tracker_gets_settings_counts_and_every_logged_figure(
     assert recorder.calls["finish"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["start", "store_init_configuration", "log", "finish"])
 def test_tracker_that_fails_is_said_in_one_line_and_ends_nothing(
     call: str, tmp_path: Path, tiny_flags: list[str], tiny_run: Path, monkeypatch
@@ -113,6 +115,7 @@ def test_tracker_that_fails_is_said_in_one_line_and_ends_nothing(
     assert own == other
 
 
+@pytest.mark.slow
 def test_run_has_one_id_for_wandb_over_all_its_starts(
     tmp_path: Path, tiny_flags: list[str], monkeypatch
 ) -> None:

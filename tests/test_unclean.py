@@ -245,6 +245,7 @@ def test_run_names_each_unreadable_file_once_and_counts_them(
     assert "images cannot be decoded: left out" in last.text
 
 
+@pytest.mark.slow
 def test_file_that_vanishes_during_the_run_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_flags: list[str]
 ) -> None:
@@ -270,6 +271,7 @@ def test_file_that_vanishes_during_the_run_is_replaced(
     assert "No such file" in reasons[0]
 
 
+@pytest.mark.slow
 def test_more_than_1_percent_unreadable_stops_the_run_with_a_list(
     unclean: Path, tmp_path: Path, script, tiny_flags: list[str]
 ) -> None:
