@@ -204,10 +204,12 @@ def test_maps_of_small_images_have_cells_enough_to_show_a_shape(
     draw_pictures(VisualizeConfig(str(checkpoint), str(photo), (kind,)))
     draw_pictures(VisualizeConfig(str(checkpoint), str(photo), (kind,), size=32))
     (title, cells, _), (small_title, small_cells, _) = drawn_sheets
-    factor = "3.5" if kind == "attention" else "7"  # crops of 32 and 16 px, cells of 8 px
-    assert title.endswith(f"images enlarged to 112 px, {factor} x the training crop, for 14 cells")
+    # crops of 32 and 16 px, cells of 8 and 32 px
+    enlarged = "112 px, 3.5 x" if kind == "attention" else "448 px, 28 x"
+    assert title.endswith(f"images enlarged to {enlarged} the training crop, for 14 cells")
     assert "28 x 14 cells" in cells[1][1]
-    assert small_title.endswith("images of 32 px") and "8 x 4 cells" in small_cells[1][1]
+    small = "8 x 4 cells" if kind == "attention" else "2 x 1 cells"
+    assert small_title.endswith("images of 32 px") and small in small_cells[1][1]
 
 
 def test_photographs_are_not_enlarged_further(vit: Path, tmp_path: Path) -> None:
@@ -310,7 +312,7 @@ def test_wrong_input_is_one_line_and_code_2(
         ((vit, tmp_path / "text.jpg"), "cannot decode"),
         ((vit, tmp_path / "empty"), "no images in"),
         ((tmp_path / "none.safetensors", photo), "no such checkpoint"),
-        ((resnet, photo, "--kind", "attention"), "no attention: resnet10_half has no class token"),
+        ((resnet, photo, "--kind", "attention"), "no attention: test_resnet has no class token"),
         ((vit, photo, "--kind", "neighbours"), "no neighbours: need a folder"),
         ((vit, photo, "--kind", "scatter"), "no scatter: need a folder of class folders"),
         ((vit, photo, "--query", photo), "no neighbours: need a folder"),
