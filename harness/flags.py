@@ -403,17 +403,17 @@ def _check_precision(config: Config) -> None:
 
 
 def choose_precision(
-    given: str | None, model: ModelConfig, image_size: int, batch_size: int
+    given: str | None, model: ModelConfig, crop_size: int, batch_size: int
 ) -> tuple[str, list[str]]:
     """Return the precision given, or what launcher, GPU and CPU imply where it is None; and why.
 
-    Why is one line where it was measured, on the network's steps of `batch_size` images with two
-    crops of `image_size` pixels each; elsewhere there is none.
+    Why is one line where it was measured, on steps of the network with two crops of `crop_size`
+    pixels for each of `batch_size` images; elsewhere there is none.
     """
     precision = given or default_precision()
     if precision is not None:
         return precision, []
-    gain = gain_of_bf16(model, image_size, 2 * batch_size)
+    gain = gain_of_bf16(model, crop_size, num_crops=2 * batch_size)
     precision = "bf16" if gain >= WORTH_CHANGING else "no"
     measured = f"{model.arch} trains {gain:.1f} times as fast in bf16 as in float32"
     return precision, [f"chosen for this CPU: --mixed-precision {precision}; {measured}"]
@@ -439,7 +439,7 @@ def default_precision() -> str | None:
 
 
 @functools.cache  # so that the two runs of --minutes in one process have one answer
-def gain_of_bf16(model: ModelConfig, image_size: int, batch_size: int) -> float:
+def gain_of_bf16(model: ModelConfig, crop_size: int, num_crops: int) -> float:
     """Measure how many times as fast as in float32 a network trains in bf16 on this CPU."""
     backbone = get_backbone(
         model.arch,
@@ -449,7 +449,7 @@ def gain_of_bf16(model: ModelConfig, image_size: int, batch_size: int) -> float:
     )
     if not crashes_in_channels_last(backbone):
         backbone = backbone.to(memory_format=torch.channels_last)
-    return bf16_gain(backbone, image_size, batch_size)
+    return bf16_gain(backbone, crop_size, num_crops)
 
 
 # ---------------------------------------------------------------- what follows

@@ -91,13 +91,13 @@ def test_precision_is_that_which_was_measured_to_be_faster_and_why_is_said(
     gain: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flags, "default_precision", lambda: None)
-    monkeypatch.setattr(flags, "gain_of_bf16", lambda model, size, batch_size: gain)
+    monkeypatch.setattr(flags, "gain_of_bf16", lambda model, crop_size, num_crops: gain)
     model = ModelConfig("resnet10_half")
-    precision, reasons = choose_precision(None, model, image_size=32, batch_size=8)
+    precision, reasons = choose_precision(None, model, crop_size=32, batch_size=8)
     assert precision == expected
     measured = f"resnet10_half trains {gain} times as fast in bf16 as in float32"
     assert reasons == [f"chosen for this CPU: --mixed-precision {expected}; {measured}"]
-    assert choose_precision("no", model, image_size=32, batch_size=8) == ("no", [])
+    assert choose_precision("no", model, crop_size=32, batch_size=8) == ("no", [])
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_network_whose_maps_end_as_one_cell_is_measured_on_a_batch_of_one(
 ) -> None:
     """BatchNorm refuses one value, and a step has two: the crops."""
     monkeypatch.setattr(flags, "default_precision", lambda: None)
-    precision, _ = choose_precision(None, ModelConfig("resnet10t"), image_size=32, batch_size=1)
+    precision, _ = choose_precision(None, ModelConfig("resnet10t"), crop_size=32, batch_size=1)
     assert precision in ("bf16", "no")
 
 

@@ -314,7 +314,8 @@ def test_killed_run_resumes_from_its_last_save(
     train(tiny(tmp_path / "whole", "--save-every", 5, "--log-every", 1, "--knn-every", 0))
     script = [sys.executable, str(ROOT / "dino_train.py")]
     command = [*script, *flags, "--output-dir", str(tmp_path / "cut")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as this process; two round otherwise
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=one_thread)
     while not (tmp_path / "cut" / "state.safetensors").exists():
         time.sleep(0.05)
     time.sleep(0.3)

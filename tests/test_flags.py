@@ -125,7 +125,7 @@ def test_memory_is_compared_with_the_machines(
     dataset = build_dataset(config.data.data)
     measured: list[str] = []  # the networks that are built, which none is that is too large
 
-    def gain(model: ModelConfig, image_size: int, batch_size: int) -> float:
+    def gain(model: ModelConfig, crop_size: int, num_crops: int) -> float:
         measured.append(model.arch)
         return 1.0
 
