@@ -121,6 +121,12 @@ def test_network_is_measured_once_at_the_crops_that_follow_from_the_images(
         assert finished.run.mixed_precision == "bf16"
         assert "dino_vits8 trains 2.0 times as fast" in dataset.notes[-1]
     assert measured == [(8, 48, 14)]
+    config = parse_config(
+        ["--data", "patterns", "--arch", "dino_vits16", "--global-crop-size", "8"]
+    )
+    with pytest.raises(ValueError, match="patch of 16 px divides, such as 16, got 8"):
+        finish(config, dataset, dataset.survey())
+    assert len(measured) == 1
 
 
 def test_network_whose_maps_end_as_one_cell_is_measured_on_a_batch_of_one(

@@ -270,7 +270,6 @@ def test_config_file_of_a_run_reproduces_it(tmp_path: Path, tiny_run: Path) -> N
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer", ["adamw", pytest.param("sgd", marks=SLOW), pytest.param("lars", marks=SLOW)]
 )
@@ -803,6 +802,7 @@ def test_system_trains_the_student_alone() -> None:
     assert F.normalize(features, dim=-1).isfinite().all()
 
 
+@pytest.mark.slow
 def test_koleo_spreads_features_and_is_no_part_of_the_divergence(tmp_path: Path, tiny) -> None:
     logs = []
     for weight in (0.0, 2.0):

@@ -7,7 +7,6 @@ from harness.fast_backbone import DropPath, share_drop_path, skip_unread_tokens
 from models import get_backbone
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch", ["dino_vits16", pytest.param("vit_base_patch14_dinov2", marks=pytest.mark.slow)]
 )

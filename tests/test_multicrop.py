@@ -354,7 +354,6 @@ def test_size_of_crops_that_are_never_made_is_not_checked() -> None:
     assert [crop.shape[-1] for crop in crops] == [224, 224]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_crops_are_the_same_on_what_is_no_cpu(
     compiled: bool, monkeypatch: pytest.MonkeyPatch

@@ -182,7 +182,6 @@ def test_collapse_is_judged_by_entropy_and_kl() -> None:
     assert collapse_of(0.5 * most, 0.0, 1024) == ""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, flags",
     [pytest.param("uniform", UNIFORM, marks=pytest.mark.slow), ("one-hot", ONE_HOT)],
