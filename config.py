@@ -82,8 +82,8 @@ class OptimConfig:
     lr: float | None = setting(None, above=0, most=100)
     # learning rate at the end, not scaled [paper: 1e-6]
     min_lr: float = setting(1e-6, most=100)
-    # epochs in which the learning rate rises from 0 [paper: 10]; None: 10, at most a tenth of the
-    # run
+    # epochs in which the learning rate rises from 0 [paper: 10]; None: 10, without a recipe at most
+    # a tenth of the run
     warmup_epochs: float | None = setting(None, most=1_000_000)
     # weight decay at the start; none on biases and 1-d parameters [paper: 0.04]
     weight_decay: float = setting(0.04, most=10)
@@ -95,7 +95,7 @@ class OptimConfig:
     # [DINOv2: 0.1]
     koleo_weight: float = setting(0.0, most=100)
     # epochs in which the head's last layer is frozen; raise it if the loss does not fall
-    # [paper: 1]; None: 1, or 0 in runs of fewer than 10 epochs
+    # [paper: 1]; None: 1, without a recipe 0 in runs of fewer than 10 epochs
     freeze_last_layer_epochs: int | None = setting(None, most=1_000_000)
     # epochs in which the whole backbone is frozen and the head alone trains: 1 or 2 with
     # --init-from and a new head, whose first gradients say nothing yet; as slow as other epochs
@@ -111,18 +111,18 @@ class TeacherConfig:
     # student temperature, by which logits are divided before the softmax; at 10 all prototypes are
     # alike to it [paper: 0.1]
     student_temp: float = setting(0.1, above=0, most=10)
-    # teacher temperature at first; lower it if the loss stays at ln K [paper: 0.04]; None: 0.04, at
-    # most --teacher-temp
+    # teacher temperature at first; lower it if the loss stays at ln K [paper: 0.04]; None: 0.04,
+    # without a recipe at most --teacher-temp
     warmup_teacher_temp: float | None = setting(None, above=0, most=10)
-    # teacher temperature after the warm-up; above 0.07 is unstable [paper: 0.04 to 0.07]; None:
-    # 0.02 up to 20,000 images, 0.03 up to 50,000, then 0.04
+    # teacher temperature after the warm-up; above 0.07 is unstable [paper: 0.04 to 0.07]; None: in
+    # a recipe 0.04, else 0.02 up to 20,000 images, 0.03 up to 50,000, then 0.04
     teacher_temp: float | None = setting(None, above=0, most=10)
     # epochs in which the teacher temperature goes linearly from --warmup-teacher-temp to
     # --teacher-temp [paper: 30, for a teacher_temp of 0.07]
     warmup_teacher_temp_epochs: int = setting(0, most=1_000_000)
     # momentum of the teacher's moving average at first, 1 at the end; about 0.9995 for a whole
-    # batch of 256, less for short runs [paper: 0.996]; None: 0.996, in short runs less, so that it
-    # averages about a tenth of the run
+    # batch of 256, less for short runs [paper: 0.996]; None: 0.996, without a recipe less in short
+    # runs, so that it averages about a tenth of the run
     teacher_momentum: float | None = setting(None, below=1)
     # what keeps prototypes from taking all images: the center, which is a moving average of the
     # teacher's logits [paper], or sinkhorn, by which all prototypes take equal shares of each batch

@@ -13,7 +13,7 @@ Start here; every flag stands below, by concern:
     --config NAME      a recipe of recipes/, or a run's config.yaml; flags override it
     --epochs N         passes over the images
     --minutes N        as many epochs as fit into that time on this machine
-    --batch-size N     images a step in each process
+    --batch-size N     images in a micro-batch of each process
     --output-dir PATH  folder for the run's files; without it, a new one in runs/
     --resume FOLDER    go on with a run that was stopped or killed
     --dry-run          take a few steps, tell the time and memory of the run, draw its crops

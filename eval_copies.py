@@ -8,7 +8,7 @@ Copies of some of the images are made here, by a list of distortions; each is to
 among all of --data and --distractors. No labels are needed. DINO trains for crops, blur, flips
 and most of these colours, so that those rows say whether it learned what it was asked; JPEG,
 rotation and text are new to it. With --copydays the copies are the published ones (Douze et al.,
-2009), as DINO has it (arXiv 2104.14294, section 4.2.2). Images are squashed to squares. A ViT gives
+2009), as DINO has it (arXiv 2104.14294, section 4.2.1). Images are squashed to squares. A ViT gives
 its class token and the generalised mean of its patch tokens, other networks their output.
 Similarity is the cosine, and the first 20 images count.
 Axes: n images of the database, m queries, d features, b batch, c h w image.

@@ -14,7 +14,7 @@ exp(cosine / 0.07), as images do in eval_knn.py. The votes' shares are enlarged 
 bilinear, and each pixel takes the largest. Mean IoU: of all test images' pixels together, by class,
 then over the classes that occur in the test's masks or are predicted.
 
-Attention (DINO, arXiv 2104.14294, section 4.3): the patches that hold 60 % of the class token's
+Attention (DINO, arXiv 2104.14294, section 4.2.2): the patches that hold 60 % of the class token's
 attention in the last block are compared with all that is no background, by the Jaccard index, in
 each test image: of the best head of each image, and of the heads' mean.
 Axes: n patches remembered, p patches of an image, d features, c classes, h w map or mask.

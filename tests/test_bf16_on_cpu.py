@@ -52,7 +52,11 @@ def test_steps_that_are_too_short_to_measure_take_more_images(
 
     monkeypatch.setattr(bf16_on_cpu, "_seconds_of_step", step)
     assert bf16_gain(get_backbone("resnet10_half"), 16, batch_size=20) == 1
-    assert batches == [4, 8, 16, 20] + 5 * [20]
+    assert batches[:4] == [4, 8, 16, 20]
+    steps = batches[5:]  # after the first one in bf16
+    assert set(steps) == {20}
+    assert len(steps) % 2 == 0  # in turn
+    assert 0.001 * sum(steps) == pytest.approx(bf16_on_cpu.LEAST_MEASURED, abs=0.05)
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])

@@ -73,9 +73,11 @@ def test_there_are_code_and_commands() -> None:
 
 @pytest.mark.parametrize("code", CODE, ids=range(len(CODE)))
 def test_code_runs_as_it_is_pasted(
-    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: str, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "NAME").symlink_to(tiny_run)
     if "features.safetensors" in code:
         names = torch.tensor(list(b"a.jpg\0b.jpg"), dtype=torch.uint8)
         save_file({"features": torch.zeros(2, 3), "names": names}, "features.safetensors")
