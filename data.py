@@ -563,6 +563,8 @@ def build_dataset(
     else:
         _require_source(data, "--data")
         dataset = _found_set(data, split, val, take_splits, channels, index_folder)
+    if data in NAMED_SETS and os.path.isdir(data):
+        dataset.notes.append(f"{data} is not the folder of that name, which is --data ./{data}")
     dataset.channels = channels
     if split != "train" and dataset.labels is None:
         why = next((note for note in dataset.notes if note.startswith("no classes")), "")

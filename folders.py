@@ -120,10 +120,8 @@ class _Walk:
 
     def _walk(self) -> None:
         """Look into real folders first: what is linked besides has its real name then."""
-        holders = [self.root]
-        while holders[-1] != os.path.dirname(holders[-1]):
-            holders.append(os.path.dirname(os.path.realpath(holders[-1])))
-        self._seen = {_identity(holder) for holder in holders[1:]}
+        above = Path(os.path.realpath(self.root)).parents  # links to these would lead back here
+        self._seen = {_identity(os.fspath(folder)) for folder in above}
         folders, links = [""], []
         while folders or links:
             folder = folders.pop() if folders else links.pop(0)
@@ -258,7 +256,10 @@ def _scan_tars(
     paths = [Path(root, tar) for tar in tars]
     members = scan_tars(paths, tuple(suffixes))
     other_suffixes = Counter(os.fsdecode(suffix) for suffix in members.pop("other_suffixes"))
+    links = [os.fsdecode(name) for name in members.pop("links")]
     notes = notes + _note_of_suffixes(other_suffixes)
+    if links:
+        notes.append(f"left out, links in tars: {len(links):,} ({some_of(links)})")
     return members | {
         "folders": as_bytes(folders),
         "tars": as_bytes(tars),
@@ -268,7 +269,7 @@ def _scan_tars(
 
 # ---------------------------------------------------------------- kept scans
 
-INDEX_VERSION = 4  # 2 held absolute paths, 3 did not say which arrays it has
+INDEX_VERSION = 5  # 2 held absolute paths, 3 did not say which arrays it has, 4 no links in tars
 
 
 def cache_folder() -> Path:
@@ -351,7 +352,9 @@ class _Listing(NamedTuple):
     notes: list[str]
 
 
-def _list_source(data: Path, suffixes: Collection[str], index_folder: Path | None) -> _Listing:
+def _list_source(
+    data: Path, suffixes: Collection[str], take_splits: bool, index_folder: Path | None
+) -> _Listing:
     root = os.path.abspath(data)  # an index is found again from any working directory
     found = _indexed(root, suffixes, index_folder)
     notes = [os.fsdecode(note) for note in found["notes"].tolist()]
@@ -360,7 +363,8 @@ def _list_source(data: Path, suffixes: Collection[str], index_folder: Path | Non
         paths = [os.path.join(os.fsencode(root), name) for name in found["names"].tolist()]
         return _Listing(root, names, np.array(paths, bytes), None, None, notes)
     tars = [os.fsdecode(tar) for tar in found["tars"].tolist()]
-    folders = [_folder_of_tar(tar) for tar in tars]
+    splits = _splits_by_names(root, tars) if take_splits else {}
+    folders = [_folder_of_tar(tar, splits.get(tar, "")) for tar in tars]
     names = [
         folders[number] + name.replace(".tar/", "/")
         for number, name in zip(found["tar"].tolist(), names, strict=True)
@@ -376,12 +380,39 @@ def _list_source(data: Path, suffixes: Collection[str], index_folder: Path | Non
     )
 
 
-def _folder_of_tar(tar: str) -> str:
-    """Return the folder that a tar's images seem to lie in: train.tar is the split `train`."""
+def _folder_of_tar(tar: str, split: str) -> str:
+    """Return the folder that a tar's images seem to lie in: train.tar is the split `train`.
+
+    `split` is what its name says beside that of other tars, "" for nothing.
+    """
     folder, name = os.path.split(tar)
     stem = name.removesuffix(".tar")
-    parts = [part for part in (folder, stem if stem.lower() in SPLIT_NAMES else "") if part]
-    return "".join(f"{part}/" for part in parts)
+    if stem.lower() in SPLIT_NAMES:
+        split = stem
+    return "".join(f"{part}/" for part in (folder, split) if part)
+
+
+def _splits_by_names(root: str, tars: list[str]) -> dict[str, str]:
+    """Return the split of each tar of a folder: pets-train-000.tar and pets-val-000.tar.
+
+    {} where a tar or a folder is called like a split itself, and where the names do not hold both
+    `train` and another split. Raises ValueError where they do and some hold none, or two.
+    """
+    parts = [part for tar in tars for part in tar.removesuffix(".tar").split("/")]
+    if any(part.lower() in SPLIT_NAMES for part in parts):
+        return {}
+    kinds: dict[str, set[str]] = {}
+    for tar in tars:
+        words = re.findall("[a-z]+", os.path.basename(tar).lower())
+        kinds[tar] = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    of_all = set().union(*kinds.values())
+    if "train" not in of_all or len(of_all) == 1:
+        return {}
+    unclear = [tar for tar in tars if len(kinds[tar]) != 1]
+    if unclear:
+        text = f"{root} holds tars of {' and '.join(sorted(of_all))}, and {some_of(unclear)}"
+        raise ValueError(f"{text}: need a split in each name, or --no-splits to take all of them")
+    return {tar: kind for tar in tars for kind in kinds[tar]}
 
 
 # ---------------------------------------------------------------- lists
@@ -440,8 +471,11 @@ def _read_columns(data: Path, text: str) -> tuple[list[str], list[str] | None, l
     """Return a table's paths, labels and splits; None for a column that it does not have."""
     first_line = text.split("\n", 1)[0]
     delimiter = max("\t;,", key=first_line.count)
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
-    header, rows = list(reader.fieldnames or []), list(reader)
+    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, strict=True)
+    try:
+        header, rows = list(reader.fieldnames or []), list(reader)
+    except csv.Error as error:  # such as a quotation mark without another
+        raise ValueError(f"{data} is no table after line {reader.line_num}: {error}") from error
     found = {
         kind: next((name for name in header if str(name).strip().lower() in names), None)
         for kind, names in COLUMNS.items()
@@ -542,7 +576,9 @@ def find_images(
     """
     data = Path(data)
     listing = (
-        _read_list(data) if is_list(data) else _list_source(data, image_suffixes, index_folder)
+        _read_list(data)
+        if is_list(data)
+        else _list_source(data, image_suffixes, take_splits, index_folder)
     )
     notes = listing.notes
     if not listing.names:
@@ -563,6 +599,7 @@ def find_images(
     notes = [*notes, *layout.notes, *train_layout.notes]
     kind = next((kind for kind in ("val", "test") if kind in splits), None)
     if kind is None:
+        notes += _left_alone(layout, set(layout.tops()) - {names_of_splits["train"]})
         return FoundSplits(train, None, notes)
     known = set() if train.classes is None else set(train.classes.tolist())
     test_layout = _enter(splits[kind], take_splits=False, known_classes=known)
@@ -667,7 +704,7 @@ def _splits_of(layout: _Layout) -> dict[str, str]:
     Raises ValueError where folders may be splits and may be classes.
     """
     counts = Counter(layout.tops())
-    counts.pop("", None)
+    num_above = counts.pop("", 0)
     names: dict[str, str] = {}
     for kind in ("train", "val", "test"):
         so_called = [name for name in sorted(counts) if SPLIT_NAMES.get(name.lower()) == kind]
@@ -680,14 +717,20 @@ def _splits_of(layout: _Layout) -> dict[str, str]:
         _refuse_almost_splits(layout, sorted(counts))
         return {}
     others = sorted(counts.keys() - set(names.values()))
-    if "train" in names and (len(names) > 1 or not others):
+    has_many_above = num_above > _few(len(layout.rows))
+    if "train" in names and (len(names) > 1 or not (others or has_many_above)):
         return names
-    held = some_of(list(names.values()))
-    held += f" beside {some_of(others)}" if others else " and no train"
-    first = next(iter(names.values()))
+    if others:
+        beside, all_there_is = f"beside {some_of(others)}", "all of them for classes"
+    elif has_many_above:
+        beside, all_there_is = f"beside {number_of(num_above, 'image')}", "all images"
+    else:
+        beside = "and no train"
+        all_there_is = "it for classes" if len(counts) == 1 else "all of them for classes"
+    path, first = layout.path, next(iter(names.values()))
     raise ValueError(
-        f"{layout.path} holds {held}: need --data {layout.path}/{first} to train on that split, or "
-        f"--no-splits to take {'all of them' if len(counts) > 1 else 'it'} for classes"
+        f"{path} holds {some_of(list(names.values()))} {beside}: need --data {path}/{first} to "
+        f"train on that split, or --no-splits to take {all_there_is}"
     )
 
 

@@ -36,6 +36,7 @@ from torchvision.transforms.v2 import functional as TF
 Levels = tuple[float, ...]
 
 MAX_PIXELS = 64_000_000  # 0.9 GiB while it is decoded; a JPEG is decoded at a part of its size
+ORIENTATION = 0x0112  # the tag of TIFF and EXIF that says how an image is to be turned
 NPY = b"\x93NUMPY"  # what a file of NumPy's begins with
 TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # and a TIFF or a BigTIFF of either byte order
 # Formats of Pillow's that run another program, or that it knows but cannot decode
@@ -105,7 +106,7 @@ def _deep_values(image: Image.Image, content: bytes) -> np.ndarray:
     values = _deep_channels(image, content)
     if values.ndim == 3:
         values = values[..., :3] if values.shape[-1] >= 3 else values[..., 0]  # no transparency
-    return _turned(values, image.getexif().get(0x0112, 1))
+    return _turned(values, image.getexif().get(ORIENTATION, 1))
 
 
 def _deep_channels(image: Image.Image, content: bytes) -> np.ndarray:
@@ -160,7 +161,7 @@ def _to_8_bits(values: np.ndarray, levels: Levels | None) -> np.ndarray:
     """
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         raise ValueError("it holds a nan or an infinity")
-    low, high = np.array(levels or measured_levels([values])).reshape(-1, 2).T
+    low, high = np.array(levels or measured_levels([_some_of(values)])).reshape(-1, 2).T
     num_bands = 1 if values.ndim == 2 else values.shape[-1]
     if len(low) not in (1, num_bands):
         raise ValueError(f"need levels of {num_bands} bands, got those of {len(low)}")
@@ -176,15 +177,21 @@ def _to_8_bits(values: np.ndarray, levels: Levels | None) -> np.ndarray:
 def measured_levels(images: Sequence[np.ndarray]) -> Levels:
     """Return the 0.1 and 99.9 percentile of some images' numbers, which never are the same.
 
-    Of images (h, w) and (h, w, 3) they are two, whatever the colour; of others two of each band.
+    Of grey images (h, w) or (h, w, 1) and of colours (h, w, 3) they are two, whatever the colour;
+    of other images (h, w, c) two of each band.
     """
-    first = images[0]
-    if first.ndim == 3 and first.shape[-1] != 3:
-        bands = range(first.shape[-1])
-        of_bands = [measured_levels([values[..., band] for values in images]) for band in bands]
-        return tuple(itertools.chain.from_iterable(of_bands))
-    some = [values.ravel()[:: max(1, values.size // 1_000_000)] for values in images]
-    low, high = np.percentile(np.concatenate(some).astype(np.float64), [0.1, 99.9]).tolist()
+    num_bands = max(values.shape[2] if values.ndim == 3 else 1 for values in images)
+    if num_bands in (1, 3):
+        return _percentiles([values.ravel() for values in images])
+    of_bands = [
+        _percentiles([values[..., band].ravel() for values in images]) for band in range(num_bands)
+    ]
+    return tuple(itertools.chain.from_iterable(of_bands))
+
+
+def _percentiles(parts: Sequence[np.ndarray]) -> tuple[float, float]:
+    numbers = np.concatenate(parts).astype(np.float64)
+    low, high = np.percentile(numbers, [0.1, 99.9]).tolist()
     return low, high if high > low else low + 1
 
 
@@ -212,15 +219,16 @@ def _read_bands(content: bytes, channels: int) -> np.ndarray:
 
     Grey and RGB are also taken for each other's: for 1 and 3 channels c may be 3 or 1.
     """
+    orientation = 1
     if content.startswith(NPY):
         values = np.load(io.BytesIO(content), allow_pickle=False)
     elif content.startswith(TIFFS):
-        values = _read_bands_of_tiff(content)
+        values, orientation = _read_bands_of_tiff(content)
     else:
         with _opened(content) as opened:
             _require_few(opened.width * opened.height)
             values = _deep_channels(opened, content) if _is_deep(opened) else np.asarray(opened)
-            values = _turned(values, opened.getexif().get(0x0112, 1))
+            orientation = opened.getexif().get(ORIENTATION, 1)
     if values.dtype.kind not in "uif":
         raise ValueError(f"need numbers of uint8, uint16 or float, got {values.dtype}")
     if values.ndim == 2:
@@ -230,16 +238,17 @@ def _read_bands(content: bytes, channels: int) -> np.ndarray:
         values = np.moveaxis(values, 0, -1)
     if values.ndim != 3 or values.shape[-1] not in wanted or not values.size:
         raise ValueError(f"need an image (h, w, {channels}), got shape {values.shape}")
-    return values
+    return _turned(values, orientation)
 
 
-def _read_bands_of_tiff(content: bytes) -> np.ndarray:
-    """Return a TIFF's first image, whose bands may be samples of a page or pages."""
+def _read_bands_of_tiff(content: bytes) -> tuple[np.ndarray, int]:
+    """Return a TIFF's first image, whose bands may be samples of a page or pages, and its turn."""
     tifffile = _tifffile("a TIFF of several bands")
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         first = file.series[0]
         _require_few(first.size / 3)  # numbers, of which a photograph's pixel has 3
-        return first.asarray().squeeze()
+        tag = file.pages[0].tags.get(ORIENTATION)
+        return first.asarray().squeeze(), 1 if tag is None else int(tag.value)
 
 
 def _decode_bands(content: bytes, levels: Levels | None, channels: int) -> Tensor:
@@ -382,7 +391,7 @@ def _decode_opened(
     """Return the pixels of an opened image, as RGB or, with one channel, grey."""
     mode = "L" if channels == 1 else "RGB"
     width, height = image.size
-    orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+    orientation = image.getexif().get(ORIENTATION, 1) if "exif" in image.info else 1
     size = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
     if image.format in JPEGS:
         return Pixels(_decode_jpeg(image, content, orientation, at_least, mode), size)

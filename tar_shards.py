@@ -79,33 +79,40 @@ class _Image(NamedTuple):
     name: str
     offset: int  # bytes from the tar's beginning
     size: int  # bytes
-    kind: str  # class
     given: str  # what KEY.cls says, "" without it
 
 
-def scan_tars(paths: Iterable[Path], suffixes: Collection[str]) -> dict[str, np.ndarray]:
-    """Read the headers of tars: `names`, `tar`, `offsets`, `sizes` and `classes` (n,), and `tars`.
+class _Others(NamedTuple):
+    """What lies in tars besides the images."""
 
-    Images are the members that end in `suffixes`. A class is what KEY.cls says, or the tar in a
-    tar, or the first folder; "" where there is none. `given_classes` (n,) are those of KEY.cls
-    alone, `other_suffixes` (m,) those of all files that are no images. Raises ValueError, naming
+    suffixes: list[str]  # of files that are no images
+    links: list[str]  # that are called as images are
+
+
+def scan_tars(paths: Iterable[Path], suffixes: Collection[str]) -> dict[str, np.ndarray]:
+    """Read the headers of tars: `names`, `tar`, `offsets` and `sizes` of n images, and `tars`.
+
+    Images are the members that end in `suffixes`; the name of one in a tar in a tar begins with
+    the inner tar's. `given_classes` (n,) are what KEY.cls says, "" where there is none;
+    `other_suffixes` (m,) those of all files that are no images, `links` the names of links that are
+    not followed: symbolic ones, and hard ones to what is not in the tar. Raises ValueError, naming
     the last member that could be read, for a tar that is compressed, damaged or cut off.
     """
     paths = [str(path) for path in paths]
     numbers_of_tars: list[int] = []
     images: list[_Image] = []
-    other_suffixes: list[str] = []
+    others = _Others([], [])
     for number, path in enumerate(paths):
         with open(path, "rb") as file:
             end = os.fstat(file.fileno()).st_size
-            found = list(_images(file, path, end, suffixes, other_suffixes))
+            found = list(_images(file, path, end, suffixes, others))
         images += found
         numbers_of_tars += [number] * len(found)
     return {
         "names": as_bytes(image.name for image in images),
-        "classes": as_bytes(image.kind for image in images),
         "given_classes": as_bytes(image.given for image in images),
-        "other_suffixes": as_bytes(other_suffixes),
+        "other_suffixes": as_bytes(others.suffixes),
+        "links": as_bytes(others.links),
         "tars": as_bytes(paths),
         "tar": np.array(numbers_of_tars, np.int64),
         "offsets": np.array([image.offset for image in images], np.int64),
@@ -123,10 +130,13 @@ def _images(
     path: str,
     end: int,
     suffixes: Collection[str],
-    other_suffixes: list[str],
+    others: _Others,
     depth: int = 1,
 ) -> Iterator[_Image]:
-    """Yield the images in a tar that ends at byte `end`, and those in the tars in it."""
+    """Yield the images in a tar that ends at byte `end`, and those in the tars in it.
+
+    What else there is goes into `others`.
+    """
     if depth > DEEPEST:
         tar = path if len(path) < 200 else f"{path[:200]}..."
         raise ValueError(f"{tar} holds tars in each other: need at most {DEEPEST}")
@@ -136,13 +146,15 @@ def _images(
         name = PurePosixPath(member.name)
         if name.name.startswith("."):
             continue
-        if name.suffix == ".tar":
+        if member.issym() or member.islnk():
+            if name.suffix.lower() in suffixes:
+                others.links.append(str(name))
+        elif name.suffix == ".tar":
             file.seek(member.offset_data)
             inner_end = member.offset_data + member.size
             inner_path = f"{path}:{name}"
-            inner = _images(file, inner_path, inner_end, suffixes, other_suffixes, depth + 1)
-            for image in inner:
-                yield image._replace(name=f"{name}/{image.name}", kind=name.stem)
+            for image in _images(file, inner_path, inner_end, suffixes, others, depth + 1):
+                yield image._replace(name=f"{name}/{image.name}")
         elif name.suffix == ".cls":
             if member.size > LONGEST_CLASS:
                 given = f"{name} has {member.size:,} bytes"
@@ -152,17 +164,20 @@ def _images(
         elif name.suffix.lower() in suffixes:
             images.append((name, member))
         else:
-            other_suffixes.append(name.suffix.lower())
+            others.suffixes.append(name.suffix.lower())
     for name, member in images:
-        folder = name.parts[0] if len(name.parts) > 1 else ""
         given = classes.get(name.with_suffix(""), "")
-        kind = given or folder
-        yield _Image(str(name), member.offset_data, member.size, kind, given)
+        yield _Image(str(name), member.offset_data, member.size, given)
 
 
 def _members(file: BufferedReader, path: str, end: int) -> list[tarfile.TarInfo]:
-    """Return the files of a tar that ends at byte `end`. ValueError where it is no whole tar."""
+    """Return the files and links of a tar that ends at byte `end`.
+
+    A hard link to a file before it is returned as that file by its other name. ValueError where it
+    is no whole tar.
+    """
     members: list[tarfile.TarInfo] = []
+    files: dict[str, tarfile.TarInfo] = {}
     last = "its beginning"
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -172,9 +187,16 @@ def _members(file: BufferedReader, path: str, end: int) -> list[tarfile.TarInfo]
                     raise tarfile.ReadError("sparse")
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError("it is cut off")
-                if member.isfile():
-                    members.append(member)
                 tar.members = []  # or all headers stay in memory
+                if member.isfile():
+                    files[member.name] = member
+                elif member.islnk() and member.linkname in files:
+                    first = files[member.linkname]
+                    member.offset_data, member.size = first.offset_data, first.size
+                    member.type = tarfile.REGTYPE
+                elif not (member.issym() or member.islnk()):
+                    continue  # a folder, a pipe or a device
+                members.append(member)
             file.seek(tar.offset)
             # tarfile ends quietly at a header that is broken
             if tar.offset < end and any(file.read(tarfile.BLOCKSIZE)):

@@ -74,6 +74,16 @@ def test_batch_larger_than_the_data_is_named() -> None:
 # ---------------------------------------------------------------- images
 
 
+def test_folder_that_is_called_as_a_data_set_is_not_it_which_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert build_dataset("patterns").notes == []
+    (tmp_path / "patterns").mkdir()
+    text = "patterns is not the folder of that name, which is --data ./patterns"
+    assert build_dataset("patterns").notes == [text]
+
+
 def test_patterns_are_the_same_at_any_time_and_differ() -> None:
     whole = data.draw_patterns(torch.arange(40))
     assert whole.shape == (40, 3, 48, 48)

@@ -106,6 +106,12 @@ def test_test_is_left_alone_where_there_is_a_val(tmp_path: Path) -> None:
     assert "left alone: test (7 images)" in found.notes
 
 
+def test_few_images_above_a_lone_train_are_left_alone_and_counted(tmp_path: Path) -> None:
+    found = find(write(tmp_path, "./2", "train/cat/3", "train/dog/2"))
+    assert len(found.train.images) == 5
+    assert "left alone: above them (2 images)" in found.notes
+
+
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
@@ -116,6 +122,10 @@ def test_test_is_left_alone_where_there_is_a_val(tmp_path: Path) -> None:
             r"train beside cat, dog: need --data \S+/train to .* --no-",
         ),
         (("test/2", "cat/3", "dog/3"), "holds test beside cat, dog"),
+        (
+            ("./7", "train/2"),
+            r"train beside 7 images: need --data \S+/train to .*, or --no-splits to take all im",
+        ),
         (
             ("val/a/2", "valid/a/2", "train/a/2"),
             "holds val and valid: need one val, or --no-splits",
@@ -396,6 +406,8 @@ def test_list_with_labels_and_splits(delimiter: str, tmp_path: Path) -> None:
         ("path,split\na.png,val\n", "need lines of the split train, got val"),
         ("", "need a first line with a column `path`, got an empty file"),
         ("name,kind\n", "need a first line with a column `path`, got name, kind"),
+        ('path,label\na.png,1\n"a" b.png,2\n', "list.csv is no table after line 2: "),
+        ('path\n"a.png\na.png\n', "list.csv is no table after line 1: unexpected end"),
         ("path,label\n", "names no file: need paths relative to the list"),
     ],
 )

@@ -175,6 +175,24 @@ def test_levels_never_are_the_same() -> None:
     assert measured_levels([np.full((3, 3), 7, np.uint16)]) == (7, 8)
 
 
+def test_own_levels_of_an_image_are_of_all_its_colours(tmp_path: Path) -> None:
+    values = np.zeros((1080, 1920, 3), np.uint16)
+    values[..., 0] = 100
+    values[..., 1] = np.linspace(0, 60_000, 1920)
+    np.save(tmp_path / "colours.npy", values)
+    green = decode(bytes_of(tmp_path / "colours.npy"), channels=3)[1].double()
+    expected = torch.from_numpy(values[..., 1] / 60_000 * 255)
+    assert (green - expected).abs().max() < 2
+
+
+def test_levels_of_grey_images_of_several_forms_are_of_all_of_them() -> None:
+    random = np.random.default_rng(0)
+    shapes = ((20, 30, 1), (20, 30), (20, 30, 3))
+    images = [random.integers(0, 3000, shape).astype(np.uint16) for shape in shapes]
+    numbers = np.concatenate([image.ravel() for image in images])
+    assert measured_levels(images) == pytest.approx(tuple(np.percentile(numbers, [0.1, 99.9])))
+
+
 @pytest.mark.slow
 def test_levels_are_kept_by_run_and_checkpoint_and_used_by_evaluations(
     script, tmp_path: Path
@@ -336,6 +354,17 @@ def test_bands_of_an_array_are_mapped_by_the_levels_of_each(dtype: str, tmp_path
             low, high = np.percentile(values[..., band].astype(np.float64), [0.1, 99.9])
             of_band = expected(values[..., band], low, high)
             assert np.abs(own[band].astype(int) - of_band).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_bands_of_a_tiff_are_turned_as_it_says(orientation: int, tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="the optional package tifffile reads bands")
+    values = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    path, tag = tmp_path / "a.tif", (274, "H", 1, orientation, True)
+    tifffile.imwrite(path, values[..., :2], photometric="minisblack", extratags=[tag])
+    Image.fromarray(values).save(tmp_path / "rgb.tif", exif={274: orientation})
+    rgb = decode(bytes_of(tmp_path / "rgb.tif"))  # which Pillow turns
+    assert torch.equal(decode(bytes_of(path), channels=2), rgb[:2])
 
 
 @pytest.mark.parametrize("layout", ["samples", "planes", "pages", "float", "big"])

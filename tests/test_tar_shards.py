@@ -110,6 +110,40 @@ def test_train_and_val_tars_are_splits(tmp_path: Path) -> None:
         build_dataset(str(root), "test")
 
 
+def test_splits_of_shards_are_told_by_their_names(tmp_path: Path) -> None:
+    root = tmp_path / "shards"
+    root.mkdir()
+    for number in range(2):
+        write_tar(root / f"pets-train-{number:06}.tar", class_folders(3, first=10 * number))
+    write_tar(root / "pets-validation-000000.tar", class_folders(2, first=100))
+    train = build_dataset(str(root))
+    assert (len(train), train.classes) == (12, ["cat", "dog"])
+    assert "trains on train, evaluates on val" in train.notes
+    assert len(build_dataset(str(root), "test")) == 4
+    assert len(build_dataset(str(root), take_splits=False)) == 16
+    write_tar(root / "pets-more.tar", class_folders(2, first=200))
+    with pytest.raises(ValueError, match=r"tars of train and val, and pets-more.tar: need a split"):
+        build_dataset(str(root))
+
+
+def test_links_in_a_tar_are_followed_where_they_are_hard_and_else_counted(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "linked.tar", {"cat/0.png": image(0), "dog/0.png": image(1)})
+    with tarfile.open(path, "a") as tar:
+        for name, kind, target in (
+            ("cat/1.png", tarfile.LNKTYPE, "dog/0.png"),
+            ("cat/2.png", tarfile.LNKTYPE, "bird/0.png"),
+            ("cat/3.png", tarfile.SYMTYPE, "0.png"),
+        ):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    dataset = build_dataset(str(path))
+    names = [dataset.images[row].name for row in range(len(dataset))]
+    assert names == ["cat/0.png", "dog/0.png", "cat/1.png"]
+    assert dataset.images[2].read() == image(1)
+    assert dataset.notes == ["left out, links in tars: 2 (cat/2.png, cat/3.png)"]
+
+
 def test_images_without_folder_or_cls_have_no_class(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "flat.tar", {f"{i}.png": image(i) for i in range(3)})
     assert build_dataset(str(path)).labels is None
