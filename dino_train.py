@@ -55,6 +55,7 @@ from harness.online_knn import OnlineKnn
 from harness.outlook import DryRun, introduce, tracked_settings
 from harness.run import Run, TrainingState
 from harness.run_lock import FolderLock
+from harness.terminal import printable_name
 from harness.weights import load_weights
 from losses import DinoLoss, koleo_loss
 from models import DinoModel, update_teacher_EMA
@@ -142,7 +143,7 @@ def build_networks(
     student = DinoModel.from_config(config.model)
     if init_from is not None:
         for line in load_weights(student, init_from, config.run.init_network):
-            accelerator.print(line)
+            accelerator.print(printable_name(line))
     # the original's teacher, too, is built without drop path
     teacher = DinoModel.from_config(replace(config.model, drop_path_rate=0.0, pretrained=False))
     teacher.load_state_dict(student.state_dict())

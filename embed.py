@@ -23,7 +23,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -55,6 +54,7 @@ from tar_shards import TarImages
 SUFFIXES = (".safetensors", ".npy", ".csv", ".parquet")
 MOST_PAIRS = 100_000  # of near duplicates that are kept, the most similar
 PRINTED_PAIRS = 20
+BEGIN = b'{\n "facts": '  # of a .json that was written beside features
 ENTRIES = 1 << 24  # of a block of similarities: 64 MiB
 Tokens = Literal["class", "mean", "patch", "concat"]
 
@@ -91,6 +91,26 @@ def check_flags(options: EmbedConfig) -> None:
         raise ValueError("--near-duplicates compares one vector an image: not with --tokens patch")
     if threshold is not None and not -1 <= threshold < 1:
         raise ValueError(f"need --near-duplicates from -1 to below 1, got {threshold:g}")
+    _check_file_beside(out, options.evaluation.json_out)
+
+
+def _is_of_features(path: Path) -> bool:
+    """Tell whether a .json was written beside features, by its first bytes."""
+    with open(path, "rb") as file:
+        return file.read(len(BEGIN)) == BEGIN
+
+
+def _check_file_beside(out: Path, json_out: Path | None) -> None:
+    """Raise ValueError where the .json beside the features would replace another file."""
+    written = [out]
+    if out.suffix != ".safetensors":
+        beside = out.with_suffix(".json")
+        written.append(beside)
+        if beside.exists() and not _is_of_features(beside):
+            text = f"{beside}, which would be written beside it, is there and of something else"
+            raise ValueError(f"need another --out than {out}: {text}")
+    if json_out is not None and json_out.resolve() in [path.resolve() for path in written]:
+        raise ValueError(f"need another --json-out than {json_out}, where the features go")
 
 
 # ---------------------------------------------------------------- features
@@ -174,7 +194,8 @@ def report_duplicates(features: Tensor, names: list[str], options: EmbedConfig) 
         (f"{similarity:.6f}", names[one], names[other])
         for (one, other), similarity in zip(pairs.tolist(), similarities.tolist(), strict=True)
     ]
-    write_csv(file, ["similarity", "image", "other"], rows)
+    with whole_file(file) as temporary:
+        write_csv(temporary, ["similarity", "image", "other"], rows)
     text = f"{num_found:,} pairs above a similarity of {options.near_duplicates:g}"
     print(f"{text}: {printable_name(file)}")
     if num_found > len(rows):
@@ -206,9 +227,8 @@ class Embedded:
 
 
 def write_csv(path: Path, header: list[str], rows: list | map) -> None:
-    """Write lines of a table, whole or not at all. Names that are no UTF-8 keep their bytes."""
-    encoded = partial(open, mode="w", encoding="utf-8", errors="surrogateescape", newline="")
-    with whole_file(path) as temporary, encoded(temporary) as file:
+    """Write lines of a table. Names that are no UTF-8 keep their bytes."""
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
@@ -225,6 +245,10 @@ def write_safetensors(path: Path, embedded: Embedded) -> None:
         tensors["labels"] = torch.tensor(embedded.labels)
     texts = {"facts": json.dumps(embedded.facts), "classes": json.dumps(embedded.classes)}
     save_tensors(path, tensors, texts)
+
+
+def write_npy(path: Path, embedded: Embedded) -> None:
+    np.save(path, embedded.features)
 
 
 def write_table(path: Path, embedded: Embedded) -> None:
@@ -244,11 +268,13 @@ def write_parquet(path: Path, embedded: Embedded) -> None:
     import pyarrow.parquet
 
     columns = dict(embedded.columns())
-    # Parquet's texts are UTF-8
-    columns["name"] = [name.encode(errors="backslashreplace").decode() for name in embedded.names]
+    for key in columns.keys() & {"name", "class"}:  # Parquet's texts are UTF-8
+        columns[key] = [text.encode(errors="backslashreplace").decode() for text in columns[key]]
     columns |= {f"f{i}": column for i, column in enumerate(embedded.features.T)}
-    with whole_file(path) as temporary:
-        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+WRITERS = {".npy": write_npy, ".csv": write_table, ".parquet": write_parquet}
 
 
 def write_features(path: Path, embedded: Embedded) -> None:
@@ -256,18 +282,15 @@ def write_features(path: Path, embedded: Embedded) -> None:
     if path.suffix == ".safetensors":
         write_safetensors(path, embedded)
         return
-    beside = path.with_suffix(".json")
-    beside.unlink(missing_ok=True)  # where there is one, it is of the features beside it
     described = {"facts": embedded.facts, "classes": embedded.classes}
     if path.suffix == ".npy":
         described |= {"names": embedded.names, "labels": embedded.labels}
-        with whole_file(path) as temporary:
-            np.save(temporary, embedded.features)
-    elif path.suffix == ".csv":
-        write_table(path, embedded)
-    else:
-        write_parquet(path, embedded)
-    write_whole(beside, json.dumps(described, indent=1) + "\n")
+    text = json.dumps(described, indent=1) + "\n"
+    beside = path.with_suffix(".json")
+    with whole_file(path) as temporary:
+        WRITERS[path.suffix](temporary, embedded)
+        beside.unlink(missing_ok=True)  # it is of the features that are replaced now
+    write_whole(beside, text)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ Axes: n images of the database, m queries, d features, b batch, c h w image.
 import copy
 import io
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -335,6 +336,7 @@ class Extractor:
         self.accelerator = accelerator
         self.size = options.image_size or network.preparation.size
         self.features_of = copy_features(network.backbone)
+        self.levels = network.preparation.levels  # None until those of what is searched are known
 
     def _forward(self, pixels: Tensor) -> Tensor:
         return self.features_of(normalized(pixels, self.network.preparation))
@@ -346,10 +348,18 @@ class Extractor:
             self._forward, images, self.accelerator, evaluation.batch_size, evaluation.num_workers
         )
 
+    def open(self, data: str) -> ImageDataset:
+        """Open all images that `data` names, with the levels of those that were opened first."""
+        preparation = replace(
+            self.network.preparation, data=data, val=None, take_splits=False, levels=self.levels
+        )
+        images = open_training_images(preparation, self.accelerator)
+        self.levels = images.levels
+        return images
+
     def features_at(self, data: str, most: int | None = None) -> Tensor:
         """Return the features (n, d) of images that --data could name, of `most`. A collective."""
-        preparation = replace(self.network.preparation, data=data, val=None, take_splits=False)
-        images = open_training_images(preparation, self.accelerator)
+        images = self.open(data)
         rows = evenly(len(images), most or len(images)).tolist()
         return self.features(Subset(images.as_canvases(self.size), rows)).features
 
@@ -357,7 +367,7 @@ class Extractor:
 def made_copies(extractor: Extractor) -> tuple[Extracted, dict[str, Extracted]]:
     """Return the features of --data, and of the copies made of some of it. A collective."""
     network, options = extractor.network, extractor.options
-    images = open_training_images(network.preparation, extractor.accelerator)
+    images = extractor.open(network.preparation.data)
     whole = copy.copy(images)
     whole.transform, whole.resized_to = nn.Identity(), LARGEST
     database = extractor.features(images.as_canvases(extractor.size))
@@ -380,6 +390,9 @@ def published_copies(extractor: Extractor) -> tuple[Extracted, dict[str, Extract
     copies: dict[str, Extracted] = {}
     for name, block in images.items():
         block.channels = extractor.network.preparation.channels
+        if extractor.levels is None:  # of the originals, which come first
+            extractor.levels = block.measure_levels()
+        block.levels = extractor.levels
         found = extractor.features(block.as_canvases(extractor.size))
         of_group = torch.from_numpy(groups[name]).to(found.rows.device)
         copies[name] = found._replace(rows=of_group[found.rows])
@@ -435,7 +448,8 @@ def check_flags(options: CopiesConfig) -> None:
     if options.evaluation.val is not None:
         raise ValueError("copies are made of --data and need no --val")
     searched = (options.evaluation.data, options.distractors, options.copydays)
-    if options.whitening is not None and options.whitening in map(str, filter(None, searched)):
+    places = [os.path.abspath(place) for place in searched if place is not None]
+    if options.whitening is not None and os.path.abspath(options.whitening) in places:
         text = f"got {options.whitening} for both"
         raise ValueError(f"need other images for --whitening than those that are searched, {text}")
 

@@ -404,7 +404,7 @@ def evaluate(options: LinearConfig, accelerator: Accelerator) -> Evaluated:
         )
         probes = fit_probes(train_features, train_labels, test_labels, options)
         facts = size_facts(train_features, test_features)
-        if len(options.lrs) > 1:
+        if len(options.lrs) > 1 and len(train_features) > 1:
             facts["chosen_lr"] = chosen_lr(train_features, train_labels, options)
         if options.few_labels.shots:
             shots = linear_of_shots(

@@ -250,7 +250,10 @@ def pooled(backbone: nn.Module, options: RetrievalConfig) -> Callable[[Tensor], 
 
     def features_of(images: Tensor) -> Tensor:
         # what is left right and below of whole patches is cut, as the original's convolution does
-        height, width = (max(1, side // patch_size) * patch_size for side in images.shape[2:])
+        height, width = (side // patch_size * patch_size for side in images.shape[2:])
+        if not height or not width:
+            given = f"{images.shape[3]} x {images.shape[2]}"
+            raise ValueError(f"need images of at least {patch_size} px a side, got {given} px")
         images = images[..., :height, :width]
         if options.pooling == "class":
             return backbone(images)
@@ -323,6 +326,7 @@ def evaluate_revisited(
     images = images_of(truth, folder, options.image_size)
     network = open_backbone(replace(options.evaluation, data=str(folder)), accelerator)
     images.channels = network.preparation.channels
+    images.levels = network.preparation.levels or images.measure_levels()
     say_notes(images, accelerator)
     # images of different shapes are no batch
     features, _ = features_of_images(images, network, options, accelerator, batch_size=1)

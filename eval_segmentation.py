@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from config import setting
 from data import held_out, permutation
-from folders import by_numbers, is_hidden, number_of
+from folders import by_numbers, is_hidden, number_of, some_of
 from harness.command import read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
@@ -49,19 +49,21 @@ from harness.evaluation import (
     normalized,
     open_for_maps,
     report,
+    with_levels_of,
 )
 from harness.feature_maps import (
     class_attention,
     feature_map,
-    is_pooled_from_patches,
     mass_mask,
     patch_map,
     resize_to_patches,
     sizes_named,
+    why_attention_is_untrained,
     why_no_class_attention,
 )
 from harness.flags import check_ranges
-from harness.masks import VOID, jaccard, majority_on_grid, read_mask
+from harness.masks import VOID, jaccard, majority_on_grid, read_mask, require_same_size
+from harness.terminal import printable_name
 from pixels import decode, image_suffixes
 
 IMAGE_FOLDERS = ("images", "JPEGImages")  # the second is PASCAL VOC's
@@ -98,8 +100,11 @@ class Pair(NamedTuple):
     mask: Path
 
 
-def pairs_in(folder: Path) -> list[Pair]:
-    """Return the images of a folder that have a mask. Raises ValueError where there are none."""
+def pairs_in(folder: Path, notes: list[str]) -> list[Pair]:
+    """Return the images of a folder that have a mask; how many have none goes into the notes.
+
+    Raises ValueError where none has one.
+    """
     images, masks = (
         next((folder / name for name in names if (folder / name).is_dir()), None)
         for names in (IMAGE_FOLDERS, MASK_FOLDERS)
@@ -107,25 +112,30 @@ def pairs_in(folder: Path) -> list[Pair]:
     if images is None or masks is None:
         raise ValueError(f"need folders images and masks in {folder}")
     suffixes = image_suffixes()
-    pairs = [
-        Pair(path, masks / f"{path.stem}.png")
+    paths = [
+        path
         for path in sorted(images.iterdir(), key=lambda path: by_numbers(path.name))
         if path.suffix.lower() in suffixes and not is_hidden(path.name)
     ]
-    with_mask = [pair for pair in pairs if pair.mask.is_file()]
-    if not with_mask:
+    masks_by_name = {path.stem: path for path in masks.iterdir() if path.suffix.lower() == ".png"}
+    pairs = [Pair(path, masks_by_name[path.stem]) for path in paths if path.stem in masks_by_name]
+    if not pairs:
         raise ValueError(f"need images in {images} with a PNG of the same name in {masks}")
-    return with_mask
+    without_mask = [path.name for path in paths if path.stem not in masks_by_name]
+    if without_mask:
+        what = f"{number_of(len(without_mask), 'image')} ({some_of(without_mask)})"
+        notes.append(f"left out, without a mask in {masks}: {what}")
+    return pairs
 
 
-def read_splits(data: Path, val: Path | None) -> tuple[list[Pair], list[Pair]]:
-    """Return the pairs that are remembered and those that test."""
+def read_splits(data: Path, val: Path | None, notes: list[str]) -> tuple[list[Pair], list[Pair]]:
+    """Return the pairs that are remembered and those that test; what is left out is noted."""
     test = next((data / name for name in ("val", "test") if (data / name).is_dir()), None)
     if (data / "train").is_dir() and (val or test):
-        return pairs_in(data / "train"), pairs_in(val or test)
-    pairs = pairs_in(data)
+        return pairs_in(data / "train", notes), pairs_in(val or test, notes)
+    pairs = pairs_in(data, notes)
     if val is not None:
-        return pairs, pairs_in(val)
+        return pairs, pairs_in(val, notes)
     lists = [data / VOC_LISTS / f"{name}.txt" for name in ("train", "val")]
     if all(path.is_file() for path in lists):
         names = [set(path.read_text().split()) for path in lists]
@@ -150,10 +160,7 @@ def see(pair: Pair, network: FrozenBackbone, size: int) -> Seen:
     preparation = network.preparation
     image = decode(os.fsencode(pair.image), preparation.levels, preparation.channels)
     mask = read_mask(pair.mask)
-    if mask.shape != tuple(image.shape[1:]):
-        given = f"{pair.mask} of {mask.shape[1]} x {mask.shape[0]}"
-        height, width = image.shape[1:]
-        raise ValueError(f"need a mask of {width} x {height} px, as its image, got {given}")
+    require_same_size(mask, pair.mask, image)
     resized = resize_to_patches(image, size, network.backbone)
     device = next(network.backbone.parameters()).device
     return Seen(normalized(resized[None].to(device), preparation), mask)
@@ -321,11 +328,10 @@ def evaluate(
             attention = attention_of(seen.pixels, network)
             jaccards.append(attention_jaccards(attention, seen.mask, options.mass))
     parts = gather_object([(confusion, jaccards)])
-    return Evaluated(
-        sum(of_process for of_process, _ in parts),
-        [each for _, of_process in parts for each in of_process],
-        len(memory),
-    )
+    of_all = sum(of_process for of_process, _ in parts)
+    if not of_all.any():
+        raise ValueError(f"no pixel of the masks that test is judged: all are {VOID}")
+    return Evaluated(of_all, [each for _, of_process in parts for each in of_process], len(memory))
 
 
 def table_of(scores: dict[str, object], options: SegmentationConfig) -> Table:
@@ -354,9 +360,8 @@ def say_attention(attention: dict[str, object], network: FrozenBackbone) -> None
     held = f"{attention['mass']:.0%} of the class token's attention"
     images = number_of(attention["num_images"], "image")
     print(f"{held}, Jaccard: best head {best:.2f} %, mean of heads {mean:.2f} %, {images}")
-    if is_pooled_from_patches(network.backbone):
-        text = "a run of DINO does not train its class token's last attention"
-        print(f"{arch} pools its patches: {text}")
+    if why := why_attention_is_untrained(network.backbone):
+        print(f"{arch} {why}")
 
 
 def judged_attention(
@@ -382,8 +387,12 @@ def main() -> None:
     check_ranges(options)
     check_folder(options.maps.json_out, "results")
     accelerator = make_accelerator()
-    train, test = read_splits(options.data, options.val)
+    notes: list[str] = []
+    train, test = read_splits(options.data, options.val, notes)
+    for note in notes:
+        accelerator.print(f"data: {printable_name(note)}")
     network, size = open_for_maps(options.maps, options.data, accelerator)
+    network = with_levels_of(network, [pair.image for pair in [*train, *test]], accelerator)
     evaluated = evaluate(train, test, network, size, options, accelerator)
     accelerator.end_training()
     if not accelerator.is_main_process:

@@ -17,7 +17,7 @@ Axes: t frames, c objects and background, d features, h w patches of a map, y x 
 import os
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import setting
-from folders import by_numbers, is_hidden
+from folders import by_numbers, is_hidden, some_of
 from harness.command import read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
@@ -45,6 +45,7 @@ from harness.evaluation import (
     normalized,
     open_for_maps,
     report,
+    with_levels_of,
 )
 from harness.feature_maps import (
     PHOTO_SIDE,
@@ -60,6 +61,7 @@ from harness.masks import (
     one_hot_on_grid,
     read_mask,
     read_palette,
+    require_same_size,
     save_mask,
 )
 from harness.terminal import printable, printable_name
@@ -117,6 +119,7 @@ def read_davis(root: Path) -> list[Video]:
 
 def _read_davis_video(root: Path, name: str) -> Video:
     frames = list_frames(root / FRAMES / name)
+    _require_each_name_once(frames, root / FRAMES / name)
     masks = {place: root / MASKS / name / f"{path.stem}.png" for place, path in enumerate(frames)}
     if not masks[0].is_file():
         raise ValueError(f"no mask of the first frame: {masks[0]}")
@@ -140,9 +143,18 @@ def list_frames(folder: Path) -> list[Path]:
     return sorted(frames, key=lambda path: by_numbers(path.name))
 
 
+def _require_each_name_once(frames: Sequence[Path], folder: Path) -> None:
+    """Raise ValueError where two frames would have masks of one name."""
+    counts = Counter(path.stem for path in frames)
+    twice = [f"{name}.*" for name, num in counts.items() if num > 1]
+    if twice:
+        raise ValueError(f"need one frame of each name in {folder}, got more of {some_of(twice)}")
+
+
 def read_own(folder: Path, mask: Path) -> list[Video]:
     """Return a folder of frames and a mask of the first as a video of the folder's name."""
     frames = [path for path in list_frames(folder) if not (mask.exists() and path.samefile(mask))]
+    _require_each_name_once(frames, folder)
     return [Video(folder.resolve().name, frames, mask, {})]
 
 
@@ -322,6 +334,8 @@ def check_options(options: VideoConfig, videos: Sequence[Video]) -> None:
         raise ValueError("a video of your own has no true masks to score: need --out")
     if options.out is not None:
         check_folder(options.out, "masks")
+        if options.out.exists() and not options.out.is_dir():
+            raise ValueError(f"need a folder for --out, got the file {options.out}")
         for video in videos:
             if (options.out / video.name).exists():
                 raise ValueError(f"{options.out / video.name} exists: give another --out")
@@ -330,10 +344,7 @@ def check_options(options: VideoConfig, videos: Sequence[Video]) -> None:
 def check_first_mask(video: Video, preparation: Preparation) -> None:
     """Raise ValueError where the first mask is empty, or not as large as the first frame."""
     mask = read_mask(video.first_mask)
-    height, width = read_frame(video.frames[0], preparation).shape[1:]
-    if mask.shape != (height, width):
-        given = f"{video.first_mask} of {mask.shape[1]} x {mask.shape[0]}"
-        raise ValueError(f"need a mask of {width} x {height} px, as its frame, got {given}")
+    require_same_size(mask, video.first_mask, read_frame(video.frames[0], preparation))
     if not ((mask > 0) & (mask != VOID)).any():
         raise ValueError(f"need an object, a number from 1 to 254, in {video.first_mask}")
 
@@ -376,6 +387,8 @@ def evaluate(options: VideoConfig, accelerator: Accelerator) -> None:
     )
     check_options(options, videos)
     network, size = open_for_maps(options.maps, options.data, accelerator)
+    frames = [frame for video in videos for frame in video.frames]
+    network = with_levels_of(network, frames, accelerator)
     for video in videos:
         check_first_mask(video, network.preparation)
     # a process takes every world-th video

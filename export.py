@@ -44,7 +44,7 @@ from harness.weights import (
     sizes_of,
     weights_of,
 )
-from models import TIMM_NAMES, save_tensors
+from models import RESNETS, TIMM_NAMES, save_tensors
 
 SUFFIXES = {"backbone": ".safetensors", "onnx": ".onnx", "original": ".pth"}
 LARGEST_ONNX = 2**31 - 2**20  # bytes of weights that fit into one file of protobuf
@@ -74,6 +74,10 @@ def check_flags(options: ExportConfig) -> None:
             raise ValueError(f"need a new or empty folder, in a folder that exists, got {out}")
     elif out.suffix != suffix or not is_free:
         raise ValueError(f"need a new file in {suffix}, in a folder that exists, got {out}")
+    source = as_file(options.source, options.network) or options.source
+    is_of_run = (out.parent / "config.yaml").is_file() and out.name.startswith(("ckpt", "state"))
+    if out.exists() and (is_of_run or out.resolve() == source.resolve()):
+        raise ValueError(f"need a new file in {suffix}: {out} is what a run saved, or the source")
     if options.format == "onnx":
         missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
         if missing:
@@ -122,16 +126,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _has_stem_for_small_images(arch: str | None, backbone: Tensors) -> bool:
+    """Tell whether a backbone is a ResNet with the 3x3 stem that is not timm's or torchvision's."""
+    stem = backbone.get("conv1.weight")
+    is_resnet = arch in (*RESNETS, "resnet10_half", None)
+    return is_resnet and stem is not None and stem.shape[-1] == 3
+
+
 def as_timm(network: OpenedNetwork) -> nn.Module:
     """Return the backbone as timm itself builds it. ValueError where timm has no such network."""
     backbone, arch = network.model.backbone, network.arch
-    stem = getattr(backbone, "conv1", None)
-    if isinstance(stem, nn.Conv2d) and stem.kernel_size == (3, 3):
+    if _has_stem_for_small_images(arch, backbone.state_dict()):
         size = network.model.config.image_size
         text = f"{arch} for {size} px has a 3x3 stem without max-pool, which timm's ResNets lack"
         raise ValueError(f"{text}: need --format backbone or onnx")
     name = "resnet18" if arch == "resnet10_half" else TIMM_NAMES.get(arch, arch)
-    options = getattr(backbone, "timm_options", {})  # torchvision's ResNets have none
+    options = getattr(backbone, "timm_options", {})
     net = timm.create_model(name.split(".")[0], num_classes=0, **options)
     net.load_state_dict(backbone.state_dict())
     return net.eval()
@@ -247,7 +257,7 @@ def export(options: ExportConfig) -> list[str]:
         text = f"position embeddings: at other sizes than {size} px timm interpolates them its way"
         lines.append(f"{text}, the evaluations here the original's")
     said = f"{network.arch}, images of {network.preparation.size} px"
-    return [*lines, f"{describe_tensors(options, backbone)}; {said}"]
+    return [*lines, f"{describe_tensors(options, backbone, network.arch)}; {said}"]
 
 
 def export_unknown(options: ExportConfig, weights: Weights) -> list[str]:
@@ -258,16 +268,18 @@ def export_unknown(options: ExportConfig, weights: Weights) -> list[str]:
         tensors = by_original_names(weights.backbone, weights.head)
         write_original(options.out, options.network, tensors, {})
     text = "weights: of no known architecture: to evaluate them, --arch is needed here or there"
-    return [text, describe_tensors(options, weights.backbone)]
+    return [text, describe_tensors(options, weights.backbone, arch=None)]
 
 
-def describe_tensors(options: ExportConfig, backbone: Tensors) -> str:
-    """Return a line on what was written, and what of it does not fit other projects."""
+def describe_tensors(options: ExportConfig, backbone: Tensors, arch: str | None) -> str:
+    """Return a line on what was written, and what of it does not fit other projects.
+
+    `arch` is None where it is not known.
+    """
     text = f"{options.out}: the {options.network}'s backbone, {len(backbone)} tensors"
     for name, size in sizes_of(backbone).items():
         text += f", {name} {size}"
-    stem = backbone.get("conv1.weight")
-    if stem is not None and stem.shape[-1] == 3:
+    if _has_stem_for_small_images(arch, backbone):
         text += "; its 3x3 stem for small images does not fit an ImageNet ResNet's 7x7 conv1"
     return text
 

@@ -114,6 +114,7 @@ def _build_resnet(name: str, pretrained: bool, image_size: int | None, channels:
         net.fc = nn.Identity()
         if channels != 3:
             _change_stem(net, channels)
+            net.timm_options = {"in_chans": channels}
     if is_small:  # the ImageNet stem would leave 1 x 1 pixel of 32 x 32 for the last stage
         stride = 1 if image_size <= 32 else 2
         net.conv1 = nn.Conv2d(channels, net.bn1.num_features, 3, stride, padding=1, bias=False)

@@ -173,9 +173,7 @@ def draw_boxes(draws: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tens
     aspects = (math.log(low) + math.log(high / low) * draws[:, 10:20]).exp()
     heights, widths = (areas / aspects).sqrt().round(), (areas * aspects).sqrt().round()
     fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
-    # the first try that fits has the largest of the numbers 10 to 1 that are left
-    numbers = fits * torch.arange(10, 0, -1, device=draws.device)
-    first = numbers.argmax(dim=1, keepdim=True)
+    first = fits.int().argmax(dim=1, keepdim=True)  # of equal numbers it takes the first
     found = fits.any(dim=1, keepdim=True)
     largest_height = height.minimum((width / low).round())
     largest_width = width.minimum((height * high).round())

@@ -49,11 +49,11 @@ from harness.feature_maps import (
     feature_map,
     fit_patches,
     fixed_sides,
-    is_pooled_from_patches,
     mass_mask,
     patch_map,
     peak,
     sizes_named,
+    why_attention_is_untrained,
     why_no_class_attention,
 )
 from harness.feature_quality import evenly
@@ -228,8 +228,8 @@ def open_images(source: str, channels: int = 3) -> ImageDataset:
 
 
 def class_of(images: ImageDataset, row: int) -> str:
-    """Return the name of an image's class, or nothing without classes."""
-    if images.labels is None:
+    """Return the name of an image's class, or nothing where it has none."""
+    if images.labels is None or images.labels[row] < 0:  # -1: STL-10's unlabelled images
         return ""
     label = images.labels[row]
     return images.classes[label] if images.classes else f"class {label}"
@@ -515,9 +515,8 @@ def draw_pictures(options: VisualizeConfig) -> Pictures:
             print(f"maps of the last layer: {observer.said_size}")
             fitted = {row: observer.fit(image) for row, image in chosen.items()}
         if "attention" in kinds:
-            if is_pooled_from_patches(observer.backbone):
-                text = "a run of DINO does not train its class token's last attention"
-                print(f"{observer.arch} pools its patches: {text}")
+            if why := why_attention_is_untrained(observer.backbone):
+                print(f"{observer.arch} {why}")
             pictures |= draw_attention(observer, images, fitted, options.mass)
         if "pca" in kinds:
             pictures["pca.png"] = pca_sheet(observer, images, fitted)

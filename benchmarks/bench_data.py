@@ -161,9 +161,9 @@ def main() -> None:
 
     def crop_all(dataset: Dataset) -> None:
         for start in range(0, num, options.batch_size):
-            samples = [dataset[i % len(dataset)] for i in range(start, start + options.batch_size)]
-            batch = collate(samples)
-            keys_of_batch = hash_keys(0, start, keys).to(device)
+            stop = min(start + options.batch_size, num)
+            batch = collate([dataset[i % len(dataset)] for i in range(start, stop)])
+            keys_of_batch = hash_keys(0, start, keys[: stop - start]).to(device)
             multi_crop(batch.image.to(device), batch.size.to(device), keys_of_batch)
 
     def cut_all(dataset: Dataset) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -309,7 +309,7 @@ def _of_worker(error: Exception) -> str:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name to write to, which becomes `path` once its content is on the disk.
 
-    Raises OSError naming `path` where that fails; then nothing has changed.
+    Raises OSError naming `path` where that fails; with any error nothing has changed.
     """
     temporary = path.with_name(f".tmp-{path.name}")
     try:
@@ -318,8 +318,11 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # a power cut could otherwise leave the name without content
         replace_file(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
+        # NumPy's own errors of a full disk have a text and no number
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # which is gone where it became `path`
+            temporary.unlink()
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

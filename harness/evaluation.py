@@ -41,7 +41,7 @@ from harness.feature_maps import chosen_side
 from harness.feature_quality import feature_quality
 from harness.flags import wrong_setting
 from harness.foreign import Role
-from harness.terminal import printable
+from harness.terminal import printable, printable_name
 from harness.weights import (
     BACKBONE_CONFIG,
     UnknownArchitecture,
@@ -66,6 +66,7 @@ from models import (
 )
 from multicrop import CropConfig
 from pixels import Levels, levels_in_words
+from tar_shards import as_bytes
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,8 @@ def open_file(file: WeightsFile, role: Role, arch: str | None = None) -> OpenedN
     if file.is_checkpoint:
         model, metadata = rebuild_model(file.path, file.content, file.texts)
         _check_metadata(metadata, file.path)
+        if role == "student":
+            _load_student_beside(file.path, model, metadata.get("step"))
         _require_finite(model, file.path)
         network = OpenedNetwork(model, metadata, Preparation.of_checkpoint(metadata))
     elif file.is_state:
@@ -321,25 +324,48 @@ def describe(network: OpenedNetwork) -> str:
     return json.dumps(described)
 
 
+def _wrong_in_described(said: object) -> str:
+    """Return what in an exported file's words on itself is not as `describe` writes it."""
+    wrong = wrong_setting(said)
+    if wrong:
+        return wrong
+    for section, names in DESCRIBED.items():
+        unknown = said.get(section, {}).keys() - set(names)
+        if unknown:
+            return f"it has unknown settings: {', '.join(unknown)}"
+    resize = said.get("data", {}).get("eval_resize", 1)
+    if resize is None or None in said.get("crops", {}).values():
+        return "it lacks how its images were prepared"
+    return ""
+
+
 def _described(file: WeightsFile) -> tuple[ModelConfig, Preparation | None]:
     """Return what an exported file says of itself. ValueError where that is damaged."""
     try:
         said = json.loads(file.texts[BACKBONE_CONFIG])
-        wrong = wrong_setting(said)
-        for section, names in DESCRIBED.items():
-            unknown = said.get(section, {}).keys() - set(names) if not wrong else ()
-            wrong = f"it has unknown settings: {', '.join(unknown)}" if unknown else wrong
+        wrong = _wrong_in_described(said)
         if wrong:
             raise ValueError(wrong)
-        if (
-            None in said.get("crops", {}).values()
-            or said.get("data", {}).get("eval_resize", 1) is None
-        ):
-            raise ValueError("it lacks how its images were prepared")
         return ModelConfig(**said["model"]), Preparation.of_checkpoint({"config": said})
     except (ValueError, KeyError, TypeError) as error:
         text = f"{BACKBONE_CONFIG} in the metadata of {file.path} is damaged: {error}"
         raise ValueError(text) from error
+
+
+def _load_student_beside(checkpoint: Path, model: DinoModel, step: int | None) -> None:
+    """Load a run's student, which its state keeps beside the teacher's checkpoint.
+
+    Raises ValueError where there is no such state, or that of another step.
+    """
+    state_file = checkpoint.with_name(checkpoint.name.replace("ckpt", "state", 1))
+    if state_file == checkpoint or not state_file.is_file():
+        raise ValueError(f"{checkpoint} holds the teacher alone: need the run's state.safetensors")
+    state = read_file(state_file)
+    step_of_state = json.loads(state.texts.get("metadata", "{}")).get("step")
+    if step_of_state != step:
+        text = f"the student in {state_file.name} is of step {step_of_state}"
+        raise ValueError(f"{text}: need step {step} of {checkpoint}")
+    model.load_state_dict(networks_in(state).get("student", {}))
 
 
 def _open_state(file: WeightsFile, role: Role) -> OpenedNetwork:
@@ -446,10 +472,8 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbo
         raise ValueError(f"{source} is published as one network: not with --network student")
     network = open_network(source, role, options.arch)
     for note in network.notes:
-        accelerator.print(f"weights: {note}")
+        accelerator.print(f"weights: {printable_name(note)}")
     step = network.metadata.get("step")
-    if role == "student" and step is not None and source.name.startswith("ckpt"):
-        _load_student_beside(source, network.model, step)
     preparation = require_preparation(network, source)
     if options.data is not None:
         preparation = replace(preparation, data=options.data, val=None, take_splits=True)
@@ -474,6 +498,20 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbo
     return FrozenBackbone(backbone, preparation, facts)
 
 
+def with_levels_of(
+    network: FrozenBackbone, images: Sequence[Path], accelerator: Accelerator
+) -> FrozenBackbone:
+    """Return the network with levels of these images, the same for all, where it has none yet."""
+    if network.preparation.levels is not None:
+        return network
+    dataset = ImageDataset(as_bytes(map(str, images)), None)
+    dataset.channels = network.preparation.channels
+    levels = dataset.measure_levels()
+    if levels is not None:
+        accelerator.print(f"data: {levels_in_words(levels)}")
+    return replace(network, preparation=replace(network.preparation, levels=levels))
+
+
 def open_for_maps(
     options: MapsConfig, data: Path, accelerator: Accelerator
 ) -> tuple[FrozenBackbone, int]:
@@ -493,17 +531,6 @@ def open_for_maps(
     size = chosen_side(network.backbone, network.preparation.size, options.size)
     accelerator.print(f"images as the network sees them: {size} px, shorter side")
     return network, size
-
-
-def _load_student_beside(checkpoint: Path, model: DinoModel, step: int) -> None:
-    """Load a run's student, which its state keeps beside the teacher's checkpoint."""
-    state_file = checkpoint.with_name(checkpoint.name.replace("ckpt", "state", 1))
-    state = read_file(state_file)
-    step_of_state = json.loads(state.texts.get("metadata", "{}")).get("step")
-    if step_of_state != step:
-        text = f"the student in {state_file.name} is of step {step_of_state}"
-        raise ValueError(f"{text}: need step {step} of {checkpoint}")
-    model.load_state_dict(networks_in(state).get("student", {}))
 
 
 # ---------------------------------------------------------------- images

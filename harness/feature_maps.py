@@ -57,9 +57,11 @@ def why_no_class_attention(backbone: nn.Module) -> str:
     return ""
 
 
-def is_pooled_from_patches(backbone: nn.Module) -> bool:
-    """Tell whether a network's features leave the class token out: DINO does not train it then."""
-    return getattr(backbone, "global_pool", "") in ("avg", "avgmax", "max")
+def why_attention_is_untrained(backbone: nn.Module) -> str:
+    """Return why DINO leaves a class token's attention as it began: a predicate; or nothing."""
+    if getattr(backbone, "global_pool", "") in ("avg", "avgmax", "max"):
+        return "pools its patches: a run of DINO does not train its class token's last attention"
+    return ""
 
 
 class _LastFusedAttention(TorchFunctionMode):

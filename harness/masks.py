@@ -34,8 +34,18 @@ def read_mask(path: Path) -> np.ndarray:
             return np.array(image, dtype=np.uint8)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no image that Pillow reads") from error
-    except (SyntaxError, EOFError) as error:  # Pillow's, of damaged files
-        raise ValueError(f"cannot decode {path}: {error}") from error
+    except (OSError, SyntaxError, EOFError) as error:
+        if getattr(error, "filename", None):  # of a file that cannot be opened
+            raise
+        raise ValueError(f"cannot decode {path}: {error}") from error  # Pillow's, of damaged files
+
+
+def require_same_size(mask: np.ndarray, path: Path, image: Tensor) -> None:
+    """Raise ValueError where a mask (h, w), of the file `path`, is not as large as (c, h, w)."""
+    height, width = image.shape[1:]
+    if mask.shape != (height, width):
+        given = f"{path} of {mask.shape[1]} x {mask.shape[0]}"
+        raise ValueError(f"need a mask of {width} x {height} px, as its image, got {given}")
 
 
 def read_palette(path: Path) -> list[int]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import embed
-from embed import near_duplicates, token_features
+from embed import Embedded, near_duplicates, token_features, write_features
 from harness.evaluation import layer_features
 from models import get_backbone, load_checkpoint, tensors_checksum
 
@@ -99,6 +99,44 @@ def test_parquet_holds_the_same_or_its_package_is_named(
     assert table["name"].to_pylist() == read_names(tensors)
     assert table["label"].to_pylist() == tensors["labels"].tolist()
     assert np.array_equal(table["f7"].to_numpy(), tensors["features"][:, 7].numpy())
+
+
+def test_file_beside_the_features_replaces_none_of_something_else(
+    tmp_path: Path, tiny_run: Path, image_folder: Path, script
+) -> None:
+    flags = (tiny_run, "--data", image_folder, "--out", tmp_path / "f.csv")
+    (tmp_path / "f.json").write_text('{"mine": 1}')
+    result = script("embed", *flags)
+    assert result.returncode == 2
+    assert "f.json, which would be written beside it, is there and of" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
+    (tmp_path / "f.json").unlink()
+    for name in ("f.json", "f.csv"):
+        result = script("embed", *flags, "--json-out", tmp_path / name)
+        assert result.returncode == 2
+        assert f"need another --json-out than {tmp_path / name}" in result.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError("2 requested and 1 written"), KeyboardInterrupt()])
+def test_features_that_cannot_be_written_leave_those_before(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f.npy"
+    old, new = (Embedded(np.full((1, 2), i), [f"{i}.jpg"], None, None, {}) for i in range(2))
+    write_features(path, old)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fail(file: Path, features: np.ndarray) -> None:
+        file.write_bytes(b"1")
+        raise error
+
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(type(error)) as raised:
+        write_features(path, new)
+    if isinstance(error, OSError):
+        assert str(raised.value) == f"cannot write {path}: 2 requested and 1 written"
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_images_without_classes_of_a_list_and_of_a_tar(

@@ -169,9 +169,14 @@ def test_copies_depend_on_seed_row_and_distortion_alone() -> None:
 def test_copy_that_is_not_distorted_has_the_features_of_its_image(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of wide photographs, too, of which evaluations otherwise see the middle alone."""
-    for i in range(12):
-        TF.to_pil_image(photo(40, 90)).save(tmp_path / f"{i}.png")
+    """Of wide photographs, too, of which evaluations otherwise see the middle alone.
+
+    All images of the data are searched, whatever their split.
+    """
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for i in range(6):
+            TF.to_pil_image(photo(40, 90)).save(tmp_path / split / f"{i}.png")
     monkeypatch.setattr(eval_copies, "DISTORTIONS", {"none": lambda image, draws: image})
     evaluation = EvalConfig(str(tiny_run / "ckpt.safetensors"), data=str(tmp_path))
     options = CopiesConfig(evaluation, num_queries=5)
@@ -221,15 +226,19 @@ def test_copydays_blocks_and_groups_are_those_of_the_names(tmp_path: Path) -> No
 def test_own_images_and_copydays_are_evaluated(script, tiny_run: Path, tmp_path: Path) -> None:
     answer, file = tmp_path / "copies.json", tiny_run / "ckpt.safetensors"
     flags = ["--num-queries", 6, "--json-out", answer]
-    result = script("eval_copies", file, *flags, "--distractors", "patterns")
+    more = tmp_path / "more"
+    more.mkdir()
+    for i, image in enumerate(draw_patterns(torch.arange(120))):
+        TF.to_pil_image(image).save(more / f"{i}.png")
+    result = script("eval_copies", file, *flags, "--distractors", more)
     assert result.returncode == 0, result.stderr
     found = json.loads(answer.read_text())
     assert set(found["copies"]) == set(DISTORTIONS)
-    assert found["num_train"] == 80 + 8000
+    assert found["num_train"] == 80 + 120
     assert {of_name["queries"] for of_name in found["copies"].values()} == {6}
     assert found["copies"]["JPEG quality 75"]["map"] > found["copies"]["JPEG quality 3"]["map"] / 2
     folder = write_copydays(tmp_path / "copydays")
-    flags = ["--copydays", folder, "--json-out", answer, "--whitening", "patterns"]
+    flags = ["--copydays", folder, "--json-out", answer, "--whitening", more]
     result = script("eval_copies", file, *flags)
     assert result.returncode == 0, result.stderr
     found = json.loads(answer.read_text())
@@ -238,3 +247,5 @@ def test_own_images_and_copydays_are_evaluated(script, tiny_run: Path, tmp_path:
     result = script("eval_copies", file, "--copydays", folder, "--data", "patterns")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "not with --data" in result.stderr
+    result = script("eval_copies", file, "--data", more, "--whitening", f"{more}/")
+    assert result.returncode == 2 and "need other images for --whitening" in result.stderr

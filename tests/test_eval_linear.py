@@ -52,6 +52,16 @@ def test_probe_equals_torch_sgd_on_a_linear_layer() -> None:
         torch.testing.assert_close(probes.bias[i], layer.bias.detach(), rtol=1e-6, atol=1e-7)
 
 
+def test_two_images_are_enough(tmp_path: Path, tiny_run: Path, image_folder: Path, script) -> None:
+    """One to train on, one to test on."""
+    for kind in ("stripes", "checks"):
+        (tmp_path / "two" / kind).mkdir(parents=True)
+        shutil.copy(image_folder / kind / "0.jpg", tmp_path / "two" / kind)
+    result = script("eval_linear", tiny_run, "--data", tmp_path / "two", "--epochs", 1)
+    assert result.returncode == 0, result.stderr
+    assert "best: 0.00 %" in result.stdout
+
+
 def test_separable_classes_are_separated_and_random_labels_are_not() -> None:
     centers = 3 * torch.randn(4, 16)
     labels = torch.randint(4, (400,))

@@ -209,20 +209,24 @@ def names(pairs: list) -> list[str]:
 def test_splits_are_found_named_listed_or_a_tenth(pairs: Path, tmp_path: Path) -> None:
     of_train, of_val = ([f"{x}/{i}" for i in range(n)] for x, n in (("train", 8), ("val", 4)))
     for data, val in ((pairs, None), (pairs / "train", pairs / "val"), (pairs, pairs / "val")):
-        train, test = read_splits(data, val)
+        train, test = read_splits(data, val, notes := [])
+        assert notes == []
         assert (names(train), names(test)) == (of_train, of_val)
-    train, test = read_splits(pairs / "train", None)
+    train, test = read_splits(pairs / "train", None, notes)
     assert [int(pair.image.stem) for pair in test] == np.flatnonzero(held_out(8)).tolist()
     assert len(train) + len(test) == 8
     voc = tmp_path / "VOC2012"
     shutil.copytree(pairs / "train" / "images", voc / "JPEGImages")
     shutil.copytree(pairs / "train" / "masks", voc / "SegmentationClass")
     (voc / "SegmentationClass" / "7.png").unlink()  # VOC has many images without a mask
+    (voc / "SegmentationClass" / "3.png").rename(voc / "SegmentationClass" / "3.PNG")
     (voc / "ImageSets/Segmentation").mkdir(parents=True)
     (voc / "ImageSets/Segmentation/train.txt").write_text("0\n3\n")
     (voc / "ImageSets/Segmentation/val.txt").write_text("1\n2\n")
-    train, test = read_splits(voc, None)
+    train, test = read_splits(voc, None, notes)
     assert [pair.mask.stem for pair in train + test] == ["0", "3", "1", "2"]
+    masks = voc / "SegmentationClass"
+    assert notes == [f"left out, without a mask in {masks}: 1 image (7.jpg)"]
 
 
 def test_wrong_input_is_one_line(pairs: Path, vit: Path, tmp_path: Path, script: Callable) -> None:
@@ -241,6 +245,7 @@ def test_wrong_input_is_one_line(pairs: Path, vit: Path, tmp_path: Path, script:
         (("--data", tmp_path / "small"), "need a mask of 48 x 48 px"),
         (("--data", tmp_path / "void"), "is judged"),
         (("--data", pairs, "--val", tmp_path), "need folders images and masks"),
+        (("--data", pairs, "--val", tmp_path / "void"), "masks that test is judged: all are 255"),
         (("--data", pairs, "--mass", 2), "need --mass > 0 and <= 1"),
         (("--data", pairs, "--k", 0), "need --k > 0"),
         (("--data", pairs, "--json-out", tmp_path / "no" / "x.json"), "no such folder"),

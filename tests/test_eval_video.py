@@ -289,14 +289,24 @@ def test_wrong_input_is_one_line(
     Image.new("L", (SIZE, SIZE)).save(none)
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(small.read_bytes()[:30])
+    cut_off = tmp_path / "cut-off.png"
+    noise = np.random.default_rng(0).integers(0, 2, (SIZE, SIZE), dtype=np.uint8)
+    Image.fromarray(noise).save(cut_off)
+    cut_off.write_bytes(cut_off.read_bytes()[:-200])
     (tmp_path / "empty").mkdir()
     frames, out = davis / "JPEGImages/480p/one", tmp_path / "out"
+    twice = tmp_path / "twice"
+    shutil.copytree(frames, twice)
+    Image.open(twice / "00001.jpg").save(twice / "00001.png")
     for flags, said in (
         (("--data", tmp_path), "need DAVIS's folders"),
         (("--data", frames, "--mask", small, "--out", out), "need a mask of 96 x 96 px"),
         (("--data", frames, "--mask", colours, "--out", out), "one number a pixel"),
         (("--data", frames, "--mask", none, "--out", out), "need an object"),
         (("--data", frames, "--mask", damaged, "--out", out), "damaged.png"),
+        (("--data", frames, "--mask", cut_off, "--out", out), "cannot decode " + str(cut_off)),
+        (("--data", twice, "--mask", small, "--out", out), "got more of 00001.*"),
+        (("--data", davis, "--out", small), "need a folder for --out, got the file"),
         (("--data", frames, "--mask", tmp_path / "gone.png", "--out", out), "gone.png"),
         (("--data", frames, "--mask", small), "need --out"),
         (("--data", tmp_path / "empty", "--mask", small, "--out", out), "need >= 2 frames"),

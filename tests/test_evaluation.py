@@ -1,12 +1,24 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
-from harness.evaluation import layer_features
+from harness.distributed import make_accelerator
+from harness.evaluation import (
+    EvalConfig,
+    FrozenBackbone,
+    Preparation,
+    layer_features,
+    open_backbone,
+    with_levels_of,
+)
 from models import get_backbone, load_checkpoint, save_checkpoint
 
 
@@ -35,6 +47,39 @@ def test_layers_that_a_network_lacks_are_named() -> None:
         layer_features(vit, 13)
     with pytest.raises(ValueError, match="need a ViT"):
         layer_features(get_backbone("resnet18"), 4)
+
+
+def test_levels_of_images_that_are_opened_one_by_one_are_the_same_for_all(tmp_path: Path) -> None:
+    paths = [tmp_path / "dark.png", tmp_path / "light.png"]
+    values = [np.full((8, 8), level, np.uint16) for level in (100, 5000)]
+    for path, pixels in zip(paths, values, strict=True):
+        Image.fromarray(pixels).save(path)
+    preparation = Preparation(None, 8, 8, (0.5,) * 3, (0.5,) * 3)
+    network = FrozenBackbone(nn.Identity(), preparation, {})
+    accelerator = make_accelerator()
+    assert with_levels_of(network, paths, accelerator).preparation.levels == (100, 5000)
+    given = replace(network, preparation=replace(preparation, levels=(0, 9)))
+    assert with_levels_of(given, paths, accelerator).preparation.levels == (0, 9)
+
+
+def test_student_of_a_checkpoint_is_that_of_the_state_beside_it(
+    tmp_path: Path, tiny_run: Path
+) -> None:
+    accelerator = make_accelerator()
+
+    def checksum(path: Path, network: str) -> int:
+        return open_backbone(EvalConfig(str(path), network=network), accelerator).facts[
+            "backbone_crc32"
+        ]
+
+    of_run = {role: checksum(tiny_run, role) for role in ("teacher", "student")}
+    assert of_run["teacher"] != of_run["student"]
+    assert checksum(tiny_run / "ckpt.safetensors", "student") == of_run["student"]
+    alone = tmp_path / "best.safetensors"
+    shutil.copy(tiny_run / "ckpt.safetensors", alone)
+    assert checksum(alone, "teacher") == of_run["teacher"]
+    with pytest.raises(ValueError, match="holds the teacher alone: need the run"):
+        checksum(alone, "student")
 
 
 def test_evaluation_reports_the_rank(tmp_path: Path, tiny_run: Path, script) -> None:

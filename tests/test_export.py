@@ -189,6 +189,26 @@ def test_small_stem_fits_no_other_and_that_is_said(tmp_path: Path, script: Calla
     assert not (tmp_path / "t").exists()
 
 
+def test_network_of_timms_own_whose_stem_is_3x3_is_no_resnet_for_small_images() -> None:
+    stem = {"conv1.weight": torch.zeros(64, 3, 3, 3)}
+    assert not export._has_stem_for_small_images("hrnet_w18_small", stem)
+    assert export._has_stem_for_small_images("resnet34", stem)
+
+
+def test_resnet_of_other_channels_is_read_by_timm(tmp_path: Path, script: Callable) -> None:
+    config = replace(RESNET, channels=2)
+    model, folder = build(config), tmp_path / "folder"
+    crops = {"global_crop_size": 32, "mean": MEAN[:2], "std": STD[:2]}
+    data = {"data": "photos", "eval_resize": 40}
+    said = {"model": {"channels": 2}, "data": data, "crops": crops}
+    save_checkpoint(tmp_path / "ckpt.safetensors", model, {"config": said})
+    result = script("export", tmp_path / "ckpt.safetensors", folder, "--format", "timm")
+    assert result.returncode == 0, result.stderr
+    net = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    with torch.no_grad():
+        assert torch.equal(net(IMAGES[:, :2]), model.backbone(IMAGES[:, :2]))
+
+
 FOR_TIMM = {
     "vit": VIT,
     "resnet of torchvision": RESNET,
@@ -347,6 +367,14 @@ def test_wrong_places_are_refused(tmp_path: Path, script: Callable) -> None:
         assert result.returncode == 2
         assert result.stderr.startswith("error: need a new file in .safetensors, in a folder")
     assert source.read_bytes() == before
+    source = tmp_path / "ckpt-epoch-2.safetensors"
+    source.write_bytes(before)
+    (tmp_path / "config.yaml").touch()
+    for out in (tmp_path / "ckpt.safetensors", source):  # of one run
+        result = script("export", tmp_path, out)
+        assert result.returncode == 2
+        assert f"need a new file in .safetensors: {out} is what a run saved" in result.stderr
+        assert out.read_bytes() == before
     assert script("export", tmp_path / "b.pth", tmp_path / "a.safetensors").stderr == (
         f"error: no such checkpoint: {tmp_path / 'b.pth'}\n"
     )

@@ -12,11 +12,11 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
-from data import CropConfig, draw_patterns
+from data import CropConfig, ImageDataset, draw_patterns
 from harness.pictures import INK, WRONG
 from models import DinoModel, ModelConfig, save_checkpoint
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, resolve_crop_sizes
-from visualize import VisualizeConfig, draw_pictures
+from visualize import VisualizeConfig, class_of, draw_pictures
 
 pytestmark = pytest.mark.slow  # seconds as a whole
 
@@ -299,6 +299,11 @@ def test_unreadable_images_are_left_out_and_said(
         assert result.returncode == 0, result.stderr
         assert "left out: cannot decode" in result.stdout and "3 of 4 images" in result.stdout
         assert "bro\\nken[b].jpg" in result.stdout
+
+
+def test_image_without_a_label_among_others_has_no_class() -> None:
+    images = ImageDataset(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), np.array([1, -1]), ["a", "b"])
+    assert [class_of(images, row) for row in range(2)] == ["b", ""]
 
 
 def test_wrong_input_is_one_line_and_code_2(
