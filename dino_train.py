@@ -334,6 +334,7 @@ def run_loop(
             monitor.restart_clock()
         monitor.stop_on_collapse()
         if due.ends:
+            run.stop_where_failed(monitor.failure)
             break
     return Outcome(step, loss_value, metrics, crops)
 
@@ -346,8 +347,9 @@ def train(config: Config) -> dict:
 
     Return folder, checkpoint, step, loss, unreadable_images, has_labels (which evaluations need)
     and, if the teacher was evaluated, knn_step, rankme, variance_share_1, _10 and _100, with
-    classes knn_top1, knn_top1_untrained and maybe probe_top1, without them rankme_untrained, and
-    worse_since, the step since which it has been below that. Raises ValueError for settings that
+    classes knn_top1 and maybe probe_top1; if it was evaluated before the first step, too,
+    knn_top1_untrained or, without classes, rankme_untrained, and worse_since, the step since which
+    it has been below that. Raises ValueError for settings that
     make no sense, before anything is written; FloatingPointError for a loss that is not finite and
     RunError for a full disk, a dead worker or too many unreadable images, with the last good
     checkpoint kept. A run that is stopped by a signal exits with 128 + the signal's number.
@@ -444,9 +446,12 @@ def last_words(config: Config, result: dict, seconds: float) -> dict[str, str]:
     """Return what is said at a run's end, by row: what it came to, its files, what to type next."""
     rows = {}
     if "knn_top1" in result:
-        start = "at the start" if config.run.init_from or config.model.pretrained else "untrained"
-        before, after = result["knn_top1_untrained"], result["knn_top1"]
-        rows["k-NN top-1"] = f"{before:.1f} % {start}, {after:.1f} % trained, the teacher's"
+        figures = f"{result['knn_top1']:.1f} % trained, the teacher's"
+        if "knn_top1_untrained" in result:
+            is_anew = config.run.init_from is None and not config.model.pretrained
+            start = "untrained" if is_anew else "at the start"
+            figures = f"{result['knn_top1_untrained']:.1f} % {start}, {figures}"
+        rows["k-NN top-1"] = figures
     if result["unreadable_images"]:
         rows["unreadable"] = f"{result['unreadable_images']} images, replaced; log.jsonl names them"
     rows["time"] = duration(seconds)

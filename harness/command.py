@@ -90,6 +90,9 @@ def _run(main: Callable[[], object]) -> None:
         # the processes of a node read the same wrong input: the first of them says it
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
         _exit_with(2, printable_name(_message(error)), is_said=is_first_of_node)
+    except MemoryError as error:
+        text = f"out of memory: {_message(error)}; need a smaller --batch-size, or smaller images"
+        _exit_with(1, text, is_said=True)
     except RuntimeError as error:
         text = _explain(error)
         if text is None:
@@ -126,8 +129,8 @@ def _explain(error: RuntimeError) -> str | None:
     if "DataLoader worker" in first_line and "Caught" not in first_line:
         hint = "out of memory? then fewer --num-workers; what was saved can be resumed"
         return f"a process that decodes images died: {first_line} ({hint})"
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{first_line} Try a smaller --batch-size with more --accumulation-steps."
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+        return f"{first_line}; need a smaller --batch-size, or smaller images"
     if isinstance(error, dist.DistError) or "gloo" in first_line:
         return f"another process of the run ended: {first_line}"
     return None

@@ -75,7 +75,8 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        # FSDP1 names a strategy here, which is no truth value
+        # With --fsdp_version 1 the launcher puts the name of a strategy, such as FULL_SHARD, into a
+        # variable that is then read as true or false; a value given here is taken in its place.
         reshard_after_forward=None if os.environ.get("FSDP_VERSION") == "2" else True,
         auto_wrap_policy="transformer_based_wrap",
         cpu_ram_efficient_loading=False,  # with it any BatchNorm model crashes
@@ -151,8 +152,8 @@ def launch_line(accelerator: Accelerator) -> str:
     world = accelerator.num_processes
     if accelerator.is_fsdp2:
         return f"accelerate launch --use_fsdp --fsdp_version 2 --num_processes {world}"
-    if world == 1:
-        return "accelerate launch"
+    if world == 1:  # accelerate launch would start a process for each GPU
+        return "python"
     if accelerator.device.type == "cpu":
         return f"torchrun --nproc_per_node {world}"
     return f"{GPU_LAUNCH} {world}"

@@ -22,6 +22,7 @@ from models import DinoModel, ModelConfig
 # The seconds of steps of five networks were 1.3 to 4 times those of the arithmetic at the speed of
 # a product of matrices, on one core of an AMD EPYC; the median was 1.7.
 SLOWER_THAN_PRODUCTS = 1.7
+SECONDS_OF_PRODUCTS = 0.05  # by which the speed is measured
 IMAGES = 2  # whose cost is measured and scaled up: BatchNorm needs more than one
 
 
@@ -68,12 +69,12 @@ def step_cost(model: ModelConfig, crop_sizes: Sequence[int], batch_size: int) ->
     return StepCost(flops * batch_size // IMAGES, num_bytes)
 
 
-def flops_per_second(seconds: float = 0.05) -> float:
+def flops_per_second() -> float:
     """Return how many multiplications and additions of a step this CPU does in a second."""
     matrix = torch.randn(512, 512)
     matrix @ matrix  # starts the threads
     num_products, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    while time.perf_counter() - began < SECONDS_OF_PRODUCTS:
         matrix @ matrix
         num_products += 1
     rate = 2 * 512**3 * num_products / (time.perf_counter() - began)

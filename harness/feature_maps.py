@@ -4,7 +4,7 @@
     maps = feature_map(backbone, images)                                        # (b, d, h, w)
     colours = PCA.of_maps(list(maps)).colours(maps[0])                          # (h, w, 3) uint8
 
-Stands alone: needs torch, torchvision, timm and einops. Source: DINO, arXiv 2104.14294.
+Stands alone: needs torch, torchvision, timm, einops and NumPy. Source: DINO, arXiv 2104.14294.
 Axes: b batch, n vectors, d features, p tokens, c h w image or map.
 """
 

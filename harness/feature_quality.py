@@ -23,23 +23,14 @@ def _some_in_float64(features: Tensor) -> Tensor:
     return features.cpu().double() if features.device.type == "mps" else features.double()
 
 
-def _rank_of_all(features: Tensor) -> float:
-    """Return RankMe of features (n, d) that are float64 and few enough; nan if not finite."""
-    if not features.isfinite().all():  # of which there are no singular values
-        return math.nan
+def _rank_me(features: Tensor) -> float:
+    """Return RankMe of finite features (n, d) float64: the number of dimensions in use.
+
+    It is exp of the entropy of the singular values' shares, 1 for a collapsed network.
+    """
     values = torch.linalg.svdvals(features)
     shares = values / values.sum().clamp(min=1e-300) + 1e-7
     return (-(shares * shares.log()).sum()).exp().item()
-
-
-@torch.no_grad()
-def rank_me(features: Tensor) -> float:
-    """Return RankMe of features (n, d), of at most RANKME_IMAGES; nan if they are not finite.
-
-    It is exp of the entropy of the singular values' shares: the number of dimensions in use, 1 for
-    a collapsed network.
-    """
-    return _rank_of_all(_some_in_float64(features))
 
 
 @torch.no_grad()
@@ -50,9 +41,9 @@ def feature_quality(features: Tensor) -> dict[str, object]:
     RankMe of nan, and no shares.
     """
     features = _some_in_float64(features)
-    rankme = _rank_of_all(features)
-    if math.isnan(rankme):
-        return {"rankme": rankme, "variance_share": {}}
+    if not features.isfinite().all():  # of which there are no singular values
+        return {"rankme": math.nan, "variance_share": {}}
+    rankme = _rank_me(features)
     centred = features - features.mean(dim=0)
     # of the covariance, times n: a quarter of the time that singular values would take
     variances = torch.linalg.eigvalsh(centred.T @ centred).flip(0).clamp(min=0)

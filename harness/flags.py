@@ -85,8 +85,10 @@ def _recipe_default_flags() -> list[str]:
 
 def _recipe_file(given: Path | None) -> Path | None:
     """Return the file of --config, which may be the name alone of one of our recipes."""
-    if given is None or given.exists():
+    if given is None or given.is_file():
         return given
+    if (given / "config.yaml").is_file():  # the folder of a run
+        return given / "config.yaml"
     ours = {file.stem: file for file in sorted(QUICKSTART.parent.glob("*.yaml"))}
     if given.stem in ours:
         return ours[given.stem]
@@ -542,7 +544,13 @@ def _fit_sizes(
 ) -> tuple[ModelConfig, CropConfig]:
     """Fill in crop sizes and image size; ValueError where the network does not take its crops."""
     with torch.device("meta"):  # shapes alone: neither memory nor time
-        backbone = get_backbone(model.arch, patch_size=model.patch_size)
+        try:
+            backbone = get_backbone(model.arch, patch_size=model.patch_size)
+        except ValueError:
+            raise
+        except Exception as error:  # a network can raise anything for a patch of another size
+            given = f"--patch-size {model.patch_size}"
+            raise ValueError(f"{model.arch} does not take {given}: {_reason(error)}") from error
         crops = resolve_crop_sizes(crops, image_size, backbone.patch_size)
         if model.image_size is None and not model.pretrained:
             model = replace(model, image_size=crops.global_crop_size)

@@ -69,12 +69,12 @@ class Collapse:
 # ---------------------------------------------------------------- the monitor
 
 
-def peak_memory() -> float:
+def peak_memory(device: torch.device) -> float:
     """Return the most memory in GiB that this process has taken so far, without its workers.
 
-    It is the GPU's memory where there is one, and nan on Windows without.
+    It is the GPU's memory where that is the device, and nan on Windows elsewhere.
     """
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     if resource is None:
         return math.nan
@@ -150,7 +150,7 @@ class Monitor:
 
     def restart_clock(self) -> None:
         """Leave what was done until now out of images/s. A sync point."""
-        if torch.cuda.is_available():
+        if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self.clock_start = time.perf_counter()
         self.steps_on_clock = 0
@@ -205,7 +205,7 @@ class Monitor:
         speed = self.steps_on_clock * self.run.images_per_step / seconds
         waited = (self.run.waited - self.waited_before) / seconds
         values = {"loss": loss, "lr": lr, "images_per_second": speed, "data_wait": waited}
-        values |= {"peak_memory_gib": peak_memory()} | figures
+        values |= {"peak_memory_gib": peak_memory(self.accelerator.device)} | figures
         collapse = self._lasting_collapse(step, figures["teacher_entropy"], figures["kl"])
         if collapse:
             values["collapse"] = collapse

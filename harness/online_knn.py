@@ -1,6 +1,5 @@
 """The teacher's k-NN, RankMe and linear probe during training: they show what the loss does not."""
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -19,6 +18,9 @@ from harness.run import Run
 KNN_BATCH = 256  # images of a forward pass
 # A teacher that is worse than before training is reported after this share of the run.
 WORSE_SHARE = 0.2
+# settings of other images, or of images prepared otherwise: figures from before do not compare
+OF_IMAGES = ("--val ", "--knn-data ", "--knn-images ", "--eval-resize ")
+OF_COMPARISON = ("knn_top1_untrained", "rankme_untrained", "worse_since")
 
 
 @torch.no_grad()
@@ -65,7 +67,10 @@ class OnlineKnn:
         self.knn_accuracy = knn_accuracy
         self.interval = run.config.run.knn_every * run.steps_per_epoch  # steps
         self.probe_interval = run.config.run.probe_every * run.steps_per_epoch  # steps
-        self.metrics = run.saved.metrics  # of the last evaluation
+        self.metrics = dict(run.saved.metrics)  # of the last evaluation
+        if any(change.startswith(OF_IMAGES) for change in run.changes):
+            for name in OF_COMPARISON:
+                self.metrics.pop(name, None)
         self.has_warned = False
         self.preparation = Preparation.of_run(run.config)
         self.splits: tuple[Dataset, ...] = ()  # memory and test; the memory alone without classes
@@ -85,9 +90,14 @@ class OnlineKnn:
             self.splits = self._open_splits()
         except ValueError as error:
             self.why_not = str(error)
-            with contextlib.suppress(ValueError):  # which would be the same again
+        if not self.splits:
+            try:
                 self.splits = self._open_without_classes()
                 self.why_not += "; RankMe alone"
+            except ValueError as error:
+                knn_data = self.run.config.data.knn_data
+                if knn_data is not None:  # which was given for nothing else
+                    raise ValueError(f"cannot use --knn-data {knn_data}: {error}") from error
 
     def _open_splits(self) -> tuple[Dataset, Dataset]:
         memory, test = evaluation_splits(self.preparation)
@@ -130,10 +140,14 @@ class OnlineKnn:
             if self.probe_interval and self._is_time(step, self.probe_interval):
                 measured["probe_top1"] = probe_accuracy(features, *labels_and_test)
         measured |= quality_figures(features)
-        before = self.metrics.get(f"{figure}_untrained", measured[figure])
-        kept = {"knn_step": step, f"{figure}_untrained": before}
-        if measured[figure] < before:
-            kept["worse_since"] = self.metrics.get("worse_since", step)
+        kept = {"knn_step": step}
+        untrained = f"{figure}_untrained"
+        if step == 0:
+            kept[untrained] = measured[figure]
+        elif untrained in self.metrics:  # else the run began without evaluations, or with others
+            kept[untrained] = self.metrics[untrained]
+            if measured[figure] < kept[untrained]:
+                kept["worse_since"] = self.metrics.get("worse_since", step)
         self.metrics = measured | kept
         is_worse = self._is_worse_for_long(step)
         monitor.log(step, measured | ({"worse_than_untrained": True} if is_worse else {}))

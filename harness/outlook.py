@@ -107,9 +107,13 @@ def _channels_of(config: Config) -> str:
     return f"{config.model.channels}; mean {mean}, standard deviation {std}; {rgb_alone}"
 
 
-def _some_numbers(numbers: Sequence[float], most: int = 16) -> str:
-    first = " ".join(f"{number:.3g}" for number in numbers[:most])
-    return first if len(numbers) <= most else f"{first} and {len(numbers) - most} more"
+MOST_NUMBERS = 16  # of a channel each, that a line has
+
+
+def _some_numbers(numbers: Sequence[float]) -> str:
+    first = " ".join(f"{number:.3g}" for number in numbers[:MOST_NUMBERS])
+    num_more = len(numbers) - MOST_NUMBERS
+    return f"{first} and {num_more} more" if num_more > 0 else first
 
 
 def tracked_settings(run: Run, student: nn.Module) -> dict[str, bool | int | float | str | None]:
@@ -356,10 +360,10 @@ class DryRun(Run):
     def steps(self) -> Iterator[int]:
         """Yield the steps to take; the clock starts after the warm-up, and anew once it is steady.
 
-        Where steps are slow, the run is over before the second start.
+        Where steps are slow, the run is over before that; where it is short, before the first.
         """
         for step in range(1, self.last_step + 1):
-            if step in (WARM_UP_STEPS + 1, self.steady_step + 1):
+            if step in (1, WARM_UP_STEPS + 1, self.steady_step + 1):
                 self._start_clock(step - 1)
             yield step
 
@@ -399,12 +403,13 @@ class DryRun(Run):
         speed = self.images_per_step / seconds_a_step
         file = self._draw_crops(crops, multi_crop)
         whole_run = duration(self.total_steps * seconds_a_step)
-        memory_of = "device" if torch.cuda.is_available() else "process"
+        device = self.accelerator.device
+        memory_of = "process" if device.type == "cpu" else "device"
         console.print(f"dry run: nothing but {file.name} was written", markup=False)
         rows = {
             "speed": f"{speed:.3g} images/s, {seconds_a_step:.3g} s a step, over {num_steps}",
             "waiting": f"{waited_a_step / seconds_a_step:.0%} of the time, for data",
-            "memory": f"{peak_memory():.2f} GiB at most, of the {memory_of}",
+            "memory": f"{peak_memory(device):.2f} GiB at most, of the {memory_of}",
             "whole run": f"{whole_run} for {self.total_steps:,} steps, without k-NN and saving",
             "crops": str(file),
         }

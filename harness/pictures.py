@@ -181,7 +181,7 @@ def _column_width(column: Sequence[Cell]) -> int:
 # ---------------------------------------------------------------- curves
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: float, high: float, most: int) -> list[float]:
     """Return round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
     power = 10 ** math.floor(math.log10((high - low) / most))
     steps = [power * factor for factor in (1, 2, 5, 10, 20)]

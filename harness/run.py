@@ -267,10 +267,6 @@ class Run:
         self.agreement = Agreement()
         self.lock = lock or FolderLock()
         self.folder = self._choose_folder(config)
-        self.config_file = self.folder / "config.yaml"
-        self.log_file = self.folder / "log.jsonl"
-        self.checkpoint = self.folder / "ckpt.safetensors"
-        self.state_file = self.folder / "state.safetensors"
         if (config.run.resume or config.run.overwrite) and self.folder.is_dir():
             self._own_folder()  # before the state is read, which a live run would still change
         self.to_delete = self._files_of_another_run(config)
@@ -330,6 +326,22 @@ class Run:
         dataset = dataset.as_canvases(config.data.canvas_size)
         return cls(config, accelerator, dataset, lock)
 
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "log.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "ckpt.safetensors"
+
+    @property
+    def state_file(self) -> Path:
+        return self.folder / "state.safetensors"
+
     # ------------------------------------------------ before the first step
 
     def _own_folder(self) -> None:
@@ -350,6 +362,7 @@ class Run:
             self.accelerator.print(text)
 
     def _choose_folder(self, config: Config) -> Path:
+        """Return --output-dir, or a folder in runs that is not there yet. A collective."""
         name = f"{Path(config.data.data).name}-{config.model.arch}"
         unused = self.agreement.gather(unused_path(Path("runs"), name))[0]
         folder = config.run.output_dir or unused
@@ -452,17 +465,9 @@ class Run:
 
         A collective. Raises ValueError in all processes where it cannot be written.
         """
-        error = ""
-        if self.accelerator.is_main_process:
-            try:
-                is_expected = self.config.run.output_dir is not None
-                self.folder.mkdir(parents=True, exist_ok=is_expected)
-            except OSError as failure:
-                error = f"cannot write to {self.folder}: {failure}"
-        error = self.agreement.gather(error)[0]
-        if error:
-            raise ValueError(error)
+        self._create_folder()
         self._own_folder()
+        error = ""
         if self.accelerator.is_main_process:
             try:
                 # anew: another run may have come and gone since the first look
@@ -475,6 +480,29 @@ class Run:
         error = self.agreement.gather(error)[0]
         if error:
             raise ValueError(error)
+
+    def _create_folder(self) -> None:
+        """Create the folder, another one where a run without --output-dir took it meanwhile.
+
+        A collective. Raises ValueError in all processes where it cannot be created.
+        """
+        may_exist = self.config.run.output_dir is not None
+        is_taken = True
+        while is_taken:
+            error, is_taken = "", False
+            if self.accelerator.is_main_process:
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=may_exist)
+                except OSError as failure:
+                    is_taken = isinstance(failure, FileExistsError) and not may_exist
+                    error = f"cannot write to {self.folder}: {failure}"
+            error, is_taken = self.agreement.gather((error, is_taken))[0]
+            if is_taken:
+                before, self.folder = self.folder, self._choose_folder(self.config)
+                text = f"another run took {before} meanwhile: this one is in {self.folder}"
+                self.accelerator.print(text)
+            elif error:
+                raise ValueError(error)
 
     def _write_first_files(self) -> None:
         for file in self.to_delete + self._files(LEFT_BY_A_KILL):
@@ -585,6 +613,12 @@ class Run:
         reads_loss = logs or evaluates or saves or is_on_cpu
         return Due(reads_loss, logs, evaluates, saves, ends)
 
+    def stop_where_failed(self, failure: str) -> None:
+        """Raise RunError in all processes where `failure` is not empty in one. A collective."""
+        (has_failed,) = self.agreement.largest(bool(failure))
+        if has_failed:
+            raise RunError(failure)
+
     def save(
         self, state: TrainingState, step: int, metrics: dict, collapse: dict | None = None
     ) -> None:
@@ -660,11 +694,14 @@ class Run:
         numbered_checkpoint = self.checkpoint.with_stem(f"{self.checkpoint.stem}-{step:08}")
         save_tensors(numbered_state, tensors, texts)
         copy_whole(self.checkpoint, numbered_checkpoint)
-        for stem in (self.state_file.stem, self.checkpoint.stem):
-            numbered = self._files(rf"{stem}-\d{{8}}\.safetensors")
+        for stem, newest in (("state", numbered_state), ("ckpt", numbered_checkpoint)):
+            older = [
+                file for file in self._files(rf"{stem}-\d{{8}}\.safetensors") if file != newest
+            ]
             # by time, since a run that went back to an older state has later steps that are older
-            numbered.sort(key=_time_of)
-            for file in numbered[: -self.config.run.keep_last]:
+            older.sort(key=_time_of)
+            num_kept = self.config.run.keep_last - 1  # besides the newest, whatever the clock says
+            for file in older[: max(0, len(older) - num_kept)]:
                 file.unlink()
         copy_whole(numbered_state, self.state_file)
 

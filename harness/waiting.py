@@ -42,7 +42,8 @@ def sleep_early_where_cores_are_busy() -> str:
     num_cores = os.cpu_count() or 1
     own_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else num_cores
     is_too_late = "torch" in sys.modules
-    if is_too_late or own_cores == 1 or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    is_alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
+    if is_too_late or own_cores == 1 or not is_alone:
         return ""
     num_busy = num_busy_tasks()
     num_left_to_others = num_cores - own_cores

@@ -389,7 +389,8 @@ def _build_on_meta(config: ModelConfig) -> nn.Module:
     try:
         with torch.device("meta"):
             return get_backbone(config.arch, **sizes, channels=config.channels)
-    except (RuntimeError, AssertionError, ZeroDivisionError) as error:  # sizes of damaged tensors
+    except (RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
+        # of sizes that are those of damaged tensors
         raise ValueError(f"no {config.arch} of {sizes}: {error}") from error
 
 

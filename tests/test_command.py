@@ -10,7 +10,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, read_log, stop_at
 from torch.utils.data import DataLoader, Dataset
 
@@ -242,6 +244,18 @@ def test_wrong_item_is_wrong_input_at_first_and_a_broken_run_later(
         text = capsys.readouterr().err
         assert "no image" in text
         assert text.count("\n") == 1
+
+
+def test_want_of_memory_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    def allocate() -> None:
+        torch.empty(1 << 50)
+
+    for main in (allocate, partial(np.zeros, 1 << 50)):
+        with pytest.raises(SystemExit) as stop:
+            run_command(main)
+        assert stop.value.code == 1
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1 and "need a smaller --batch-size, or smaller images" in text
 
 
 def test_full_shared_memory_is_named(capsys: pytest.CaptureFixture) -> None:

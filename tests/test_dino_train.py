@@ -296,7 +296,7 @@ def test_resumed_run_equals_uninterrupted_run(
         with pytest.raises(SystemExit) as stopped:
             train(tiny(tmp_path / "cut", *flags))
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert f"accelerate launch dino_train.py --resume {tmp_path / 'cut'}" in capsys.readouterr().out
+    assert f"python dino_train.py --resume {tmp_path / 'cut'}" in capsys.readouterr().out
     train(parse_config(["--resume", str(tmp_path / "cut")]))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     whole, cut = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "cut"))
@@ -556,6 +556,14 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture, monkeypatch) ->
         (
             ["--batch-size", "1", "--local-crop-size", "8"],
             "does not take crops of 8 px, 1 in a batch",
+        ),
+        (
+            ["--arch", "xcit_nano_12_p16_224", "--patch-size", "15"],
+            "xcit_nano_12_p16_224 does not take --patch-size 15: ",
+        ),
+        (
+            ["--arch", "xcit_nano_12_p16_224", "--patch-size", "14"],
+            "xcit_nano_12_p16_224 does not take --patch-size 14: ",
         ),
         (["--mixed-precision", "fp16"], "--mixed-precision fp16 needs a GPU"),
         (["--output-dir", "u.yaml"], "need a folder for --output-dir, got the file u.yaml"),

@@ -176,6 +176,17 @@ def test_name_of_a_data_set_stays_where_a_folder_is_called_the_same(
     assert finish(config, dataset, dataset.survey()).data.data == "patterns"
 
 
+def test_recipe_is_found_beside_a_folder_of_its_name_and_a_run_by_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clothes_cpu").mkdir()
+    flags = ["--config", "clothes_cpu", "--data", "photos"]
+    assert parse_config(flags).optim.epochs == 60
+    (tmp_path / "clothes_cpu" / "config.yaml").write_text("optim: {epochs: 7}\n")
+    assert parse_config(flags).optim.epochs == 7
+
+
 def test_koleo_needs_two_images_also_on_more_processes(tiny_flags: list[str]) -> None:
     config = parse_config([*tiny_flags, "--koleo-weight", "0.1"])
     assert fit_batch(config, 8, 4).optim.batch_size == 2

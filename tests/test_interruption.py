@@ -1,5 +1,7 @@
 """Runs that are killed, stopped or out of disk, against runs that were left alone."""
 
+import errno
+import json
 import os
 import random
 import shutil
@@ -309,6 +311,38 @@ def test_older_states_and_teachers_of_epochs_are_kept_as_asked(
     assert train(parse_config(["--resume", str(folder)]))["step"] == 50
     again = load_file(folder / "state.safetensors")
     assert all(torch.equal(final[name], again[name]) for name in final)
+
+
+def test_last_line_of_the_log_that_cannot_be_written_is_said(
+    tmp_path: Path, tiny_flags: list[str], script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Run.append_to_log
+
+    def append_or_fail(run: Run, line: str) -> None:
+        if json.loads(line)["step"] == run.total_steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(run, line)
+
+    monkeypatch.setattr(Run, "append_to_log", append_or_fail)
+    folder = tmp_path / "run"
+    flags = ["--epochs", 1, "--knn-every", 0, "--output-dir", folder]
+    result = script("dino_train", *tiny_flags, *flags)
+    assert result.returncode == 1
+    assert f"cannot write {folder / 'log.jsonl'}: No space left" in result.stderr
+    assert load_checkpoint(folder / "ckpt.safetensors")[1]["step"] == 10
+
+
+@pytest.mark.slow
+def test_newest_state_is_kept_though_the_clock_went_back(
+    tmp_path: Path, tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.run._time_of", lambda file: -file.stat().st_mtime_ns)
+    folder = tmp_path / "run"
+    flags = ["--save-every", "5", "--keep-last", "2", "--knn-every", "0"]
+    train(parse_config([*tiny_flags, *flags, "--output-dir", str(folder)]))
+    for stem in ("state", "ckpt"):
+        kept = sorted(path.name for path in folder.glob(f"{stem}-*.safetensors"))
+        assert len(kept) == 2 and f"{stem}-00000020.safetensors" in kept
 
 
 @pytest.mark.slow

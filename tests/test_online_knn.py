@@ -106,6 +106,30 @@ def test_resumed_run_measures_what_the_uninterrupted_one_does(
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+@pytest.mark.slow
+def test_untrained_is_what_was_measured_before_the_first_step_alone(
+    tmp_path: Path, tiny_flags, image_folder: Path, script
+) -> None:
+    late = [*tiny_flags, "--knn-every", 0, "--epochs", 1, "--output-dir", tmp_path / "late"]
+    assert script("dino_train", *late).returncode == 0
+    went_on = script("dino_train", "--resume", tmp_path / "late", "--epochs", 2, "--knn-every", 1)
+    assert went_on.returncode == 0, went_on.stderr
+    assert "% trained, the teacher's" in went_on.stdout and "% untrained" not in went_on.stdout
+    others = [*tiny_flags, "--epochs", 1, "--output-dir", tmp_path / "others"]
+    assert "% untrained, " in script("dino_train", *others).stdout
+    flags = ["--epochs", 2, "--knn-data", image_folder]  # of which it was the tenth before
+    changed = script("dino_train", "--resume", tmp_path / "others", *flags)
+    assert "% trained, the teacher's" in changed.stdout and "% untrained" not in changed.stdout
+
+
+def test_knn_data_that_cannot_be_used_is_one_line(tmp_path: Path, tiny_flags, script) -> None:
+    flags = ["--knn-data", tmp_path / "none", "--output-dir", tmp_path / "run"]
+    result = script("dino_train", *tiny_flags, *flags)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"cannot use --knn-data {tmp_path / 'none'}: no such folder" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_evaluation_is_said_in_words() -> None:
     measured = {"knn_top1": 44.64, "probe_top1": 51.2, "rankme": 17.31}
     measured |= {"variance_share_1": 0.604, "variance_share_10": 0.9}

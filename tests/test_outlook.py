@@ -4,6 +4,7 @@ import io
 import math
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,22 @@ def test_dry_run_writes_its_crops_alone_and_changes_nothing(
     assert result.returncode == 0, result.stderr
     for mine, other in zip(read_log(folder), read_log(tiny_run), strict=True):
         assert {**mine, **dict.fromkeys(MEASURED)} == {**other, **dict.fromkeys(MEASURED)}
+
+
+def test_dry_run_of_a_short_run_times_its_steps_alone(
+    tmp_path: Path, tiny_flags, script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_parts = dino_train.build_parts
+
+    def build_slowly(run: Run) -> dino_train.Parts:
+        time.sleep(1)
+        return build_parts(run)
+
+    monkeypatch.setattr(dino_train, "build_parts", build_slowly)
+    flags = ["--batch-size", 40, "--epochs", 1, "--dry-run", "--output-dir", tmp_path / "run"]
+    said = " ".join(script("dino_train", *tiny_flags, *flags).stdout.split())
+    seconds_a_step = re.search(r"images/s, (\S+) s a step, over 2", said)
+    assert float(seconds_a_step[1]) < 0.4, said
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from conftest import ROOT, Answer, read_log
 
 from dino_train import train
 from harness import run_lock
+from harness.command import unused_path
 from harness.flags import parse_config
 from harness.run_lock import FolderLock
 from models import load_checkpoint
@@ -165,6 +166,30 @@ def test_all_processes_stop_where_the_folder_is_held(
     assert f"belongs to a run that is alive (process {holder.pid} on " in errors[0]
     assert "Traceback" not in answer.text
     assert contents(folder) == before
+
+
+@pytest.mark.slow
+def test_two_runs_that_choose_one_name_at_a_time_get_two_folders(
+    tmp_path: Path, tiny_flags: list[str], script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: list[str] = []
+
+    def unused_but_not_for_long(folder: Path, name: str) -> Path:
+        path = unused_path(folder, name)
+        if not names:  # the other run is faster
+            path.mkdir(parents=True)
+        names.append(path.name)
+        return path
+
+    monkeypatch.setattr("harness.run.unused_path", unused_but_not_for_long)
+    result = script("dino_train", *tiny_flags, "--epochs", 1)
+    assert result.returncode == 0, result.stderr
+    said = " ".join(result.stdout.split())
+    before, after = (Path("runs", name) for name in names)
+    assert f"another run took {before} meanwhile: this one is in {after}" in said
+    assert not list(before.iterdir())
+    assert load_checkpoint(after / "ckpt.safetensors")[1]["step"] == 10
 
 
 # ---------------------------------------------------------------- nothing begins anew in silence
