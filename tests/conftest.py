@@ -1,3 +1,4 @@
+import functools
 import io
 import itertools
 import json
@@ -18,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from data import draw_patterns
-from harness import bf16_on_cpu
+from harness import bf16_on_cpu, outlook
 from harness.command import run_command
 from harness.distributed import cores_per_process
 from harness.monitor import Monitor
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=20, help="times that a run is killed")
+    parser.addoption("--kills", type=int, default=15, help="times that a run is killed")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -66,6 +67,14 @@ def all_cores() -> Iterator[None]:
 def _float32_on_any_cpu() -> None:
     """Let runs be alike on all machines: on some CPUs bf16 would be taken."""
     bf16_on_cpu.CPUINFO = Path(os.devnull)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _costs_are_counted_once() -> None:
+    """What a step will take is computed before each run: of the same tiny one once is enough."""
+    cached = functools.cache(outlook.step_cost)
+    outlook.step_cost = lambda model, sizes, batch_size: cached(model, tuple(sizes), batch_size)
+    outlook.flops_per_second = functools.cache(outlook.flops_per_second)
 
 
 @pytest.fixture(autouse=True)

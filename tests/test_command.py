@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,24 +24,32 @@ from harness.flags import parse_config
 from models import load_checkpoint, replace_file
 
 
-def start(args: list, **options: object) -> subprocess.Popen:
-    words = [sys.executable, str(ROOT / "dino_train.py"), *map(str, args)]
-    return subprocess.Popen(words, text=True, stderr=subprocess.PIPE, **options)
+@pytest.fixture(scope="module")
+def runs_without_output(
+    tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]
+) -> dict[str, tuple[subprocess.Popen, Path]]:
+    """Runs, started together, whose output cannot be written, and their folders."""
+    root = tmp_path_factory.mktemp("without_output")
+    started: dict[str, tuple[subprocess.Popen, Path]] = {}
+
+    def start(name: str, folder: Path, **options: object) -> subprocess.Popen:
+        words = [sys.executable, ROOT / "dino_train.py", *tiny_flags, "--epochs", "1"]
+        words += ["--output-dir", folder]
+        process = subprocess.Popen(words, text=True, stderr=subprocess.PIPE, **options)
+        started[name] = process, folder
+        return process
+
+    with open("/dev/full", "w") as full:
+        start("/dev/full", root / "full", stdout=full)
+    start("closed pipe", root / "pipe", stdout=subprocess.PIPE).stdout.close()
+    start("closed", root / "closed", preexec_fn=lambda: os.close(1))
+    return started
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stdout", ["/dev/full", "closed pipe", "closed"])
-def test_run_outlives_its_output(stdout: str, tmp_path: Path, tiny_flags: list[str]) -> None:
-    folder = tmp_path / "run"
-    args = [*tiny_flags, "--epochs", 1, "--output-dir", folder]
-    if stdout == "/dev/full":
-        with open(stdout, "w") as full:
-            process = start(args, stdout=full)
-    elif stdout == "closed pipe":
-        process = start(args, stdout=subprocess.PIPE)
-        process.stdout.close()
-    else:
-        process = start(args, preexec_fn=lambda: os.close(1))
+def test_run_outlives_its_output(stdout: str, runs_without_output: dict) -> None:
+    process, folder = runs_without_output[stdout]
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "Traceback" not in err
@@ -101,23 +110,52 @@ with stop_requests(float(sys.argv[1]), lambda: "ckpt is kept") as received:
 """
 
 
-def stalled(minutes: float) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", STALL, str(minutes)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+UNFINISHED = """
+import gc
+from torch.utils.data import DataLoader
+from harness.command import iterate
+
+gc.disable()
+batches = iterate(DataLoader(range(100), num_workers=2))
+next(batches)
+kept = [batches]
+kept.append(kept)  # as the traceback of an error keeps it
+"""
+
+PROGRAMS = {  # each with its argument
+    "SIGTERM": (STALL, "0"),
+    "SIGINT": (STALL, "0"),
+    "passed on": (STALL, "0"),
+    "for minutes": (STALL, "0.02"),
+    "unfinished": (UNFINISHED, ""),
+}
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[dict[str, subprocess.Popen]]:
+    """All PROGRAMS, started together: each takes seconds to import torch."""
+    pipe = subprocess.PIPE
+    options = {"cwd": ROOT, "text": True, "stdout": pipe, "stderr": pipe}
+    processes: dict[str, subprocess.Popen] = {}
+    for name, (program, argument) in PROGRAMS.items():
+        words = [sys.executable, "-W", "ignore", "-c", program, argument]
+        processes[name] = subprocess.Popen(words, **options)
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.wait()
+
+
+def wait_until_stalled(process: subprocess.Popen) -> None:
     assert process.stdout.readline() == "stalled\n"
     time.sleep(0.3)
-    return process
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_second_signal_ends_a_stalled_run_and_its_workers(number: int) -> None:
-    process = stalled(0)
+def test_second_signal_ends_a_stalled_run_and_its_workers(number: int, started: dict) -> None:
+    process = started[signal.Signals(number).name]
+    wait_until_stalled(process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) >= 2
     process.send_signal(number)
@@ -135,44 +173,31 @@ def test_second_signal_ends_a_stalled_run_and_its_workers(number: int) -> None:
 
 
 @pytest.mark.slow
-def test_signal_that_a_launcher_passes_on_is_no_second_one() -> None:
-    process = stalled(0)
+def test_signal_that_a_launcher_passes_on_is_no_second_one(started: dict) -> None:
+    process = started["passed on"]
+    wait_until_stalled(process)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    time.sleep(1)
+    time.sleep(0.5)
     assert process.poll() is None
-    process.kill()
-    process.wait()
 
 
 @pytest.mark.slow
-def test_stalled_run_ends_after_so_many_minutes() -> None:
-    process = stalled(0.02)
+def test_stalled_run_ends_after_so_many_minutes(started: dict) -> None:
+    process = started["for minutes"]
+    wait_until_stalled(process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM
     assert err == "error: the step did not end within 0.02 min of SIGTERM; ckpt is kept\n"
 
 
-UNFINISHED = """
-import gc
-from torch.utils.data import DataLoader
-from harness.command import iterate
-
-gc.disable()
-batches = iterate(DataLoader(range(100), num_workers=2))
-next(batches)
-kept = [batches]
-kept.append(kept)  # as the traceback of an error keeps it
-"""
-
-
 @pytest.mark.slow
-def test_process_with_an_unfinished_iterator_ends() -> None:
-    begin = [sys.executable, "-W", "ignore", "-c", UNFINISHED]
-    result = subprocess.run(begin, cwd=ROOT, check=True, timeout=60, stderr=subprocess.PIPE)
-    assert result.stderr == b""
+def test_process_with_an_unfinished_iterator_ends(started: dict) -> None:
+    _, err = started["unfinished"].communicate(timeout=60)
+    assert started["unfinished"].returncode == 0
+    assert err == ""
 
 
 @pytest.mark.slow

@@ -45,7 +45,8 @@ def fake_crops() -> list[Tensor]:
 @pytest.fixture(params=["dino_vits16", "resnet10_half", "convnext_atto"])
 def system(request: pytest.FixtureRequest) -> Iterator[DinoSystem]:
     config = ModelConfig(arch=request.param, image_size=64, projection_output_dim=K)
-    student, teacher = DinoModel.from_config(config), DinoModel.from_config(config)
+    with torch.device("meta"):
+        student, teacher = DinoModel.from_config(config), DinoModel.from_config(config)
     share_drop_path(student.backbone)
     for network in (student, teacher):
         skip_unread_tokens(network.backbone)
@@ -95,7 +96,8 @@ def test_waiting_would_be_noticed() -> None:
 def test_what_is_compiled_on_a_gpu_is_whole_graphs_and_few() -> None:
     """For two sizes of crops: colours, then a ViT's blocks, all but the last alike; the loss."""
     config = ModelConfig(arch="dino_vits16", image_size=64, projection_output_dim=K)
-    student = DinoModel.from_config(config)
+    with torch.device("meta"):
+        student = DinoModel.from_config(config)
     share_drop_path(student.backbone)
     skip_unread_tokens(student.backbone)
     graphs = []

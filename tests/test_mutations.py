@@ -149,7 +149,7 @@ def test_metadata_of_the_wrong_type_is_one_line(name: str, tiny_run: Path, tmp_p
     draws, run = random.Random(0), tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_bytes((tiny_run / "config.yaml").read_bytes())
-    for _ in range(40):
+    for _ in range(40 if name == "ckpt" else 15):  # a state that is read begins a run
         key = draws.choice([*texts])
         changed = json.loads(texts[key])
         place, names = changed, []

@@ -1,5 +1,6 @@
 """Each recipe loads and trains, and the published ones hold the published numbers."""
 
+import functools
 import signal
 from pathlib import Path
 
@@ -26,6 +27,7 @@ PUBLISHED = {
 }
 
 
+@functools.cache
 def load(path: Path, *flags: str) -> Config:
     return parse_config(["--config", str(path), "--data", "images", *flags])
 
@@ -88,18 +90,11 @@ def test_recipe_takes_a_step_in_a_tiny_size(
     path: Path, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_vit = "vit" in load(path).model.arch
-    flags = ["--arch", "vit_tiny_patch16_224" if is_vit else "resnet10_half", "--batch-size", "8"]
-    flags += ["--data", str(image_folder), "--projection-hidden-dim", "16", "--knn-every", "0"]
-    flags += [
-        "--num-local-crops",
-        "1",
-        "--projection-output-dim",
-        "32",
-        "--num-workers",
-        "0",
-        "--log-every",
-        "1",
-    ]
+    flags = ["--arch", "test_vit" if is_vit else "test_resnet", "--data", str(image_folder)]
+    flags += """
+        --batch-size 8 --projection-hidden-dim 16 --projection-output-dim 32 --num-local-crops 1
+        --num-workers 0 --knn-every 0 --log-every 1
+    """.split()
     stop_at(monkeypatch, 1, signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         train(load(path, *flags, "--output-dir", str(tmp_path / "run")))
