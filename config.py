@@ -47,7 +47,8 @@ class DataConfig:
     val: str | None = setting(None, may_change=True)
     # labelled images for k-NN and later evaluations, as --data takes them; None: those of --data
     knn_data: str | None = setting(None, may_change=True)
-    # take folders called train, val and test for splits; --no-splits: for classes
+    # take folders called train, val and test for splits, and tars with these words in their names;
+    # --no-splits: folders for classes, all tars for one data set
     splits: bool = True
     # LOW HIGH, the values that become black and white in images of more than 8 bits; or such a pair
     # for each band, in the bands' order; None: the 0.1 and 99.9 percentile of up to 64 images, for
@@ -82,8 +83,8 @@ class OptimConfig:
     lr: float | None = setting(None, above=0, most=100)
     # learning rate at the end, not scaled [paper: 1e-6]
     min_lr: float = setting(1e-6, most=100)
-    # epochs in which the learning rate rises from 0 [paper: 10]; None: 10, without a recipe at most
-    # a tenth of the run
+    # epochs in which the learning rate rises from 0 [paper: 10]; None: 10; without a recipe, at
+    # most a tenth of the run
     warmup_epochs: float | None = setting(None, most=1_000_000)
     # weight decay at the start; none on biases and 1-d parameters [paper: 0.04]
     weight_decay: float = setting(0.04, most=10)
@@ -95,7 +96,7 @@ class OptimConfig:
     # [DINOv2: 0.1]
     koleo_weight: float = setting(0.0, most=100)
     # epochs in which the head's last layer is frozen; raise it if the loss does not fall
-    # [paper: 1]; None: 1, without a recipe 0 in runs of fewer than 10 epochs
+    # [paper: 1]; None: 1; without a recipe, 0 in runs of fewer than 10 epochs
     freeze_last_layer_epochs: int | None = setting(None, most=1_000_000)
     # epochs in which the whole backbone is frozen and the head alone trains: 1 or 2 with
     # --init-from and a new head, whose first gradients say nothing yet; as slow as other epochs
@@ -111,8 +112,8 @@ class TeacherConfig:
     # student temperature, by which logits are divided before the softmax; at 10 all prototypes are
     # alike to it [paper: 0.1]
     student_temp: float = setting(0.1, above=0, most=10)
-    # teacher temperature at first; lower it if the loss stays at ln K [paper: 0.04]; None: 0.04,
-    # without a recipe at most --teacher-temp
+    # teacher temperature at first; lower it if the loss stays at ln K [paper: 0.04]; None: 0.04;
+    # without a recipe, at most --teacher-temp
     warmup_teacher_temp: float | None = setting(None, above=0, most=10)
     # teacher temperature after the warm-up; above 0.07 is unstable [paper: 0.04 to 0.07]; None: in
     # a recipe 0.04, else 0.02 up to 20,000 images, 0.03 up to 50,000, then 0.04
@@ -121,8 +122,8 @@ class TeacherConfig:
     # --teacher-temp [paper: 30, for a teacher_temp of 0.07]
     warmup_teacher_temp_epochs: int = setting(0, most=1_000_000)
     # momentum of the teacher's moving average at first, 1 at the end; about 0.9995 for a whole
-    # batch of 256, less for short runs [paper: 0.996]; None: 0.996, without a recipe less in short
-    # runs, so that it averages about a tenth of the run
+    # batch of 256, less for short runs [paper: 0.996]; None: 0.996; without a recipe, less in
+    # short runs, so that it averages about a tenth of the run
     teacher_momentum: float | None = setting(None, below=1)
     # what keeps prototypes from taking all images: the center, which is a moving average of the
     # teacher's logits [paper], or sinkhorn, by which all prototypes take equal shares of each batch
@@ -134,7 +135,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    # a YAML recipe, or a run's config.yaml; flags override it
+    # a recipe of recipes/ by its name, a YAML file like these, or a run's folder; flags override it
     config: Path | None = setting(None, of_one_start=True)
     # folder for the run's files; None: runs/DATA-ARCH, with a number where that is taken
     output_dir: Path | None = setting(None, of_one_start=True)
@@ -163,8 +164,8 @@ class RunConfig:
     save_every: int = setting(1000, above=0, most=1_000_000_000, may_change=True)
     # save the state at least every so many minutes; 0: by steps alone
     save_minutes: float = setting(30.0, most=MINUTES_OF_A_YEAR, may_change=True)
-    # minutes that a step may take to end after SIGTERM or the like; after them the run ends with
-    # what was saved before, since its storage has stalled; 0: as long as it takes
+    # minutes that a step or an evaluation may take to end after SIGTERM or the like; after them the
+    # run ends with what was saved before, since its storage has stalled; 0: as long as it takes
     stop_minutes: float = setting(5.0, most=MINUTES_OF_A_YEAR, may_change=True)
     # above 1, keep so many states and teachers, as state-STEP and ckpt-STEP, the newest among them
     keep_last: int = setting(1, above=0, most=1_000_000, may_change=True)

@@ -463,7 +463,7 @@ def _found_set(
     train, test, notes = find(data)
     names = None if train.classes is None else np.unique(train.classes)
     if val is not None:
-        _require_source(val, "--val")
+        require_source(val, "--val")
         of_val = find(val, known_classes=() if names is None else names.tolist())
         test = of_val.test or of_val.train
         notes = [*notes, f"evaluates on {val}", *(f"{val}: {note}" for note in of_val.notes)]
@@ -512,8 +512,8 @@ def _torchvision_set(name: str, split: str) -> ImageDataset:
     return ImageDataset(images, np.array(labels), classes)
 
 
-def _require_source(data: str, flag: str) -> None:
-    """Raise ValueError where data are no folder, no tar and no list, nor a name that is known."""
+def require_source(data: str, flag: str) -> None:
+    """Raise ValueError, naming the flag, where data are no folder, no tar, no list and no name."""
     path = Path(data)
     if path.is_dir() or is_list(path) or (path.suffix == ".tar" and path.is_file()):
         return
@@ -523,7 +523,7 @@ def _require_source(data: str, flag: str) -> None:
     close = difflib.get_close_matches(data, NAMED_SETS, n=2)
     hint = f" (close: {', '.join(close)})" if close else ""
     kinds = "a folder, a .tar, a .txt or .csv that lists paths"
-    names = f" or one of {', '.join(NAMED_SETS)}" if flag == "--data" else ""
+    names = "" if flag == "--val" else f" or one of {', '.join(NAMED_SETS)}"
     raise ValueError(f"no such data {data!r}{hint}: need for {flag} {kinds}{names}")
 
 
@@ -561,10 +561,10 @@ def build_dataset(
     elif data in TORCHVISION_SETS:
         dataset = _torchvision_set(data, split)
     else:
-        _require_source(data, "--data")
+        require_source(data, "--data")
         dataset = _found_set(data, split, val, take_splits, channels, index_folder)
     if data in NAMED_SETS and os.path.isdir(data):
-        dataset.notes.append(f"{data} is not the folder of that name, which is --data ./{data}")
+        dataset.notes.append(f"took the data set {data}; the folder of that name is ./{data}")
     dataset.channels = channels
     if split != "train" and dataset.labels is None:
         why = next((note for note in dataset.notes if note.startswith("no classes")), "")

@@ -10,7 +10,7 @@ Start here; every flag stands below, by concern:
 
     --data PATH        images: a folder, tar or list; without it, textures drawn by code
     --arch NAME        the network: dino_vits16, resnet50, resnet10_half (small), any of timm's
-    --config NAME      a recipe of recipes/, or a run's config.yaml; flags override it
+    --config NAME      a recipe of recipes/, a file like these, or a run's folder; flags override it
     --epochs N         passes over the images
     --minutes N        as many epochs as fit into that time on this machine
     --batch-size N     images in a micro-batch of each process

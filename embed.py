@@ -106,7 +106,9 @@ def _check_file_beside(out: Path, json_out: Path | None) -> None:
     if out.suffix != ".safetensors":
         beside = out.with_suffix(".json")
         written.append(beside)
-        if beside.exists() and not _is_of_features(beside):
+        others = [out.with_suffix(suffix) for suffix in SUFFIXES[1:] if suffix != out.suffix]
+        is_of_others = any(other.exists() for other in others)
+        if beside.exists() and (is_of_others or not _is_of_features(beside)):
             text = f"{beside}, which would be written beside it, is there and of something else"
             raise ValueError(f"need another --out than {out}: {text}")
     if json_out is not None and json_out.resolve() in [path.resolve() for path in written]:

@@ -330,7 +330,7 @@ def evaluate(
     parts = gather_object([(confusion, jaccards)])
     of_all = sum(of_process for of_process, _ in parts)
     if not of_all.any():
-        raise ValueError(f"no pixel of the masks that test is judged: all are {VOID}")
+        raise ValueError(f"the test masks have no pixel that is judged: all are {VOID}")
     return Evaluated(of_all, [each for _, of_process in parts for each in of_process], len(memory))
 
 

@@ -410,9 +410,10 @@ def _splits_by_names(root: str, tars: list[str]) -> dict[str, str]:
         return {}
     unclear = [tar for tar in tars if len(kinds[tar]) != 1]
     if unclear:
-        text = f"{root} holds tars of {' and '.join(sorted(of_all))}, and {some_of(unclear)}"
-        raise ValueError(f"{text}: need a split in each name, or --no-splits to take all of them")
-    return {tar: kind for tar in tars for kind in kinds[tar]}
+        called = " and ".join(sorted(of_all))
+        text = f"{root} holds tars called {called}, but some name none or two: {some_of(unclear)}"
+        raise ValueError(f"{text}; need a split in each name, or --no-splits to take all of them")
+    return {tar: kind for tar, (kind,) in kinds.items()}
 
 
 # ---------------------------------------------------------------- lists
@@ -568,7 +569,8 @@ def find_images(
 ) -> FoundSplits:
     """Find the images of a folder, a tar, a folder of tars or a list, their splits and classes.
 
-    `take_splits` False takes folders called train, val and test for classes. `index_folder` keeps
+    `take_splits` False takes folders called train, val and test for classes, and all tars and all
+    lines of a list for one split. `index_folder` keeps
     what a long scan found. `known_classes` are those of the images that these are compared with: a
     single one of them is a class, while the only folder of other images tells nothing. Raises
     ValueError, with what to type, where there are no images and where it cannot be told what the
@@ -586,7 +588,7 @@ def find_images(
         kinds = "files like .jpg, .png, .tif, .webp, or tars of them"
         raise ValueError(f"no images in {data}: need {kinds}{held and '; ' + held}")
     if is_list(data):
-        return _splits_of_list(listing)
+        return _splits_of_list(listing if take_splits else listing._replace(splits=None))
     layout = _Layout(listing)
     layout = _enter(layout, take_splits, known_classes)
     names_of_splits = _splits_of(layout) if take_splits else {}

@@ -77,8 +77,8 @@ class ModelConfig:
     # width of the head's bottleneck [paper: 256]
     projection_bottleneck_dim: int = field(default=256, metadata=ABOVE_ZERO)
     # prototypes K [paper: 65536]; fewer than the images; of one alone the loss is always 0; None:
-    # in a recipe 4,096, else 1,024 up to 20,000 training images, 2,048 up to 50,000, 4,096 up to
-    # 100,000, 16,384 up to 200,000, 32,768 up to 500,000, then the paper's
+    # 4,096; in training without a recipe, 1,024 up to 20,000 images, 2,048 up to 50,000, 4,096 up
+    # to 100,000, 16,384 up to 200,000, 32,768 up to 500,000, then the paper's
     projection_output_dim: int | None = field(default=None, metadata={"above": 1})
     # weight-normalise the head's last layer [paper: yes]
     use_weight_norm: bool = True

@@ -102,8 +102,8 @@ class CropConfig:
     # probability of losing all colour; RGB alone [paper: 0.2]
     grayscale_probability: float = field(default=0.2, metadata=SHARE)
     # probability of a blur in the first large, the second large and the small crops
-    # [paper: 1 0.1 0.5]; None: the paper's, but without a recipe 0 where large crops have less than
-    # 64 px, since it would erase what they show
+    # [paper: 1 0.1 0.5]; None: the paper's; without a recipe, 0 where large crops have less
+    # than 64 px, since it would erase what they show
     blur_probability: tuple[float, float, float] | None = field(default=None, metadata=SHARE)
     # pixels, least and largest standard deviation of the blur [paper: 0.1 2]
     blur_sigma: tuple[float, float] = field(default=(0.1, 2.0), metadata={"above": 0, "most": 100})

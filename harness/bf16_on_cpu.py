@@ -24,8 +24,9 @@ def bf16_gain(backbone: nn.Module, image_size: int, batch_size: int) -> float:
     """Return how many times as fast as in float32 a backbone trains in bf16 on this CPU.
 
     By its forward and backward pass over as many random images as take a tenth of a second, at
-    most `batch_size`: the fastest of two and more, for a second. 0 where a gradient is not finite.
-    It pads small images from then on.
+    most `batch_size`. These steps are repeated for a second, at least twice each, and the fastest
+    of each precision are compared. 0 where a gradient is not finite. It pads small images from then
+    on.
     """
     pad_small_images(backbone)
     num_images = min(4, batch_size)

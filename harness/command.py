@@ -56,6 +56,11 @@ def read_flags(
         )
 
 
+LESS_MEMORY = (
+    "need smaller images, or a smaller --batch-size (in training with more --accumulation-steps)"
+)
+
+
 class RunError(RuntimeError):
     """An error that ends a run which had begun well, in all processes alike: exit code 1."""
 
@@ -91,8 +96,7 @@ def _run(main: Callable[[], object]) -> None:
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
         _exit_with(2, printable_name(_message(error)), is_said=is_first_of_node)
     except MemoryError as error:
-        text = f"out of memory: {_message(error)}; need a smaller --batch-size, or smaller images"
-        _exit_with(1, text, is_said=True)
+        _exit_with(1, f"out of memory: {_message(error)}; {LESS_MEMORY}", is_said=True)
     except RuntimeError as error:
         text = _explain(error)
         if text is None:
@@ -130,7 +134,7 @@ def _explain(error: RuntimeError) -> str | None:
         hint = "out of memory? then fewer --num-workers; what was saved can be resumed"
         return f"a process that decodes images died: {first_line} ({hint})"
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
-        return f"{first_line}; need a smaller --batch-size, or smaller images"
+        return f"{first_line}; {LESS_MEMORY}"
     if isinstance(error, dist.DistError) or "gloo" in first_line:
         return f"another process of the run ended: {first_line}"
     return None

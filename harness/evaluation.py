@@ -82,7 +82,8 @@ class EvalConfig:
     # images to test on, as --data takes them; None: those of the run or, with --data, its own val
     # or test split, else a fixed tenth
     val: str | None = None
-    # take folders called train, val and test for splits; --no-splits: for classes
+    # take folders called train, val and test for splits, and tars with these words in their names;
+    # --no-splits: folders for classes, all tars for one data set
     splits: bool = True
     # which of a run's networks; the student is in state.safetensors, beside the checkpoint
     network: Role = "teacher"

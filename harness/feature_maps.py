@@ -58,7 +58,7 @@ def why_no_class_attention(backbone: nn.Module) -> str:
 
 
 def why_attention_is_untrained(backbone: nn.Module) -> str:
-    """Return why DINO leaves a class token's attention as it began: a predicate; or nothing."""
+    """Return why DINO does not train a class token's attention: a predicate; nothing if it does."""
     if getattr(backbone, "global_pool", "") in ("avg", "avgmax", "max"):
         return "pools its patches: a run of DINO does not train its class token's last attention"
     return ""

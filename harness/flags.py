@@ -85,11 +85,13 @@ def _recipe_default_flags() -> list[str]:
 
 def _recipe_file(given: Path | None) -> Path | None:
     """Return the file of --config, which may be the name alone of one of our recipes."""
-    if given is None or given.is_file():
+    if given is None or (given.exists() and not given.is_dir()):
         return given
+    ours = {file.stem: file for file in sorted(QUICKSTART.parent.glob("*.yaml"))}
+    if str(given) in ours:  # also beside a folder of that name
+        return ours[str(given)]
     if (given / "config.yaml").is_file():  # the folder of a run
         return given / "config.yaml"
-    ours = {file.stem: file for file in sorted(QUICKSTART.parent.glob("*.yaml"))}
     if given.stem in ours:
         return ours[given.stem]
     close = ", ".join(difflib.get_close_matches(given.stem, ours)) or ", ".join(ours)
@@ -546,9 +548,9 @@ def _fit_sizes(
     with torch.device("meta"):  # shapes alone: neither memory nor time
         try:
             backbone = get_backbone(model.arch, patch_size=model.patch_size)
-        except ValueError:
-            raise
         except Exception as error:  # a network can raise anything for a patch of another size
+            if isinstance(error, ValueError) or model.patch_size is None:
+                raise
             given = f"--patch-size {model.patch_size}"
             raise ValueError(f"{model.arch} does not take {given}: {_reason(error)}") from error
         crops = resolve_crop_sizes(crops, image_size, backbone.patch_size)

@@ -72,7 +72,7 @@ class Collapse:
 def peak_memory(device: torch.device) -> float:
     """Return the most memory in GiB that this process has taken so far, without its workers.
 
-    It is the GPU's memory where that is the device, and nan on Windows elsewhere.
+    On CUDA it is the GPU's memory; on Windows without CUDA it is nan.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from data import permutation
+from data import NAMED_SETS, permutation, require_source
 from harness.evaluation import Preparation, evaluation_splits, features_of_splits, open_split
 from harness.feature_quality import RANKME_IMAGES, feature_quality
 from harness.linear_probe import probe_accuracy
@@ -18,9 +18,8 @@ from harness.run import Run
 KNN_BATCH = 256  # images of a forward pass
 # A teacher that is worse than before training is reported after this share of the run.
 WORSE_SHARE = 0.2
-# settings of other images, or of images prepared otherwise: figures from before do not compare
+# settings that make figures from before those of other images, or of images prepared otherwise
 OF_IMAGES = ("--val ", "--knn-data ", "--knn-images ", "--eval-resize ")
-OF_COMPARISON = ("knn_top1_untrained", "rankme_untrained", "worse_since")
 
 
 @torch.no_grad()
@@ -67,10 +66,8 @@ class OnlineKnn:
         self.knn_accuracy = knn_accuracy
         self.interval = run.config.run.knn_every * run.steps_per_epoch  # steps
         self.probe_interval = run.config.run.probe_every * run.steps_per_epoch  # steps
-        self.metrics = dict(run.saved.metrics)  # of the last evaluation
-        if any(change.startswith(OF_IMAGES) for change in run.changes):
-            for name in OF_COMPARISON:
-                self.metrics.pop(name, None)
+        has_other_images = any(change.startswith(OF_IMAGES) for change in run.changes)
+        self.metrics = {} if has_other_images else run.saved.metrics  # of the last evaluation
         self.has_warned = False
         self.preparation = Preparation.of_run(run.config)
         self.splits: tuple[Dataset, ...] = ()  # memory and test; the memory alone without classes
@@ -86,6 +83,9 @@ class OnlineKnn:
         run.agreement.require_same(sizes, "images to evaluate with")
 
     def _open(self) -> None:
+        knn_data = self.run.config.data.knn_data
+        if knn_data is not None and knn_data not in NAMED_SETS:
+            require_source(knn_data, "--knn-data")
         try:
             self.splits = self._open_splits()
         except ValueError as error:
@@ -95,9 +95,9 @@ class OnlineKnn:
                 self.splits = self._open_without_classes()
                 self.why_not += "; RankMe alone"
             except ValueError as error:
-                knn_data = self.run.config.data.knn_data
                 if knn_data is not None:  # which was given for nothing else
-                    raise ValueError(f"cannot use --knn-data {knn_data}: {error}") from error
+                    text = f"cannot evaluate on --knn-data {knn_data}: {error}"
+                    raise ValueError(f"{text}; --knn-every 0 goes on without it") from error
 
     def _open_splits(self) -> tuple[Dataset, Dataset]:
         memory, test = evaluation_splits(self.preparation)

@@ -358,9 +358,11 @@ class DryRun(Run):
         """Save nothing."""
 
     def steps(self) -> Iterator[int]:
-        """Yield the steps to take; the clock starts after the warm-up, and anew once it is steady.
+        """Yield the steps to take.
 
-        Where steps are slow, the run is over before that; where it is short, before the first.
+        The clock starts with the first, anew after the warm-up, and once more when the batches that
+        were made ahead are used up: a short run ends before the second start, a slow one before the
+        third.
         """
         for step in range(1, self.last_step + 1):
             if step in (1, WARM_UP_STEPS + 1, self.steady_step + 1):
@@ -404,7 +406,7 @@ class DryRun(Run):
         file = self._draw_crops(crops, multi_crop)
         whole_run = duration(self.total_steps * seconds_a_step)
         device = self.accelerator.device
-        memory_of = "process" if device.type == "cpu" else "device"
+        memory_of = "device" if device.type == "cuda" else "process"
         console.print(f"dry run: nothing but {file.name} was written", markup=False)
         rows = {
             "speed": f"{speed:.3g} images/s, {seconds_a_step:.3g} s a step, over {num_steps}",

@@ -433,7 +433,7 @@ class Run:
                 if new == old:
                     continue
                 may_change = SETTINGS[section][name].metadata.get("may_change", False)
-                if name == "data":
+                if name in ("data", "splits"):
                     may_change = has_same_images  # which may have moved
                 if name in ("batch_size", "accumulation_steps"):
                     may_change = has_same_batch
@@ -494,7 +494,7 @@ class Run:
                 try:
                     self.folder.mkdir(parents=True, exist_ok=may_exist)
                 except OSError as failure:
-                    is_taken = isinstance(failure, FileExistsError) and not may_exist
+                    is_taken = self.folder.is_dir() and not may_exist
                     error = f"cannot write to {self.folder}: {failure}"
             error, is_taken = self.agreement.gather((error, is_taken))[0]
             if is_taken:
@@ -699,9 +699,9 @@ class Run:
                 file for file in self._files(rf"{stem}-\d{{8}}\.safetensors") if file != newest
             ]
             # by time, since a run that went back to an older state has later steps that are older
-            older.sort(key=_time_of)
-            num_kept = self.config.run.keep_last - 1  # besides the newest, whatever the clock says
-            for file in older[: max(0, len(older) - num_kept)]:
+            older.sort(key=_time_of, reverse=True)
+            # the newest is kept besides, whatever the clock says
+            for file in older[self.config.run.keep_last - 1 :]:
                 file.unlink()
         copy_whole(numbered_state, self.state_file)
 

@@ -27,7 +27,7 @@ from models import load_checkpoint, replace_file
 @pytest.fixture(scope="module")
 def runs_without_output(
     tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]
-) -> dict[str, tuple[subprocess.Popen, Path]]:
+) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]:
     """Runs, started together, whose output cannot be written, and their folders."""
     root = tmp_path_factory.mktemp("without_output")
     started: dict[str, tuple[subprocess.Popen, Path]] = {}
@@ -43,7 +43,10 @@ def runs_without_output(
         start("/dev/full", root / "full", stdout=full)
     start("closed pipe", root / "pipe", stdout=subprocess.PIPE).stdout.close()
     start("closed", root / "closed", preexec_fn=lambda: os.close(1))
-    return started
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
@@ -280,7 +283,7 @@ def test_want_of_memory_is_one_line(capsys: pytest.CaptureFixture) -> None:
             run_command(main)
         assert stop.value.code == 1
         text = capsys.readouterr().err
-        assert text.count("\n") == 1 and "need a smaller --batch-size, or smaller images" in text
+        assert text.count("\n") == 1 and "need smaller images, or a smaller --batch-size" in text
 
 
 def test_full_shared_memory_is_named(capsys: pytest.CaptureFixture) -> None:

@@ -80,7 +80,7 @@ def test_folder_that_is_called_as_a_data_set_is_not_it_which_is_said(
     monkeypatch.chdir(tmp_path)
     assert build_dataset("patterns").notes == []
     (tmp_path / "patterns").mkdir()
-    text = "patterns is not the folder of that name, which is --data ./patterns"
+    text = "took the data set patterns; the folder of that name is ./patterns"
     assert build_dataset("patterns").notes == [text]
 
 

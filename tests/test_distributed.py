@@ -286,9 +286,9 @@ def test_launch_that_would_do_something_else_stops(tmp_path: Path, tiny_flags: l
     ):
         command = [*ACCELERATE, *launcher.split(), str(ROOT / "dino_train.py"), *flags]
         started[said] = subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
-    for said, process in started.items():
-        _, err = process.communicate(timeout=120)
-        assert process.returncode != 0
+    errors = {said: process.communicate(timeout=120)[1] for said, process in started.items()}
+    for said, err in errors.items():
+        assert started[said].returncode != 0
         assert said in err
         assert "; type: " in err
         assert err.count("error: ") == 1

@@ -63,21 +63,23 @@ def test_file_holds_features_names_labels_and_the_network(
 def test_every_kind_of_file_holds_the_same(
     tmp_path: Path, tiny_run: Path, image_folder: Path, script
 ) -> None:
-    for suffix in ("safetensors", "npy", "csv"):
+    for suffix in ("safetensors", "npy"):
         embedded(script, tiny_run, image_folder, tmp_path / f"f.{suffix}")
-        if suffix == "npy":
-            described = json.loads((tmp_path / "f.json").read_text())
+    described = json.loads((tmp_path / "f.json").read_text())
+    flags = (tiny_run, "--data", image_folder, "--out", tmp_path / "f.csv")
+    assert "f.json, which would be written beside it" in script("embed", *flags).stderr
+    embedded(script, tiny_run, image_folder, tmp_path / "table.csv")
     tensors = load_file(tmp_path / "f.safetensors")
     features, names = tensors["features"].numpy(), read_names(tensors)
     assert np.array_equal(np.load(tmp_path / "f.npy"), features)
     assert described["names"] == names and described["labels"] == tensors["labels"].tolist()
-    with open(tmp_path / "f.csv", newline="") as file:
+    with open(tmp_path / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == names
     assert [row["class"] for row in rows] == [name.split("/")[0] for name in names]
     from_csv = [[float(row[f"f{i}"]) for i in range(96)] for row in rows]
     assert np.array_equal(np.array(from_csv, np.float32), features)  # to the last bit
-    assert json.loads((tmp_path / "f.json").read_text())["facts"] == described["facts"]
+    assert json.loads((tmp_path / "table.json").read_text())["facts"] == described["facts"]
 
 
 def test_parquet_holds_the_same_or_its_package_is_named(

@@ -245,7 +245,10 @@ def test_wrong_input_is_one_line(pairs: Path, vit: Path, tmp_path: Path, script:
         (("--data", tmp_path / "small"), "need a mask of 48 x 48 px"),
         (("--data", tmp_path / "void"), "is judged"),
         (("--data", pairs, "--val", tmp_path), "need folders images and masks"),
-        (("--data", pairs, "--val", tmp_path / "void"), "masks that test is judged: all are 255"),
+        (
+            ("--data", pairs, "--val", tmp_path / "void"),
+            "the test masks have no pixel that is judged: all are 255",
+        ),
         (("--data", pairs, "--mass", 2), "need --mass > 0 and <= 1"),
         (("--data", pairs, "--k", 0), "need --k > 0"),
         (("--data", pairs, "--json-out", tmp_path / "no" / "x.json"), "no such folder"),

@@ -184,7 +184,9 @@ def test_recipe_is_found_beside_a_folder_of_its_name_and_a_run_by_its_folder(
     flags = ["--config", "clothes_cpu", "--data", "photos"]
     assert parse_config(flags).optim.epochs == 60
     (tmp_path / "clothes_cpu" / "config.yaml").write_text("optim: {epochs: 7}\n")
-    assert parse_config(flags).optim.epochs == 7
+    assert parse_config(flags).optim.epochs == 60
+    assert parse_config([*flags, "--config", "./clothes_cpu/"]).optim.epochs == 60
+    assert parse_config([*flags, "--config", str(tmp_path / "clothes_cpu")]).optim.epochs == 7
 
 
 def test_koleo_needs_two_images_also_on_more_processes(tiny_flags: list[str]) -> None:

@@ -4,7 +4,6 @@ import io
 import math
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -156,15 +155,15 @@ def test_dry_run_of_a_short_run_times_its_steps_alone(
 ) -> None:
     build_parts = dino_train.build_parts
 
-    def build_slowly(run: Run) -> dino_train.Parts:
-        time.sleep(1)
+    def build_as_if_slowly(run: Run) -> dino_train.Parts:
+        run.began -= 1000
         return build_parts(run)
 
-    monkeypatch.setattr(dino_train, "build_parts", build_slowly)
+    monkeypatch.setattr(dino_train, "build_parts", build_as_if_slowly)
     flags = ["--batch-size", 40, "--epochs", 1, "--dry-run", "--output-dir", tmp_path / "run"]
     said = " ".join(script("dino_train", *tiny_flags, *flags).stdout.split())
     seconds_a_step = re.search(r"images/s, (\S+) s a step, over 2", said)
-    assert float(seconds_a_step[1]) < 0.4, said
+    assert float(seconds_a_step[1]) < 100, said
 
 
 @pytest.mark.slow

@@ -122,7 +122,9 @@ def test_splits_of_shards_are_told_by_their_names(tmp_path: Path) -> None:
     assert len(build_dataset(str(root), "test")) == 4
     assert len(build_dataset(str(root), take_splits=False)) == 16
     write_tar(root / "pets-more.tar", class_folders(2, first=200))
-    with pytest.raises(ValueError, match=r"tars of train and val, and pets-more.tar: need a split"):
+    with pytest.raises(
+        ValueError, match=r"train and val, but some name none or two: pets-more.tar; need"
+    ):
         build_dataset(str(root))
 
 
