@@ -304,6 +304,8 @@ def run_loop(
                     loss = loss + optim.koleo_weight * koleo_loss(student_features[:2])
                 accelerator.backward(loss)
             means.add(loss, cross_entropy, teacher_logits, teacher_features)
+            # else these, as large as the logits, would stay in memory during the next forward pass
+            del outputs, student_features, student_logits, teacher_features, teacher_logits
         if optim.clip_grad:
             accelerator.unscale_gradients(optimizer)
             clip_gradients(student.parameters(), optim.clip_grad)

@@ -36,7 +36,7 @@ def tensor_norms(tensors: Iterable[Tensor]) -> Tensor:
 
 def scale_each(tensors: Iterable[Tensor], factors: Tensor) -> None:
     """Multiply each tensor, or its shard, by its own of the factors (n,), in place."""
-    # private as in tensor_norms, for the same reason
+    # private as in tensor_norms; with factors of their own it is a kernel for each tensor
     torch._foreach_mul_([local(tensor) for tensor in tensors], list(factors.unbind()))
 
 
@@ -86,7 +86,8 @@ def build_optimizer(student: nn.Module, name: str, fused: bool = True) -> torch.
             decayed.append(param)
     groups = [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+        # None leaves the choice to torch, where False would be a loop over all parameters
+        return torch.optim.AdamW(groups, lr=0.0, fused=True if fused else None)
     if name == "lars":
         return Lars(groups, lr=0.0, momentum=0.9)
     if name == "sgd":

@@ -34,6 +34,7 @@ from data import (
     to_canvas,
 )
 from harness.command import run_command
+from harness.distributed import has_compiler
 from harness.flags import is_installed
 from multicrop import (
     BOX,
@@ -155,7 +156,7 @@ def main() -> None:
     # ---- decoding and multi-crop
     device = measure.device()
     multi_crop, keys = MultiCrop(config).to(device), torch.arange(options.batch_size)
-    if torch.cuda.is_available():  # as training does
+    if torch.cuda.is_available() and has_compiler():  # as training does
         multi_crop.use_torch_compile()
     num = min(options.images, 64)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.command import run_command
+from harness.distributed import has_compiler
 from harness.flags import is_installed
 from losses import DinoLoss
 from models import PrototypeLayer
@@ -40,7 +41,8 @@ class Options:
 def our_loss(k: int) -> DinoLoss:
     """Build the loss as training does: compiled on a GPU."""
     loss = DinoLoss(k).to(measure.device())
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and has_compiler():
+        torch._dynamo.config.recompile_limit = 128  # each shape is compiled anew
         loss.use_torch_compile()
     return loss
 

@@ -12,7 +12,7 @@ compared; lightly-train uses the same loss and head. All at one precision.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import Config, RunConfig
 from dino_train import build_networks
 from harness.command import run_command
-from harness.distributed import make_accelerator
+from harness.distributed import has_compiler, make_accelerator
 from harness.flags import is_installed
 from losses import DinoLoss
 from models import RESNETS, TIMM_NAMES, DinoModel, ModelConfig, update_teacher_EMA
@@ -44,7 +44,7 @@ class Options:
     arch: tuple[str, ...] = ("dino_vits16", "resnet18")
     batch: int = 16 if not torch.cuda.is_available() else 128
     precision: Literal["no", "bf16"] = "bf16" if torch.cuda.is_available() else "no"
-    compile: bool = torch.cuda.is_available()  # ours
+    compile: bool = torch.cuda.is_available() and has_compiler()  # ours
     original: Path | None = None  # a checkout of facebookresearch/dino, compared too
     rounds: int = 5
     threads: int | None = None
@@ -249,8 +249,13 @@ def main() -> None:
             steps["original"] = original_step(arch, options)
         if is_installed("lightly") and arch in (*TIMM_NAMES, *RESNETS):
             steps[peers.with_version("lightly")] = lightly_step(arch, options)
+        # ours, not compiled: the counter sees single operations
+        eager = (
+            our_step(arch, replace(options, compile=False)) if options.compile else steps["ours"]
+        )
         with FlopCounterMode(display=False) as counter:
-            (steps["plain"] if options.plain and options.compile else steps["ours"])(crops)
+            eager(crops)
+        del eager
         flops = counter.get_total_flops() / options.batch
         for _ in range(3 if options.compile else 0):
             steps["ours"](crops)

@@ -6,10 +6,10 @@
 # For 16 cores and one H200: batch 128 of ViT-S/16 in bf16, 15 workers. A part that fails or takes
 # too long is said, and the next goes on.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-folder=$1
+folder=$(realpath "$1")
 original=()
-if [ $# -gt 1 ]; then original=(--original "$2"); fi
+if [ $# -gt 1 ]; then original=(--original "$(realpath "$2")"); fi
+cd "$(dirname "$0")/.."
 export PYTHONWARNINGS=ignore
 
 run() { # seconds, command

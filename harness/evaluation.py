@@ -647,14 +647,19 @@ def extract(
     # all processes must gather as many: the last image is repeated, and the cut below drops it
     last = len(dataset) - 1
     rows = [min(row, last) for row in range(rank, rank + world * (last // world + 1), world)]
+    device = accelerator.device
     loader = DataLoader(
-        Subset(dataset, rows), batch_size, num_workers=num_workers, collate_fn=collate
+        Subset(dataset, rows),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
     )
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for batch in _with_progress(iterate(loader), len(rows), accelerator):
-        features = forward(batch.image.to(accelerator.device)).to(dtype)
+        features = forward(batch.image.to(device, non_blocking=True)).to(dtype)
         is_read = batch.source == batch.index
-        facts = (x.to(accelerator.device) for x in (batch.label, batch.index, is_read))
+        facts = (x.to(device) for x in (batch.label, batch.index, is_read))
         parts.append((features, *facts))
     of_ranks = gather(tuple(torch.cat(part) for part in zip(*parts, strict=True)))
     features, labels, indices, is_read = (

@@ -1,8 +1,13 @@
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: the tests are for CPUs, beside a GPU, too
+
+# isort: split
+
 import functools
 import io
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
