@@ -242,11 +242,9 @@ def test_norms_are_each_tensors_own() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.has_compiler(), reason="torch.compile needs a C compiler")
 def test_compiled_blocks_train_alike_in_a_handful_of_graphs(
-    tmp_path: Path, vit_flags: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, vit_flags: list[str]
 ) -> None:
     """In the state's own names; with drop path too, whose rate differs by block, repeatably."""
-    # without vector instructions, whose headers take the compiler most of its time
-    monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
