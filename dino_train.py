@@ -351,10 +351,10 @@ def train(config: Config) -> dict:
     and, if the teacher was evaluated, knn_step, rankme, variance_share_1, _10 and _100, with
     classes knn_top1 and maybe probe_top1; if it was evaluated before the first step, too,
     knn_top1_untrained or, without classes, rankme_untrained, and worse_since, the step since which
-    it has been below that. Raises ValueError for settings that
-    make no sense, before anything is written; FloatingPointError for a loss that is not finite and
-    RunError for a full disk, a dead worker or too many unreadable images, with the last good
-    checkpoint kept. A run that is stopped by a signal exits with 128 + the signal's number.
+    it has been below that. Raises ValueError for settings that make no sense, before anything is
+    written; FloatingPointError for a loss that is not finite and RunError for a full disk, a dead
+    worker or too many unreadable images, with the last good checkpoint kept. A run that is stopped
+    by a signal exits with 128 + the signal's number.
     """
     with FolderLock() as lock:
         if config.optim.minutes is not None:

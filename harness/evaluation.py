@@ -507,10 +507,9 @@ def with_levels_of(
         return network
     dataset = ImageDataset(as_bytes(map(str, images)), None)
     dataset.channels = network.preparation.channels
-    levels = dataset.measure_levels()
-    if levels is not None:
-        accelerator.print(f"data: {levels_in_words(levels)}")
-    return replace(network, preparation=replace(network.preparation, levels=levels))
+    dataset.levels = dataset.measure_levels()
+    say_notes(dataset, accelerator)
+    return replace(network, preparation=replace(network.preparation, levels=dataset.levels))
 
 
 def open_for_maps(
