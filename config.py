@@ -42,7 +42,7 @@ class DataConfig:
     # folder of tars, a list of paths (.txt, or .csv with columns path, label, split), or a
     # torchvision set: cifar10, cifar100, stl10, imagenette ... (downloaded to datasets/)
     data: str = "patterns"
-    # images to evaluate on, as --data takes them; None: the val or test split of --data, else a
+    # images to evaluate on: a folder, tar or list; None: the val or test split of --data, else a
     # fixed tenth
     val: str | None = setting(None, may_change=True)
     # labelled images for k-NN and later evaluations, as --data takes them; None: those of --data

@@ -378,9 +378,13 @@ class ImageDataset(Dataset):
         for index in self._some():
             yield self._read(0, index)
 
-    def measure_levels(self) -> Levels | None:
-        """Return the 0.1 and 99.9 percentile of some images that have more than 8 bits, or None."""
-        return _levels_of(self._facts_of(self._some()))
+    def set_levels(self, given: Levels | None) -> None:
+        """Read images of more than 8 bits with these levels from now on.
+
+        Where none are given: with the 0.1 and 99.9 percentile of some such images, if there are
+        any.
+        """
+        self.levels = given or _levels_of(self._facts_of(self._some()))
 
     def _facts_of(self, indices: Iterable[int]) -> list[ImageFacts]:
         facts: list[ImageFacts] = []
@@ -466,7 +470,8 @@ def _found_set(
         require_source(val, "--val")
         of_val = find(val, known_classes=() if names is None else names.tolist())
         test = of_val.test or of_val.train
-        notes = [*notes, f"evaluates on {val}", *(f"{val}: {note}" for note in of_val.notes)]
+        notes = [note for note in notes if not note.startswith("evaluates on ")]
+        notes += [f"evaluates on {val}", *(f"{val}: {note}" for note in of_val.notes)]
     found = train
     if split == "test" and test is not None:
         found = test
@@ -490,7 +495,7 @@ def _require_known_classes(
         return
     unknown = np.setdiff1d(classes, names)
     if len(unknown):
-        text = f"the test images of {source} have classes that its training images lack"
+        text = f"the test images of {source} have classes that the training images lack"
         raise ValueError(f"{text}: {some_of(unknown.tolist(), 5)}")
 
 
@@ -513,18 +518,25 @@ def _torchvision_set(name: str, split: str) -> ImageDataset:
 
 
 def require_source(data: str, flag: str) -> None:
-    """Raise ValueError, naming the flag, where data are no folder, no tar, no list and no name."""
+    """Raise ValueError, naming the flag, where data are no folder, no tar and no list.
+
+    For other flags than --val, names of data sets are among what it then offers.
+    """
+    if not data.strip():  # Path("") is the current folder, which is never meant
+        raise ValueError(f"need a name for {flag}, got {data!r}")
     path = Path(data)
     if path.is_dir() or is_list(path) or (path.suffix == ".tar" and path.is_file()):
         return
     if path.is_absolute() and not path.exists():  # as runs and checkpoints keep it
         text = f"need {flag} NEW with their place, if the images were moved"
         raise ValueError(f"no such folder or file: {data}; {text}")
+    kinds = "a folder, a .tar, a .txt or .csv that lists paths"
+    if flag == "--val":  # of a named set, the images to test on are its own
+        raise ValueError(f"no such data {data!r}: need for {flag} {kinds}")
     close = difflib.get_close_matches(data, NAMED_SETS, n=2)
     hint = f" (close: {', '.join(close)})" if close else ""
-    kinds = "a folder, a .tar, a .txt or .csv that lists paths"
-    names = "" if flag == "--val" else f" or one of {', '.join(NAMED_SETS)}"
-    raise ValueError(f"no such data {data!r}{hint}: need for {flag} {kinds}{names}")
+    names = ", ".join(NAMED_SETS)
+    raise ValueError(f"no such data {data!r}{hint}: need for {flag} {kinds} or one of {names}")
 
 
 def build_dataset(
@@ -567,8 +579,13 @@ def build_dataset(
         dataset.notes.append(f"took the data set {data}; the folder of that name is ./{data}")
     dataset.channels = channels
     if split != "train" and dataset.labels is None:
-        why = next((note for note in dataset.notes if note.startswith("no classes")), "")
-        reason = f"{data} has {why}" if why else f"no class folders in the {split} images of {data}"
+        source = val if split == "test" and val is not None else data
+        start = "no classes" if source == data else f"{val}: no classes"
+        why = next((note for note in dataset.notes if note.startswith(start)), "")
+        why = why.removeprefix(f"{val}: ")
+        reason = f"no class folders in the {split} images of {source}"
+        if why:
+            reason = f"{source} has {why}"
         raise ValueError(f"{reason}: k-NN and probes need labels")
     if not len(dataset):
         raise ValueError(f"no {split} images are left in {data}: need at least 2 images")

@@ -60,7 +60,8 @@ ANNOTATION_FOLDERS = {
     "segmentationobject",
     "segmentations",
 }
-CAMERA_FOLDER = re.compile(r"\d{3}[A-Z0-9_]{5}")  # 100APPLE, 101CANON: the cameras' standard, DCF
+# 100APPLE, 101CANON: the cameras' standard, DCF, has numbers from 100
+CAMERA_FOLDER = re.compile(r"[1-9]\d{2}[A-Z0-9_]{5}")
 # pictures that this project draws; their first bytes say so
 DRAWN = re.compile(r"((attention|crops|curves|neighbours|pca|scatter).*|\d{6})\.(png|gif)")
 DRAWN_MARK = b"drawn by DINO"
@@ -109,6 +110,7 @@ class _Walk:
         self.images: list[str] = []  # all names are relative to the root, with / between folders
         self.tars: list[str] = []
         self.folders: list[str] = []
+        self.stamps: list[tuple[int, int]] = []  # of each folder
         self.closed: list[str] = []  # folders that may not be read
         self.runs: list[str] = []  # folders of runs and of Python environments
         self.drawn: list[str] = []
@@ -121,7 +123,7 @@ class _Walk:
     def _walk(self) -> None:
         """Look into real folders first: what is linked besides has its real name then."""
         above = Path(os.path.realpath(self.root)).parents  # links to these would lead back here
-        self._seen = {_identity(os.fspath(folder)) for folder in above}
+        self._seen = {_identity(os.stat(folder)) for folder in above}
         folders, links = [""], []
         while folders or links:
             folder = folders.pop() if folders else links.pop(0)
@@ -133,16 +135,17 @@ class _Walk:
         """Note what a folder holds, and return the folders and links to folders in it."""
         path = os.path.join(self.root, folder) if folder else self.root
         try:
-            identity = _identity(path)
+            status = os.stat(path)
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError:
             self.closed.append(folder or self.root)
             return [], []
-        if identity in self._seen:
+        if _identity(status) in self._seen:
             self.known_links.append(folder)
             return [], []
-        self._seen.add(identity)
+        self._seen.add(_identity(status))
         self.folders.append(folder)
+        self.stamps.append(_stamp(status))
         names = {entry.name for entry in entries}
         if {"config.yaml", "log.jsonl"} <= names or "pyvenv.cfg" in names:
             self.runs.append(folder or self.root)
@@ -177,6 +180,11 @@ class _Walk:
         else:
             self.images.append(name)
 
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether everything that is there could be read."""
+        return not (self.closed or self.no_files)
+
     def notes(self) -> list[str]:
         """Return what was left out, in words."""
         lines = {
@@ -194,9 +202,13 @@ class _Walk:
         return notes + _note_of_suffixes(self.other_suffixes)
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
+def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    """Return size and time of change of a tar or folder, which adding to it changes."""
+    return status.st_size, status.st_mtime_ns
 
 
 def was_drawn_here(path: str) -> bool:
@@ -228,32 +240,45 @@ def _few(num_images: int) -> int:
 def _scan(root: str, suffixes: Collection[str]) -> dict[str, np.ndarray]:
     """Look through a folder, a tar or a folder of tars.
 
-    Return `names` (n,), `folders`, the `tars` that were read, all relative to the root, and
-    `notes`; of tars, too, what scan_tars returns.
+    Return `names` (n,), `folders`, the `tars` that were read, all relative to the root; `stamps` of
+    both, from before they were looked into; `notes`; and `is_whole`: nothing was there that could
+    not be read. Of tars, too, what scan_tars returns.
     """
     if os.path.isfile(root):
-        return _scan_tars(root, [""], suffixes, folders=[], notes=[])
+        return _scan_tars(root, [""], suffixes, notes=[]) | {
+            "folders": as_bytes([]),
+            "is_whole": np.array(True),
+        }
     walk = _Walk(root, suffixes)
     notes = walk.notes()
     are_strays = len(walk.images) <= FEW and not any("/" in name for name in walk.images)
     if walk.tars and are_strays:
         if walk.images:
             notes.append(f"left out, images beside tars: {some_of(sorted(walk.images))}")
-        return _scan_tars(root, sorted(walk.tars), suffixes, walk.folders, notes)
+        found = _scan_tars(root, sorted(walk.tars), suffixes, notes)
+        stamps = np.concatenate([np.array(walk.stamps), found["stamps"]])
+        return found | {
+            "folders": as_bytes(walk.folders),
+            "stamps": stamps,
+            "is_whole": np.array(walk.is_whole),
+        }
     if walk.tars:
         notes.append(f"left out, tars beside images: {some_of(sorted(walk.tars))}")
     return {
         "names": as_bytes(sorted(walk.images, key=in_one_form)),
         "folders": as_bytes(walk.folders),
         "tars": as_bytes([]),
+        "stamps": np.array(walk.stamps),
         "notes": as_bytes(notes),
+        "is_whole": np.array(walk.is_whole),
     }
 
 
 def _scan_tars(
-    root: str, tars: list[str], suffixes: Collection[str], folders: list[str], notes: list[str]
+    root: str, tars: list[str], suffixes: Collection[str], notes: list[str]
 ) -> dict[str, np.ndarray]:
     paths = [Path(root, tar) for tar in tars]
+    stamps = np.array([_stamp(os.stat(path)) for path in paths])
     members = scan_tars(paths, tuple(suffixes))
     other_suffixes = Counter(os.fsdecode(suffix) for suffix in members.pop("other_suffixes"))
     links = [os.fsdecode(name) for name in members.pop("links")]
@@ -261,15 +286,15 @@ def _scan_tars(
     if links:
         notes.append(f"left out, links in tars: {len(links):,} ({some_of(links)})")
     return members | {
-        "folders": as_bytes(folders),
         "tars": as_bytes(tars),
+        "stamps": stamps,
         "notes": as_bytes(notes),
     }
 
 
 # ---------------------------------------------------------------- kept scans
 
-INDEX_VERSION = 5  # 2 held absolute paths, 3 did not say which arrays it has, 4 no links in tars
+INDEX_VERSION = 6  # that of this file's form: an index of another version is not read
 
 
 def cache_folder() -> Path:
@@ -282,7 +307,8 @@ def _indexed(
 ) -> dict[str, np.ndarray]:
     """Return what a scan finds, or what it found before where no file or folder has changed since.
 
-    What a scan found is kept in `index_folder` where it took more than a second, or read tars.
+    What a scan found is kept in `index_folder` where it took more than a second, or read tars; not
+    where something could not be read, since that may change with no trace in a folder's time.
     """
     scan: Callable[[], dict[str, np.ndarray]] = partial(_scan, root, suffixes)
     if index_folder is None:
@@ -294,7 +320,8 @@ def _indexed(
         return found
     start = time.monotonic()
     found = scan()
-    if len(found["tars"]) or time.monotonic() - start > 1:
+    is_long = len(found["tars"]) or time.monotonic() - start > 1
+    if is_long and found["is_whole"]:
         with contextlib.suppress(OSError):  # an index that cannot be written saves no time
             _write_index(file, root, found)
     return found
@@ -307,7 +334,6 @@ def _write_index(file: Path, root: str, found: dict[str, np.ndarray]) -> None:
         temporary,
         version=INDEX_VERSION,
         source=np.array(os.fsencode(root)),
-        stamps=_stamps(root, found),
         arrays=sorted(found),
         **found,
     )
@@ -322,20 +348,18 @@ def _read_index(file: Path, root: str) -> dict[str, np.ndarray] | None:
         is_of_source = (
             found.pop("version") == INDEX_VERSION
             and found.pop("source").item() == os.fsencode(root)
-            and np.array_equal(found.pop("stamps"), _stamps(root, found))
             # the archive's checksums are of the arrays, not of their names
             and found.pop("arrays").tolist() == sorted(found)
+            and np.array_equal(found["stamps"], _stamps_of_all(root, found))
         )
     except Exception:  # a damaged file can make NumPy raise anything: the scan is done anew then
         return None
     return found if is_of_source else None
 
 
-def _stamps(root: str, found: dict[str, np.ndarray]) -> np.ndarray:
-    """Return size and time of change of what was looked into: adding to a folder changes them."""
+def _stamps_of_all(root: str, found: dict[str, np.ndarray]) -> np.ndarray:
     names = [*found["folders"].tolist(), *found["tars"].tolist()]
-    stats = [os.stat(Path(root, os.fsdecode(name))) for name in names]
-    return np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats])
+    return np.array([_stamp(os.stat(Path(root, os.fsdecode(name)))) for name in names])
 
 
 # ---------------------------------------------------------------- what lies where
@@ -364,7 +388,7 @@ def _list_source(
         return _Listing(root, names, np.array(paths, bytes), None, None, notes)
     tars = [os.fsdecode(tar) for tar in found["tars"].tolist()]
     splits = _splits_by_names(root, tars) if take_splits else {}
-    folders = [_folder_of_tar(tar, splits.get(tar, "")) for tar in tars]
+    folders = [_folder_of_tar(tar, splits.get(tar, ""), take_splits) for tar in tars]
     names = [
         folders[number] + name.replace(".tar/", "/")
         for number, name in zip(found["tar"].tolist(), names, strict=True)
@@ -380,14 +404,14 @@ def _list_source(
     )
 
 
-def _folder_of_tar(tar: str, split: str) -> str:
+def _folder_of_tar(tar: str, split: str, take_splits: bool) -> str:
     """Return the folder that a tar's images seem to lie in: train.tar is the split `train`.
 
     `split` is what its name says beside that of other tars, "" for nothing.
     """
     folder, name = os.path.split(tar)
     stem = name.removesuffix(".tar")
-    if stem.lower() in SPLIT_NAMES:
+    if take_splits and stem.lower() in SPLIT_NAMES:
         split = stem
     return "".join(f"{part}/" for part in (folder, split) if part)
 
@@ -435,7 +459,8 @@ def _read_list(data: Path) -> _Listing:
     try:
         text = data.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{data} is no text: need a path a line, or a CSV") from error
+        text = f"{data} is no text in UTF-8: need a path a line, or a CSV, saved as UTF-8"
+        raise ValueError(text) from error
     labels = splits = None
     if data.suffix.lower() == ".txt":
         names = [line.strip() for line in text.splitlines() if line.strip()]
@@ -454,10 +479,6 @@ def _read_list(data: Path) -> _Listing:
     if missing:
         what = f"{len(missing):,} ({some_of(missing)})"
         notes.append(f"left out, named in the list but not there: {what}")
-    if labels is not None and not all(labels[row] for row in rows):
-        num = sum(not labels[row] for row in rows)
-        notes.append(f"no classes: {num:,} of {len(rows):,} lines have no label")
-        labels = None
     return _Listing(
         root=str(data),
         names=[names[row] for row in rows],
@@ -555,6 +576,15 @@ class _Layout:
         labels = [self.listing.labels[row] for row in self.rows]
         return labels if all(labels) else None
 
+    def note_unlabelled(self, without: str) -> None:
+        """Note where some images lack a class and so none is taken, and what follows: `without`."""
+        if self.listing.labels is None:
+            return
+        num = sum(not self.listing.labels[row] for row in self.rows)
+        if num:
+            of_all = f"{num:,} of {number_of(len(self.rows), 'image')}"
+            self.notes.append(f"{without}: {of_all} have no label")
+
     def found(self, classes: Sequence[str] | None) -> Found:
         images = self.listing.images[np.array(self.rows, np.int64)]
         return Found(images, None if classes is None else np.array(classes))
@@ -588,7 +618,8 @@ def find_images(
         kinds = "files like .jpg, .png, .tif, .webp, or tars of them"
         raise ValueError(f"no images in {data}: need {kinds}{held and '; ' + held}")
     if is_list(data):
-        return _splits_of_list(listing if take_splits else listing._replace(splits=None))
+        listing = listing if take_splits else listing._replace(splits=None)
+        return _splits_of_list(listing, known_classes)
     layout = _Layout(listing)
     layout = _enter(layout, take_splits, known_classes)
     names_of_splits = _splits_of(layout) if take_splits else {}
@@ -607,7 +638,7 @@ def find_images(
     test_layout = _enter(splits[kind], take_splits=False, known_classes=known)
     test = _with_classes(test_layout, known)
     notes += [note for note in test_layout.notes if note not in notes]
-    notes.append(f"trains on {names_of_splits['train']}, evaluates on {names_of_splits[kind]}")
+    notes += [f"trains on {names_of_splits['train']}", f"evaluates on {names_of_splits[kind]}"]
     alone = set(layout.tops()) - {names_of_splits["train"], names_of_splits[kind]}
     notes += _left_alone(layout, alone)
     return FoundSplits(train, test, notes)
@@ -622,7 +653,7 @@ def _left_alone(layout: _Layout, folders: Collection[str]) -> list[str]:
     return [f"left alone: {', '.join(parts)}"] if parts else []
 
 
-def _splits_of_list(listing: _Listing) -> FoundSplits:
+def _splits_of_list(listing: _Listing, known_classes: Collection[str]) -> FoundSplits:
     layouts = {"train": _Layout(listing)}
     if listing.splits is not None:
         layouts = {
@@ -635,11 +666,15 @@ def _splits_of_list(listing: _Listing) -> FoundSplits:
     found = {kind: layout.found(layout.labels()) for kind, layout in layouts.items()}
     kind = next((kind for kind in ("val", "test") if kind in found), None)
     notes = list(listing.notes)
+    for used in ("train", kind) if kind else ("train",):
+        layouts[used].note_unlabelled("no classes")
+        notes += [note for note in layouts[used].notes if note not in notes]
     if kind is not None:
-        notes.append(f"trains on train, evaluates on {kind}")
+        notes += ["trains on train", f"evaluates on {kind}"]
     if kind == "val" and "test" in found:
         notes.append(f"left alone: test ({number_of(len(found['test'].images), 'image')})")
-    return FoundSplits(_without_one_class(found["train"], notes), found.get(kind), notes)
+    train = found["train"] if known_classes else _without_one_class(found["train"], notes)
+    return FoundSplits(train, found.get(kind), notes)
 
 
 def _enter(layout: _Layout, take_splits: bool, known_classes: Collection[str] = ()) -> _Layout:
@@ -730,9 +765,10 @@ def _splits_of(layout: _Layout) -> dict[str, str]:
         beside = "and no train"
         all_there_is = "it for classes" if len(counts) == 1 else "all of them for classes"
     path, first = layout.path, next(iter(names.values()))
+    split = f"{path}/{first} to take that split, or " if os.path.isdir(f"{path}/{first}") else ""
     raise ValueError(
-        f"{path} holds {some_of(list(names.values()))} {beside}: need --data {path}/{first} to "
-        f"train on that split, or --no-splits to take {all_there_is}"
+        f"{path} holds {some_of(list(names.values()))} {beside}: need {split}--no-splits to take "
+        f"{all_there_is}"
     )
 
 
@@ -749,9 +785,11 @@ def _refuse_almost_splits(layout: _Layout, folders: list[str]) -> None:
     other = next((name for name, kind in kinds.items() if kind != "train"), None)
     if train and other:
         path = layout.path
+        is_folder = os.path.isdir(path)  # and no tar
+        splits = f"--data {path}/{train} --val {path}/{other}, or " if is_folder else ""
         raise ValueError(
-            f"{path} holds {some_of(folders)}, which look like splits: need --data {path}/{train} "
-            f"--val {path}/{other}, or --no-splits to take them for classes"
+            f"{path} holds {some_of(folders)}, which look like splits: need {splits}--no-splits to "
+            "take them for classes"
         )
 
 
@@ -772,6 +810,7 @@ def _with_classes(layout: _Layout, known_classes: Collection[str] = ()) -> Found
         if _is_of_camera(layout, folders):
             layout.notes.append(f"no classes: {some_of(sorted(folders))} are a camera's folders")
             return layout.found(None)
+    layout.note_unlabelled("no classes" if folders == {""} else "folders are taken for classes")
     classes = given or tops
     found = layout.found(None if folders == {""} and given is None else classes)
     return found if known_classes else _without_one_class(found, layout.notes)

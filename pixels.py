@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -98,7 +98,9 @@ def _raw_mode(image: Image.Image) -> str:
 
 def _is_deep(image: Image.Image) -> bool:
     """Tell whether an opened image has more than 8 bits a channel."""
-    return image.mode.startswith(("I", "F")) or ";16" in _raw_mode(image)
+    raw_mode = _raw_mode(image)
+    is_rgb565 = raw_mode == "BGR;16"  # 16 bits for all three colours
+    return image.mode.startswith(("I", "F")) or (";16" in raw_mode and not is_rgb565)
 
 
 def _deep_values(image: Image.Image, content: bytes) -> np.ndarray:
@@ -106,7 +108,7 @@ def _deep_values(image: Image.Image, content: bytes) -> np.ndarray:
     values = _deep_channels(image, content)
     if values.ndim == 3:
         values = values[..., :3] if values.shape[-1] >= 3 else values[..., 0]  # no transparency
-    return _turned(values, image.getexif().get(ORIENTATION, 1))
+    return _turned(values, _orientation_of(image))
 
 
 def _deep_channels(image: Image.Image, content: bytes) -> np.ndarray:
@@ -141,6 +143,16 @@ def _read_deep_tiff(content: bytes) -> np.ndarray:
     values = _tifffile("a colour TIFF of 16 bits").imread(io.BytesIO(content), key=0)
     is_channel_first = values.ndim == 3 and values.shape[0] <= 4 < values.shape[-1]
     return np.moveaxis(values, 0, -1) if is_channel_first else values
+
+
+def _orientation_of(image: Image.Image) -> int:
+    """Return the number of how an image's pixels are turned, 1 to 8, by EXIF or else by XMP.
+
+    1 where neither says it. Of a TIFF it is 1 once Pillow has read its pixels, which turns them.
+    """
+    with contextlib.suppress(Exception):  # a broken EXIF says nothing of the pixels
+        return image.getexif().get(ORIENTATION, 1)
+    return 1
 
 
 def _turned(values: np.ndarray, orientation: int) -> np.ndarray:
@@ -222,13 +234,14 @@ def _read_bands(content: bytes, channels: int) -> np.ndarray:
     orientation = 1
     if content.startswith(NPY):
         values = np.load(io.BytesIO(content), allow_pickle=False)
+        _require_few_numbers(values.size)
     elif content.startswith(TIFFS):
         values, orientation = _read_bands_of_tiff(content)
     else:
         with _opened(content) as opened:
             _require_few(opened.width * opened.height)
             values = _deep_channels(opened, content) if _is_deep(opened) else np.asarray(opened)
-            orientation = opened.getexif().get(ORIENTATION, 1)
+            orientation = _orientation_of(opened)
     if values.dtype.kind not in "uif":
         raise ValueError(f"need numbers of uint8, uint16 or float, got {values.dtype}")
     if values.ndim == 2:
@@ -246,7 +259,7 @@ def _read_bands_of_tiff(content: bytes) -> tuple[np.ndarray, int]:
     tifffile = _tifffile("a TIFF of several bands")
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         first = file.series[0]
-        _require_few(first.size / 3)  # numbers, of which a photograph's pixel has 3
+        _require_few_numbers(first.size)
         tag = file.pages[0].tags.get(ORIENTATION)
         return first.asarray().squeeze(), 1 if tag is None else int(tag.value)
 
@@ -379,10 +392,18 @@ def _reason_of(error: Exception, name: str, content: bytes | None) -> str:
     return str(error).replace(repr(name), "").strip(" :") or type(error).__name__
 
 
-def _require_few(num_pixels: float) -> None:
+def _require_few(num_pixels: int) -> None:
     if num_pixels > MAX_PIXELS:
         millions = f"{num_pixels / 1e6:.0f} megapixels"
         raise ValueError(f"need at most {MAX_PIXELS / 1e6:.0f} megapixels, got {millions}")
+
+
+def _require_few_numbers(num: int) -> None:
+    """Raise ValueError for more numbers than the pixels of the largest photograph have."""
+    most = 3 * MAX_PIXELS
+    if num > most:
+        text = f"need at most {most / 1e6:.0f} million numbers in an image of several bands"
+        raise ValueError(f"{text}, got {num / 1e6:.0f} million")
 
 
 def _decode_opened(
@@ -391,9 +412,9 @@ def _decode_opened(
     """Return the pixels of an opened image, as RGB or, with one channel, grey."""
     mode = "L" if channels == 1 else "RGB"
     width, height = image.size
-    orientation = image.getexif().get(ORIENTATION, 1) if "exif" in image.info else 1
-    size = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
     if image.format in JPEGS:
+        orientation = _orientation_of(image)
+        size = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
         return Pixels(_decode_jpeg(image, content, orientation, at_least, mode), size)
     _require_few(width * height)
     if _is_deep(image):
@@ -415,16 +436,22 @@ def _decode_jpeg(
         # torchvision's decoder is faster; where it fails, or is not there, Pillow's decides
         with contextlib.suppress(RuntimeError, AttributeError):
             encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            return torchvision.io.decode_jpeg(
-                encoded,
-                "GRAY" if mode == "L" else "RGB",
-                apply_exif_orientation=orientation != 1,
-            )
+            colours = "GRAY" if mode == "L" else "RGB"
+            return _turned_tensor(torchvision.io.decode_jpeg(encoded, colours), orientation)
     return _turned_in(mode, image)
 
 
 def _turned_in(mode: str, image: Image.Image) -> Tensor:
-    return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert(mode))
+    pixels = TF.pil_to_tensor(image.convert(mode))
+    return _turned_tensor(pixels, _orientation_of(image))
+
+
+def _turned_tensor(pixels: Tensor, orientation: int) -> Tensor:
+    """Return pixels (c, h, w) turned as EXIF's number of their orientation, 1 to 8, says."""
+    if orientation == 1:
+        return pixels
+    values = _turned(pixels.permute(1, 2, 0).numpy(), orientation)
+    return torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1)
 
 
 # ---------------------------------------------------------------- squares

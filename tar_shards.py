@@ -143,7 +143,9 @@ def _images(
     images: list[tuple[PurePosixPath, tarfile.TarInfo]] = []
     classes: dict[PurePosixPath, str] = {}  # what KEY.cls says of KEY
     for member in _members(file, path, end):
-        name = PurePosixPath(member.name)
+        # tar -P keeps the / at the beginning, and ..
+        parts = PurePosixPath(member.name).parts
+        name = PurePosixPath(*(part for part in parts if part not in ("/", "..")))
         if name.name.startswith("."):
             continue
         if member.issym() or member.islnk():

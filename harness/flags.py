@@ -92,7 +92,7 @@ def _recipe_file(given: Path | None) -> Path | None:
         return ours[str(given)]
     if (given / "config.yaml").is_file():  # the folder of a run
         return given / "config.yaml"
-    if given.stem in ours:
+    if given.stem in ours and given.parent.name in ("", "recipes"):  # else a file that is not there
         return ours[given.stem]
     close = ", ".join(difflib.get_close_matches(given.stem, ours)) or ", ".join(ours)
     raise ValueError(f"no such recipe: {given}; close matches in {QUICKSTART.parent}: {close}")
@@ -435,8 +435,11 @@ def default_precision() -> str | None:
     if is_on_cpu():
         is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
         return None if is_alone and has_bf16() else "no"
-    if not torch.cuda.is_available():
-        return "no"
+    return fastest_on_gpu() if torch.cuda.is_available() else "no"
+
+
+def fastest_on_gpu() -> str:
+    """Return bf16 where the GPU has arithmetic for it, else fp16, which FSDP does not take: no."""
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "no" if is_set("ACCELERATE_USE_FSDP") else "fp16"

@@ -105,8 +105,7 @@ class OnlineKnn:
 
     def _open_without_classes(self) -> tuple[Dataset]:
         images = open_split(self.preparation, "train")
-        if images.levels is None:
-            images.levels = images.measure_levels()
+        images.set_levels(self.preparation.levels)
         return (self._some_of(images, min(RANKME_IMAGES, self.run.config.run.knn_images)),)
 
     def _some_of(self, images: Dataset, most: int) -> Dataset:

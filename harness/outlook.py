@@ -19,7 +19,7 @@ from harness.bf16_on_cpu import emulates_bf16, has_bf16
 from harness.command import in_epochs, print_rows, unused_path
 from harness.distributed import has_compiler, is_compiled, num_local_processes
 from harness.estimate import flops_per_second, memory_of_machine, step_cost
-from harness.flags import as_plain_data
+from harness.flags import as_plain_data, fastest_on_gpu
 from harness.monitor import Monitor, duration, peak_memory, three_digits, write_picture
 from harness.pictures import crop_cells, sheet, shown_channels
 from harness.run import Due, Run, TrainingState
@@ -138,7 +138,7 @@ def tracked_settings(run: Run, student: nn.Module) -> dict[str, bool | int | flo
 def _num_classes(dataset: ImageDataset) -> int:
     if dataset.labels is None:
         return 0
-    return len(dataset.classes) or int(dataset.labels.max()) + 1
+    return len(dataset.classes or ()) or int(dataset.labels.max()) + 1
 
 
 def _num_parameters(student: nn.Module) -> list[int]:
@@ -186,8 +186,8 @@ def _precision_of(run: Run) -> str:
         return precision
     if device != "cuda":
         return "float32"
-    faster = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return f"float32 (faster: --mixed-precision {faster})"
+    faster = fastest_on_gpu()
+    return "float32" if faster == "no" else f"float32 (faster: --mixed-precision {faster})"
 
 
 def precision_on_cpu(precision: str, num_processes: int) -> str:

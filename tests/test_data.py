@@ -217,7 +217,7 @@ def test_wrong_data_are_named(tmp_path: Path) -> None:
     write_images(tmp_path / "train/a", 1)
     write_images(tmp_path / "train/b", 1)
     write_images(tmp_path / "val/other", 1)
-    with pytest.raises(ValueError, match=r"have classes that its training images lack: other"):
+    with pytest.raises(ValueError, match=r"have classes that the training images lack: other"):
         build_dataset(str(tmp_path), "test")
 
 

@@ -235,6 +235,10 @@ def test_recipe_is_found_by_its_name_alone() -> None:
     assert parse_config(["--config", "cifar10_resnet18"]) == parse_config(["--config", str(recipe)])
     with pytest.raises(ValueError, match=r"no such recipe: cifar10_resnet81; .*cifar10_resnet18"):
         parse_config(["--config", "cifar10_resnet81"])
+    for path in ("runs/clothes_cpu", "mine/quickstart.yaml"):  # another's, which is not there
+        with pytest.raises(ValueError, match=f"no such recipe: {path}"):
+            parse_config(["--config", path])
+    assert parse_config(["--config", "recipes/quickstart.yaml"]).data.data == "patterns"
 
 
 def test_recipe_without_data_names_what_it_is_for() -> None:

@@ -68,7 +68,7 @@ def test_folder_that_holds_one_folder_is_entered(kind: str, tmp_path: Path) -> N
     assert classes(found) == {"cat": 3, "dog": 2}
     assert len(found.test.images) == 1
     assert "entered pets/" in found.notes
-    assert "trains on train, evaluates on val" in found.notes
+    assert {"trains on train", "evaluates on val"} <= set(found.notes)
     assert "left out, no images: 1 without suffix" in found.notes
 
 
@@ -96,7 +96,7 @@ def test_splits_are_known_by_all_their_names(train: str, val: str, tmp_path: Pat
     write(tmp_path, f"{train}/cat/3", f"{train}/dog/2", f"{val}/cat/1", f"{val}/dog/4")
     found = find(tmp_path)
     assert (len(found.train.images), len(found.test.images)) == (5, 5)
-    assert f"trains on {train}, evaluates on {val}" in found.notes
+    assert {f"trains on {train}", f"evaluates on {val}"} <= set(found.notes)
 
 
 def test_test_is_left_alone_where_there_is_a_val(tmp_path: Path) -> None:
@@ -115,16 +115,22 @@ def test_few_images_above_a_lone_train_are_left_alone_and_counted(tmp_path: Path
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (("val/a/2", "test/a/2"), r"val, test and no train: need --data \S+/val to train on"),
-        (("val/a/2", "val/b/2"), r"holds val and no train: need --data \S+/val to train on"),
+        (
+            ("val/a/2", "test/a/2"),
+            r"val, test and no train: need \S+/val to take that split, or --no-splits",
+        ),
+        (
+            ("val/a/2", "val/b/2"),
+            r"holds val and no train: need \S+/val to take that split, or --no-splits",
+        ),
         (
             ("train/2", "cat/3", "dog/3"),
-            r"train beside cat, dog: need --data \S+/train to .* --no-",
+            r"train beside cat, dog: need \S+/train to .* --no-",
         ),
         (("test/2", "cat/3", "dog/3"), "holds test beside cat, dog"),
         (
             ("./7", "train/2"),
-            r"train beside 7 images: need --data \S+/train to .*, or --no-splits to take all im",
+            r"train beside 7 images: need \S+/train to .*, or --no-splits to take all im",
         ),
         (
             ("val/a/2", "valid/a/2", "train/a/2"),
@@ -156,8 +162,22 @@ def test_val_of_another_folder(tmp_path: Path) -> None:
     memory = build_dataset(train, "memory", val=val)
     test = build_dataset(train, "test", val=val)
     assert (len(memory), test.labels.tolist()) == (8, [1, 1, 1])
-    with pytest.raises(ValueError, match="need for --val a folder"):
-        build_dataset(train, "test", val="nowhere")
+    for val, message in {
+        "nowhere": "no such data 'nowhere': need for --val a folder",
+        "cifar10": "no such data 'cifar10': need for --val a folder",
+        "": "need a name for --val, got ''",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            build_dataset(train, "test", val=val)
+
+
+def test_val_without_classes_is_what_is_blamed(tmp_path: Path) -> None:
+    write(tmp_path, "pets/train/cat/4", "pets/train/dog/4", "pets/val/cat/1", "flat/3")
+    pets, flat = str(tmp_path / "pets"), str(tmp_path / "flat")
+    with pytest.raises(ValueError, match=f"no class folders in the test images of {flat}: k-NN"):
+        build_dataset(pets, "test", val=flat)
+    notes = build_dataset(pets, val=flat).notes
+    assert [note for note in notes if "evaluates" in note] == [f"evaluates on {flat}"]
 
 
 # ---------------------------------------------------------------- what is a class
@@ -198,6 +218,12 @@ def test_folders_of_a_camera_are_no_classes(files: tuple[str, ...], tmp_path: Pa
     found = find(write(tmp_path, *files))
     assert (len(found.train.images), classes(found)) == (5, None)
     assert any(note.endswith("are a camera's folders") for note in found.notes)
+
+
+def test_folders_of_eight_digits_are_classes(tmp_path: Path) -> None:
+    """A camera's folders have numbers from 100."""
+    found = find(write(tmp_path, "00000000/3", "00000001/2"))
+    assert classes(found) == {"00000000": 3, "00000001": 2}
 
 
 def test_class_names_are_compared_in_one_unicode_form(tmp_path: Path) -> None:
@@ -394,7 +420,34 @@ def test_list_with_labels_and_splits(delimiter: str, tmp_path: Path) -> None:
     found = find(tmp_path / "list.csv")
     assert found.train.classes.tolist() == ["dog", "cat", "dog", "cat"]
     assert found.test.classes.tolist() == ["dog"]
-    assert found.notes == ["trains on train, evaluates on val", "left alone: test (1 image)"]
+    assert found.notes == ["trains on train", "evaluates on val", "left alone: test (1 image)"]
+
+
+def test_unlabelled_lines_of_one_split_leave_the_others_their_classes(tmp_path: Path) -> None:
+    write(tmp_path, "./6")
+    labels = ["cat,train", "dog,train", "cat,val", "dog,val", ",test", ",test"]
+    lines = [f"{i}.png,{label}" for i, label in enumerate(labels)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *lines]))
+    found = find(tmp_path / "list.csv")
+    assert found.train.classes.tolist() == found.test.classes.tolist() == ["cat", "dog"]
+    lines[0] = "0.png,,train"
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *lines]))
+    found = find(tmp_path / "list.csv")
+    assert found.train.classes is None
+    assert "no classes: 1 of 2 images have no label" in found.notes
+
+
+def test_list_of_one_known_class_keeps_it(tmp_path: Path) -> None:
+    write(tmp_path, "pets/cat/4", "pets/dog/4")
+    (tmp_path / "cats.csv").write_text("path,label\npets/cat/0.png,cat\npets/cat/1.png,cat\n")
+    test = build_dataset(str(tmp_path / "pets"), "test", val=str(tmp_path / "cats.csv"))
+    assert test.labels.tolist() == [0, 0]
+
+
+def test_list_in_another_encoding_says_which_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_bytes("path,label\n0.png,Bär\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"list\.csv is no text in UTF-8: need .* saved as UTF-8"):
+        find(tmp_path / "list.csv")
 
 
 @pytest.mark.parametrize(
@@ -444,7 +497,8 @@ def test_header_says_what_was_entered_and_left_out(script, tmp_path: Path) -> No
     for text in (
         "12 images, 2 classes: cat, dog",
         "data: entered pets/",
-        "data: trains on train, evaluates on val",
+        "data: trains on train",
+        "data: evaluates on val",
         "data: left alone: test (9 images)",
         "data: left out, no images: 1 .txt",
     ):
@@ -485,7 +539,7 @@ def test_unlabelled_images_are_judged_on_labelled_ones(script, tmp_path: Path) -
 def test_ambiguous_folder_ends_a_run_before_anything_is_written(script, tmp_path: Path) -> None:
     data = write(tmp_path / "data", "train/4", "cat/4", "dog/4")
     result = script("dino_train", *flags_of(data, "--output-dir", tmp_path / "run"))
-    assert "train beside cat, dog: need --data" in one_line(result)
+    assert f"train beside cat, dog: need {tmp_path}" in one_line(result)
     assert not (tmp_path / "run").exists()
     result = script("dino_train", *flags_of(data, "--no-splits", "--output-dir", tmp_path / "run"))
     assert result.returncode == 0, result.stderr

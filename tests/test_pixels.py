@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from test_folders import flags_of, write
 
 from data import build_dataset
 from dino_train import train
+from harness.evaluation import open_network
 from harness.flags import parse_config
 from pixels import decode, image_facts, measured_levels, read_pixels, to_canvas
 
@@ -238,12 +239,14 @@ def test_levels_of_a_run_are_the_same_in_a_resumed_one(tmp_path: Path) -> None:
     for i in range(16):
         (tmp_path / "x").mkdir(exist_ok=True)
         write_tiff(tmp_path / "x" / f"{i}.tif", ((100 + i) * RAMP.repeat(3, 0)).astype(np.uint16))
-    flags = [*flags_of(tmp_path / "x"), "--output-dir", str(tmp_path / "run"), "--knn-every", "0"]
-    whole = train(parse_config([*flags, "--epochs", "2"]))
-    flags[-3] = str(tmp_path / "again")
-    train(parse_config([*flags, "--epochs", "1"]))
-    resumed = train(parse_config(["--resume", str(tmp_path / "again"), "--epochs", "2"]))
-    assert whole["step"] == resumed["step"] == 8
+    run = tmp_path / "run"
+    flags = [*flags_of(tmp_path / "x"), "--output-dir", str(run), "--knn-every", "0"]
+    train(parse_config([*flags, "--epochs", "1", "--levels", "90", "130"]))
+    for i in range(16):  # other numbers, which would have other levels
+        write_tiff(tmp_path / "x" / f"{i}.tif", ((300 + i) * RAMP.repeat(3, 0)).astype(np.uint16))
+    resumed = parse_config(["--resume", str(run), "--epochs", "2"])
+    assert train(resumed)["step"] == 8
+    assert open_network(run / "ckpt.safetensors").preparation.levels == (90, 130)
 
 
 # ---------------------------------------------------------------- frames, formats, sizes
@@ -286,6 +289,56 @@ def photo(width: int, height: int) -> Image.Image:
     """Return smooth colours of a photograph's kind."""
     coarse = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_image_with_broken_exif_is_read_without_it(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    options = {"dpi": (72, 72)} if suffix == "jpg" else {"lossless": True}
+    photo(64, 48).save(path, exif=b"Exif\0\0no header of a TIFF", **options)
+    pixels = read_pixels(bytes_of(path))
+    assert pixels.size == (48, 64)
+    with Image.open(path) as image:
+        expected = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+    assert (pixels.image.float() - expected.float()).abs().mean() < 0.5
+
+
+@pytest.mark.parametrize("at_least", [0, 8])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("block", ["exif", "xmp"])
+def test_jpeg_is_turned_as_exif_or_xmp_says(
+    block: str, orientation: int, at_least: int, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    options = {"exif": exif} if block == "exif" else {"xmp": xmp.encode()}
+    photo(96, 64).save(tmp_path / "a.jpg", quality=95, **options)
+    pixels = read_pixels(bytes_of(tmp_path / "a.jpg"), at_least=at_least)
+    with Image.open(tmp_path / "a.jpg") as image:
+        turned = ImageOps.exif_transpose(image)
+    assert pixels.size == (turned.height, turned.width)
+    expected = torch.from_numpy(np.asarray(turned).copy()).permute(2, 0, 1)
+    difference = to_canvas(pixels.image, 16).float() - to_canvas(expected, 16).float()
+    assert difference.abs().mean() < 6  # turned otherwise, it is above 30
+
+
+def test_bitmap_of_five_and_six_bits_a_colour_is_read(tmp_path: Path) -> None:
+    """Pillow's name for it, BGR;16, is of 16 bits for all three colours."""
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+    pixels = struct.pack("<HH", 0xF800, 0x001F)  # red, blue
+    content = b"BM" + struct.pack("<IHHI", 70, 0, 0, 66) + header + masks + pixels
+    (tmp_path / "a.bmp").write_bytes(content)
+    red, blue = decode(bytes_of(tmp_path / "a.bmp"))[:, 0].T.tolist()
+    assert (red, blue) == ([255, 0, 0], [0, 0, 255])
+
+
+def test_bands_are_counted_in_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pixels.MAX_PIXELS", 1_000_000)
+    np.save(tmp_path / "a.npy", np.zeros((500, 600, 13), np.uint8))
+    with pytest.raises(ValueError, match=r"need at most 3 million numbers .*, got 4 million"):
+        decode(bytes_of(tmp_path / "a.npy"), channels=13)
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

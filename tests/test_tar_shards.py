@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import folders
 from data import build_dataset, collate
 from dino_train import train
 from harness.flags import parse_config
@@ -105,8 +106,10 @@ def test_train_and_val_tars_are_splits(tmp_path: Path) -> None:
     write_tar(root / "val.tar", class_folders(2, first=100))
     assert len(build_dataset(str(root))) == len(build_dataset(str(root), "memory")) == 12
     assert len(build_dataset(str(root), "test")) == 4
+    together = build_dataset(str(root), take_splits=False)
+    assert (len(together), together.classes) == (16, ["cat", "dog"])
     write_tar(root / "val.tar", {"bird/0.png": image(0)})
-    with pytest.raises(ValueError, match=r"classes that its training images lack: bird"):
+    with pytest.raises(ValueError, match=r"classes that the training images lack: bird"):
         build_dataset(str(root), "test")
 
 
@@ -118,7 +121,7 @@ def test_splits_of_shards_are_told_by_their_names(tmp_path: Path) -> None:
     write_tar(root / "pets-validation-000000.tar", class_folders(2, first=100))
     train = build_dataset(str(root))
     assert (len(train), train.classes) == (12, ["cat", "dog"])
-    assert "trains on train, evaluates on val" in train.notes
+    assert {"trains on train", "evaluates on val"} <= set(train.notes)
     assert len(build_dataset(str(root), "test")) == 4
     assert len(build_dataset(str(root), take_splits=False)) == 16
     write_tar(root / "pets-more.tar", class_folders(2, first=200))
@@ -126,6 +129,34 @@ def test_splits_of_shards_are_told_by_their_names(tmp_path: Path) -> None:
         ValueError, match=r"train and val, but some name none or two: pets-more.tar; need"
     ):
         build_dataset(str(root))
+
+
+@pytest.mark.parametrize("start", ["/data/pets/", "../pets/"])
+def test_tar_with_absolute_names_holds_classes(start: str, tmp_path: Path) -> None:
+    """As `tar -P` writes them."""
+    files = {f"{start}{name}": content for name, content in class_folders().items()}
+    dataset = build_dataset(str(write_tar(tmp_path / "x.tar", files)))
+    assert (len(dataset), dataset.classes) == (10, ["cat", "dog"])
+    assert dataset[3].image.shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("place", "note"),
+    [
+        ("", "no classes: 1 of 4 images have no label"),
+        ("cat/", "folders are taken for classes: 1 of 4 images have no label"),
+    ],
+)
+def test_missing_cls_is_said(place: str, note: str, tmp_path: Path) -> None:
+    files: dict[str, bytes] = {}
+    for number in range(4):
+        folder = place if number % 2 else place.replace("cat", "dog")
+        files[f"{folder}{number}.png"] = image(number)
+        if number:
+            files[f"{folder}{number}.cls"] = str(number % 2).encode()
+    dataset = build_dataset(str(write_tar(tmp_path / "x.tar", files)))
+    assert note in dataset.notes
+    assert dataset.classes == (["cat", "dog"] if place else None)
 
 
 def test_links_in_a_tar_are_followed_where_they_are_hard_and_else_counted(tmp_path: Path) -> None:
@@ -242,6 +273,39 @@ def test_scan_of_a_large_folder_is_kept_until_files_are_added(
         patch.setattr("folders._Walk", None)  # it is not walked again
         assert len(build_dataset(str(folder), index_folder=index)) == 10
     shutil.copyfile(folder / "cat" / "0.png", folder / "cat" / "new.png")
+    assert len(build_dataset(str(folder), index_folder=index)) == 11
+
+
+def test_scan_is_not_kept_where_something_could_not_be_read(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link that is mended later leaves no trace in its folder's time of change."""
+    index, target = tmp_path / ".index", tmp_path / "mounted.png"
+    (folder / "cat" / "link.png").symlink_to(target)
+    seconds = iter(range(0, 1000, 2))
+    monkeypatch.setattr("folders.time.monotonic", lambda: next(seconds))
+    before = build_dataset(str(folder), index_folder=index)
+    assert "left out, broken links or no files: 1 (cat/link.png)" in before.notes
+    target.write_bytes(image(0))
+    assert len(build_dataset(str(folder), index_folder=index)) == len(before) + 1
+
+
+def test_scan_is_not_kept_where_a_folder_changed_meanwhile(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = tmp_path / ".index"
+    seconds = iter(range(0, 1000, 2))
+    monkeypatch.setattr("folders.time.monotonic", lambda: next(seconds))
+    walk = folders._Walk
+
+    def walk_and_add(*args: object) -> folders._Walk:
+        walked = walk(*args)
+        shutil.copyfile(folder / "cat" / "0.png", folder / "cat" / "new.png")
+        return walked
+
+    with monkeypatch.context() as patch:
+        patch.setattr("folders._Walk", walk_and_add)
+        assert len(build_dataset(str(folder), index_folder=index)) == 10
     assert len(build_dataset(str(folder), index_folder=index)) == 11
 
 
