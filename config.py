@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from harness.distributed import is_on_cpu
 from models import ModelConfig
 from multicrop import CropConfig
 
@@ -153,13 +154,13 @@ class RunConfig:
     init_network: Literal["teacher", "student"] = "teacher"
     # fixes the initial weights, the order of the images, their crops and drop path
     seed: int = setting(0, most=1 << 62)
-    # precision of the networks; loss, center and EMA are float32; None: accelerate launch's, else
-    # bf16 on a GPU (fp16 on old ones) and on a CPU that it speeds up, no on other CPUs
+    # precision of the networks; loss, center and EMA are float32; None: accelerate launch's bf16 or
+    # fp16, else bf16 on a GPU (fp16 on old ones) and on a CPU that it speeds up, no on other CPUs
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     # BatchNorm over the batches of all GPUs, where there are several; no effect on CPUs
     sync_bn: bool = True
     # torch.compile the networks' blocks, which takes minutes at first; the default on a GPU
-    compile: bool = setting(torch.cuda.is_available(), may_change=True)
+    compile: bool = setting(torch.cuda.is_available() and not is_on_cpu(), may_change=True)
     # save the state every so many steps, and at the end
     save_every: int = setting(1000, above=0, most=1_000_000_000, may_change=True)
     # save the state at least every so many minutes; 0: by steps alone

@@ -26,6 +26,7 @@ from harness.waiting import NOTE as NOTE_ON_CORES  # before torch, whose threads
 
 # isort: split
 
+import gc
 import math
 import os
 import shlex
@@ -173,8 +174,10 @@ class Parts:
 def build_parts(run: Run) -> Parts:
     """Build networks, optimizer, loss and crops, and restore what the run saved."""
     config, accelerator = run.config, run.accelerator
-    # a saved state has all weights; the file that the run began with may be gone
-    init_from = None if run.is_resumed else config.run.init_from
+    init_from = config.run.init_from
+    if run.is_resumed:  # its state has all weights; those that it began with may be out of reach
+        init_from = None
+        config = replace(config, model=replace(config.model, pretrained=False))
     system, optimizer = build_networks(config, accelerator, init_from)
     model, prepared_optimizer = accelerator.prepare(system, optimizer)
     model.train()  # the teacher too: its BatchNorm uses the batch, as in the original
@@ -267,7 +270,7 @@ def run_loop(
 ) -> Outcome:
     """Take the run's steps, each as algorithm 1 has it, until it ends or is stopped.
 
-    Raises FloatingPointError and RunError as `train` does.
+    Raises what `train` does once it has begun.
     """
     config, accelerator = run.config, run.accelerator
     optim, seed, rank = config.optim, config.run.seed, accelerator.process_index
@@ -276,7 +279,7 @@ def run_loop(
     optimizer, dino_loss = parts.optimizer, parts.dino_loss
     crops_of = Cropper(parts.multi_crop, seed, accelerator.device)
     metrics = knn.catch_up(model, monitor)
-    if run.lacks_teacher():
+    if run.lacks_teacher() or run.is_evaluated_anew(metrics):
         run.save(parts.state, run.steps_before, metrics, monitor.collapse_to_save())
     step, loss_value, crops = run.steps_before, math.nan, []
     run.start_loading()
@@ -352,13 +355,14 @@ def train(config: Config) -> dict:
     classes knn_top1 and maybe probe_top1; if it was evaluated before the first step, too,
     knn_top1_untrained or, without classes, rankme_untrained, and worse_since, the step since which
     it has been below that. Raises ValueError for settings that make no sense, before anything is
-    written; FloatingPointError for a loss that is not finite and RunError for a full disk, a dead
-    worker or too many unreadable images, with the last good checkpoint kept. A run that is stopped
-    by a signal exits with 128 + the signal's number.
+    written; FloatingPointError for a loss that is not finite, RunError for a full disk or too many
+    unreadable images, and RuntimeError for a worker that died, with the last good checkpoint kept.
+    A run that is stopped by a signal exits with 128 + the signal's number.
     """
     with FolderLock() as lock:
         if config.optim.minutes is not None:
             config = replace(config, optim=replace(config.optim, epochs=epochs_that_fit(config)))
+            gc.collect()  # the networks of these first steps: objects that hold each other
         return _train(config, lock)
 
 

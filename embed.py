@@ -32,7 +32,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import ImageDataset
+from data import NAMED_SETS, ImageDataset
 from harness.command import read_flags, run_command, whole_file, write_whole
 from harness.distributed import make_accelerator
 from harness.evaluation import (
@@ -303,7 +303,8 @@ def main() -> None:
     network = open_backbone(evaluation, accelerator)
     features_of = token_features(network.backbone, options.tokens)
     images = open_training_images(network.preparation, accelerator)
-    if images.has_test:
+    has_own_test = images.has_test and network.preparation.val is None
+    if has_own_test and network.preparation.data not in NAMED_SETS:
         accelerator.print("data: of its splits the one to train on; --no-splits takes all images")
 
     def forward(pixels: Tensor) -> Tensor:

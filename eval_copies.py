@@ -35,7 +35,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
 from config import setting
-from data import ImageDataset, Sample
+from data import NAMED_SETS, ImageDataset, Sample, require_source
 from harness.command import read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
@@ -50,6 +50,7 @@ from harness.evaluation import (
     report,
     size_facts,
 )
+from harness.feature_maps import sizes_named
 from harness.feature_quality import evenly
 from harness.flags import check_ranges
 from harness.ranking import average_precision
@@ -309,7 +310,8 @@ def copy_scores(
         if not len(positives):
             continue
         others = similarity[groups != group]
-        above = torch.stack([(others >= positive).sum() for positive in positives])
+        # not "others >= positive": of features that are not finite, nothing is found
+        above = torch.stack([(~(others < positive)).sum() for positive in positives])
         places = (above + torch.arange(len(positives), device=above.device)).cpu().numpy()
         precisions.append(average_precision(places[places < COUNTED], len(positives)))
         is_first.append(bool(places[0] == 0))
@@ -339,7 +341,9 @@ class Extractor:
         self.levels = network.preparation.levels  # None until those of what is searched are known
 
     def _forward(self, pixels: Tensor) -> Tensor:
-        return self.features_of(normalized(pixels, self.network.preparation))
+        images = normalized(pixels, self.network.preparation)
+        with sizes_named(self.network.facts["arch"], images):
+            return self.features_of(images)
 
     def features(self, images: Dataset) -> Extracted:
         """Compute features of squares. A collective."""
@@ -390,9 +394,8 @@ def published_copies(extractor: Extractor) -> tuple[Extracted, dict[str, Extract
     copies: dict[str, Extracted] = {}
     for name, block in images.items():
         block.channels = extractor.network.preparation.channels
-        if extractor.levels is None:  # of the originals, which come first
-            extractor.levels = block.measure_levels()
-        block.levels = extractor.levels
+        block.set_levels(extractor.levels)
+        extractor.levels = block.levels  # of the originals, which come first
         found = extractor.features(block.as_canvases(extractor.size))
         of_group = torch.from_numpy(groups[name]).to(found.rows.device)
         copies[name] = found._replace(rows=of_group[found.rows])
@@ -406,6 +409,7 @@ def evaluate(options: CopiesConfig, accelerator: Accelerator) -> tuple[dict, Tab
         open_copydays(options.copydays)  # before a network is loaded
         evaluation = replace(evaluation, data=str(options.copydays))
     network = open_backbone(evaluation, accelerator)
+    check_places(options, network.preparation.data)
     extractor = Extractor(network, options, accelerator)
     known = made_copies if options.copydays is None else published_copies
     database, copies = known(extractor)
@@ -430,7 +434,9 @@ def evaluate(options: CopiesConfig, accelerator: Accelerator) -> tuple[dict, Tab
     }
     table.add_section()
     table.add_row("mean", f"{mean['map']:.2f}", f"{mean['recall_at_1']:.2f}")
-    table.caption = f"{max(x['queries'] for x in scores.values()):,} copies of each kind"
+    counts = sorted({x["queries"] for x in scores.values()})
+    copies_of_each = " to ".join(f"{num:,}" for num in (counts[0], counts[-1])[: len(counts)])
+    table.caption = f"{copies_of_each} copies of each kind"
     settings = {
         "image_size": extractor.size,
         "distractors": options.distractors,
@@ -447,11 +453,24 @@ def check_flags(options: CopiesConfig) -> None:
         raise ValueError("--copydays brings its images: not with --data")
     if options.evaluation.val is not None:
         raise ValueError("copies are made of --data and need no --val")
-    searched = (options.evaluation.data, options.distractors, options.copydays)
-    places = [os.path.abspath(place) for place in searched if place is not None]
-    if options.whitening is not None and os.path.abspath(options.whitening) in places:
-        text = f"got {options.whitening} for both"
-        raise ValueError(f"need other images for --whitening than those that are searched, {text}")
+    for flag, place in (("--distractors", options.distractors), ("--whitening", options.whitening)):
+        if place is not None and place not in NAMED_SETS:
+            require_source(place, flag)
+
+
+def check_places(options: CopiesConfig, data: str) -> None:
+    """Raise ValueError where images that must be others are those of `data`, or of another flag.
+
+    Among distractors, an image of `data` would be a copy that counts as wrong.
+    """
+    places = {os.path.abspath(data)}
+    for flag, place in (("--distractors", options.distractors), ("--whitening", options.whitening)):
+        if place is None:
+            continue
+        if os.path.abspath(place) in places:
+            text = f"need other images for {flag} than those that are searched"
+            raise ValueError(f"{text}, got {place} for both")
+        places.add(os.path.abspath(place))
 
 
 def main() -> None:

@@ -47,6 +47,10 @@ from harness.few_labels import (
 from harness.flags import check_ranges
 from models import save_tensors
 
+# similarities of one chunk: 64 MiB suit a CPU's caches, 1 GiB a GPU
+ENTRIES_ON_CPU = 1 << 24
+ENTRIES_ON_GPU = 1 << 28
+
 
 @dataclass(frozen=True)
 class KnnConfig:
@@ -89,8 +93,7 @@ def knn_accuracy(
     num_train = len(train_features)
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     nums_of_neighbours = sorted({min(k, num_train) for k in ks})
-    # similarities of one chunk: 64 MiB suits a CPU's caches, 1 GiB a GPU
-    entries = 1 << 24 if train_features.device.type == "cpu" else 1 << 28
+    entries = ENTRIES_ON_CPU if train_features.device.type == "cpu" else ENTRIES_ON_GPU
     right_top1 = dict.fromkeys(nums_of_neighbours, 0)
     right_top5 = dict.fromkeys(nums_of_neighbours, 0)
     for rows in torch.arange(len(test_features)).split(max(1, entries // num_train)):
@@ -175,6 +178,9 @@ def main() -> None:
     check_ranges(options)
     check_votes(options.ks, options.temperature)
     check_folder(options.features_out, "features")
+    if options.features_out is not None and options.features_out == evaluation.json_out:
+        text = f"got {evaluation.json_out} for both"
+        raise ValueError(f"need two files for --features-out and --json-out, {text}")
     if options.rank_only and options.features_out is not None:
         raise ValueError("--features-out writes what k-NN compares: not with --rank-only")
     if options.rank_only and options.few_labels.shots:

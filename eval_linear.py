@@ -76,7 +76,8 @@ class LinearConfig:
     # read the mean of the patch tokens too
     avgpool: bool = False
     # train on random crops and flips, one pass of the network each epoch, instead of on center
-    # crops that it sees once [paper: yes]
+    # crops that it sees once; images that do not fill an epoch's last batch are left out of that
+    # epoch [paper: yes]
     augment: bool = False
     # fixes the initial weights, the order of the images and their crops
     seed: int = setting(0, most=1 << 62)
@@ -158,7 +159,7 @@ def train_on_crops(
     processes, which share the images of a step.
     """
     device = accelerator.device
-    dataset = dataset.as_canvases(min(384, round(size * 12 / 7)))
+    dataset = dataset.as_canvases(max(size, min(384, round(size * 12 / 7))))
     rank, world = accelerator.process_index, accelerator.num_processes
     each = max(1, min(config.probe_batch_size, len(dataset)) // world)
 

@@ -4,7 +4,8 @@
     python eval_retrieval.py dino_vits16 --data photos
     python eval_retrieval.py dino_vits16 --ground-truth roxford5k/gnd_roxford5k.pkl
 
-Of labelled images each is a query, and the others of its class are to come first. With
+Each labelled image of the test split, or of all where there are no splits, is a query, and the
+others of its class are to come first. With
 --ground-truth it is revisited Oxford or Paris (Radenovic et al., arXiv 1803.11285), as DINO has it
 (arXiv 2104.14294, section 4.2.1): whole images in their aspect ratio, queries not cropped; Paris
 with --image-size 512 --multiscale. Similarity is the cosine.
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
+from config import setting
 from data import ImageDataset
 from folders import some_of
 from harness.command import read_flags, run_command
@@ -44,7 +46,8 @@ from harness.evaluation import (
     say_notes,
     size_facts,
 )
-from harness.feature_maps import feature_map
+from harness.feature_maps import feature_map, sizes_named
+from harness.flags import check_ranges
 from harness.ranking import average_precision
 from tar_shards import as_bytes
 
@@ -58,21 +61,18 @@ class RetrievalConfig:
     # gnd_roxford5k.pkl or gnd_rparis6k.pkl; its images are those of --data, or of jpg/ beside it
     ground_truth: Path | None = None
     # pixels, longer side of the images that --ground-truth names [paper: 224; 512 for Paris]
-    image_size: int = 224
+    image_size: int = setting(224, above=0, most=4096)
     # class: a ViT's class token, or what a network pools; gem: the generalised mean of its patches
     pooling: Literal["class", "gem"] = "class"
-    # exponent of the generalised mean: 1 is the mean, infinity the maximum
-    gem_power: float = 3.0
+    # exponent of the generalised mean: 1 is the mean, a large one nearly the maximum
+    gem_power: float = setting(3.0, above=0, most=16)
     # mean over three sizes of each image: whole, 0.71 and 0.5
     multiscale: bool = False
 
 
 def check_flags(options: RetrievalConfig) -> None:
-    """Raise ValueError for settings out of range."""
-    if not options.gem_power > 0:
-        raise ValueError(f"need --gem-power > 0, got {options.gem_power:g}")
-    if options.image_size < 1:
-        raise ValueError(f"need --image-size >= 1 pixel, got {options.image_size}")
+    """Raise ValueError for settings out of range, or that contradict each other."""
+    check_ranges(options)
     if options.ground_truth is not None and options.evaluation.val is not None:
         raise ValueError("--ground-truth names its queries: not with --val")
 
@@ -281,7 +281,9 @@ def features_of_images(
     features_of = pooled(network.backbone, options)
 
     def forward(pixels: Tensor) -> Tensor:
-        return features_of(normalized(pixels, network.preparation))
+        normalised = normalized(pixels, network.preparation)
+        with sizes_named(network.facts["arch"], normalised):
+            return features_of(normalised)
 
     workers = options.evaluation.num_workers
     extracted = extract(forward, images, accelerator, batch_size, workers)
@@ -326,7 +328,7 @@ def evaluate_revisited(
     images = images_of(truth, folder, options.image_size)
     network = open_backbone(replace(options.evaluation, data=str(folder)), accelerator)
     images.channels = network.preparation.channels
-    images.levels = network.preparation.levels or images.measure_levels()
+    images.set_levels(network.preparation.levels)
     say_notes(images, accelerator)
     # images of different shapes are no batch
     features, _ = features_of_images(images, network, options, accelerator, batch_size=1)

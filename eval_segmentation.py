@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from config import setting
 from data import held_out, permutation
 from folders import by_numbers, is_hidden, number_of, some_of
-from harness.command import read_flags, run_command
+from harness.command import own_input, read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
     FrozenBackbone,
@@ -308,7 +308,9 @@ def evaluate(
     rank, world = accelerator.process_index, accelerator.num_processes
     budget = max(1, options.memory_patches // len(train))
     own_train = _with_progress(list(enumerate(train))[rank::world], "memory", accelerator)
-    parts = gather_object([remember(own_train, budget, network, size, options.draw_seed)])
+    with own_input():
+        own_memory = remember(own_train, budget, network, size, options.draw_seed)
+    parts = gather_object([own_memory])
     memory, classes = (torch.cat(x).to(accelerator.device) for x in zip(*parts, strict=True))
     if not len(memory):
         raise ValueError(f"no pixel of the masks in {options.data} is judged: all are {VOID}")
@@ -317,8 +319,9 @@ def evaluate(
     confusion = np.zeros((num_classes, num_classes), np.int64)
     jaccards: list[tuple[float, float]] = []
     for pair in _with_progress(test[rank::world], "test", accelerator):
-        seen = see(pair, network, size)
-        patches, shape = patches_of(seen.pixels, network)
+        with own_input():
+            seen = see(pair, network, size)
+            patches, shape = patches_of(seen.pixels, network)
         votes = patch_votes(
             patches, memory, classes, int(classes.max()) + 1, options.k, options.temperature
         )

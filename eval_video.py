@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from config import setting
 from folders import by_numbers, is_hidden, some_of
-from harness.command import read_flags, run_command
+from harness.command import own_input, read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
     FrozenBackbone,
@@ -242,6 +242,8 @@ def follow(
     before: deque[tuple[Tensor, Tensor]] = deque(maxlen=options.num_frames)
     for frame in video.frames[1:]:
         target = features_of_frame(frame, network, size)
+        if target.shape != first_features.shape:
+            raise ValueError(f"need frames of one aspect ratio, got another in {frame}")
         features, labels = zip((first_features, first_labels), *before, strict=True)
         labels_of_target = propagate(
             target,
@@ -393,7 +395,9 @@ def evaluate(options: VideoConfig, accelerator: Accelerator) -> None:
         check_first_mask(video, network.preparation)
     # a process takes every world-th video
     own_videos = videos[accelerator.process_index :: accelerator.num_processes]
-    parts = gather_object([follow_all(own_videos, network, size, options)])
+    with own_input():
+        own_scores = follow_all(own_videos, network, size, options)
+    parts = gather_object([own_scores])
     accelerator.end_training()
     if not accelerator.is_main_process:
         return

@@ -32,7 +32,7 @@ import tyro
 from torch import nn
 
 from harness.command import read_flags, run_command, write_whole
-from harness.evaluation import OpenedNetwork, Preparation, describe, open_file
+from harness.evaluation import OpenedNetwork, Preparation, describe, is_of_run, open_file
 from harness.foreign import Role, Tensors
 from harness.terminal import printable_name
 from harness.weights import (
@@ -75,8 +75,7 @@ def check_flags(options: ExportConfig) -> None:
     elif out.suffix != suffix or not is_free:
         raise ValueError(f"need a new file in {suffix}, in a folder that exists, got {out}")
     source = as_file(options.source, options.network) or options.source
-    is_of_run = (out.parent / "config.yaml").is_file() and out.name.startswith(("ckpt", "state"))
-    if out.exists() and (is_of_run or out.resolve() == source.resolve()):
+    if is_of_run(out) or (out.exists() and out.resolve() == source.resolve()):
         raise ValueError(f"need a new file in {suffix}: {out} is what a run saved, or the source")
     if options.format == "onnx":
         missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]

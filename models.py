@@ -246,8 +246,9 @@ def get_backbone(
     original_pos_embed: bool = False,
     channels: int = 3,
 ) -> nn.Module:
-    """Build a backbone without classifier: (b, channels, h, w) to (b, output_dim), at any h and w.
+    """Build a backbone without classifier: (b, channels, h, w) to (b, output_dim).
 
+    It takes images of any h and w, but for those of timm's networks that are made for one size.
     It has `.output_dim`, `.num_channels`, `.patch_size` (1 for convolutional networks; must divide
     h and w) and the parameter names of torchvision or timm. ResNets for an `image_size` up to 64 px
     get a 3x3 stem without max-pool, of stride 1 up to 32 px and 2 above. Published weights are

@@ -151,6 +151,9 @@ class VisualizeConfig:
     seed: int = setting(0, most=1 << 62)
     # architecture of a file that does not say it and is not recognised: a name of timm's
     arch: str | None = None
+    # take folders called train, val and test for splits, of which the first is drawn; --no-splits:
+    # folders for classes
+    splits: bool = True
 
 
 # ---------------------------------------------------------------- what the network sees
@@ -164,6 +167,7 @@ class Observer:
         self.notes = network.notes
         self.preparation = require_preparation(network, source)
         self.crops = network.crops
+        self.knows_crops = "config" in network.metadata
         self.canvas_size = network.canvas_size
         self.arch = network.arch
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,7 +216,7 @@ class Observer:
 # ---------------------------------------------------------------- images
 
 
-def open_images(source: str, channels: int = 3) -> ImageDataset:
+def open_images(source: str, channels: int = 3, take_splits: bool = True) -> ImageDataset:
     """Open a photo, a folder or a data set by name. ValueError where there are no images."""
     path = Path(source)
     if path.is_file() and path.suffix != ".tar" and not is_list(path):
@@ -221,7 +225,7 @@ def open_images(source: str, channels: int = 3) -> ImageDataset:
         return photo
     if not path.exists() and source not in NAMED_SETS:
         raise ValueError(f"no such photo, folder or data set: {source}")
-    images = build_dataset(source, channels=channels)
+    images = build_dataset(source, channels=channels, take_splits=take_splits)
     for note in images.notes:
         print(f"data: {printable(note)}")
     return images
@@ -498,11 +502,11 @@ def draw_pictures(options: VisualizeConfig) -> Pictures:
     observer = Observer(options.checkpoint, options.size, options.arch)
     for note in observer.notes:
         print(printable_name(f"weights: {note}"))
-    images = open_images(options.images, observer.preparation.channels)
+    images = open_images(options.images, observer.preparation.channels, options.splits)
     shown = shown_channels(images.channels)
     if shown:
         print(f"images are shown by {shown}")
-    images.levels = observer.preparation.levels or images.measure_levels()
+    images.set_levels(observer.preparation.levels)
     kinds = kinds_to_draw(options, observer, images)
     if options.video:
         return draw_video(observer, images, kinds[0], options.video)
@@ -521,6 +525,8 @@ def draw_pictures(options: VisualizeConfig) -> Pictures:
         if "pca" in kinds:
             pictures["pca.png"] = pca_sheet(observer, images, fitted)
         if "crops" in kinds:
+            if not observer.knows_crops:
+                print("crops: the paper's scales, since the weights do not say theirs")
             pictures["crops.png"] = crops_sheet(observer, images, chosen, options.seed)
     if {"neighbours", "scatter"} & set(kinds):
         rows, features = compute_features(observer, images)

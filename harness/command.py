@@ -69,6 +69,19 @@ class WorkerError(RuntimeError):
     """An error in decoding images: in a process of its own or, once it had begun well, in any."""
 
 
+class OwnInputError(ValueError):
+    """Wrong input that this process has read and the others need not have: its share of images."""
+
+
+@contextmanager
+def own_input() -> Iterator[None]:
+    """Let what is found wrong meanwhile be said by this process, whichever it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise OwnInputError(str(error)) from error
+
+
 def run_command(main: Callable[[], object]) -> None:
     """Run a script's main; wrong input ends it with one line and code 2, a broken run with 1.
 
@@ -94,7 +107,8 @@ def _run(main: Callable[[], object]) -> None:
     except ValueError as error:
         # the processes of a node read the same wrong input: the first of them says it
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
-        _exit_with(2, printable_name(_message(error)), is_said=is_first_of_node)
+        is_said = is_first_of_node or isinstance(error, OwnInputError)
+        _exit_with(2, printable_name(_message(error)), is_said)
     except MemoryError as error:
         _exit_with(1, f"out of memory: {_message(error)}; {LESS_MEMORY}", is_said=True)
     except RuntimeError as error:

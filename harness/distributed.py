@@ -71,7 +71,7 @@ def make_accelerator(
 
 
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
-    # nothing is done in place on what the networks return
+    # it warns of changes in place, of which the loss makes one, without autograd, of the logits
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -148,8 +148,11 @@ def _is_one_of_several() -> bool:
 
 
 def launch_line(accelerator: Accelerator) -> str:
-    """Return the words before a script's name that start it as it runs now, on one node."""
-    world = accelerator.num_processes
+    """Return the words before a script's name that start it as it runs now, on one node.
+
+    Of several nodes' processes it starts those of one: a resumed run shares its batch among them.
+    """
+    world = min(accelerator.num_processes, num_local_processes())
     if accelerator.is_fsdp2:
         return f"accelerate launch --use_fsdp --fsdp_version 2 --num_processes {world}"
     if world == 1:  # accelerate launch would start a process for each GPU
@@ -196,10 +199,9 @@ def stop_with_launcher() -> None:
 
     Linux only; elsewhere nothing is done.
     """
-    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        set_death_signal = getattr(ctypes.CDLL(None), "prctl", None)
-        if set_death_signal is not None:
-            set_death_signal(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 # ---------------------------------------------------------------- networks laid out
@@ -221,7 +223,7 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 
 def has_compiler() -> bool:
     """Tell whether torch.compile finds what it builds with: a compiler and Python's headers."""
-    if torch.cuda.is_available():  # Triton compiles C
+    if torch.cuda.is_available() and not is_on_cpu():  # Triton compiles C
         compilers = [os.environ.get("CC"), "gcc", "clang"]
     else:
         compilers = [os.environ.get("CXX"), "g++", "clang++"]

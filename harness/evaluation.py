@@ -37,7 +37,7 @@ from config import SETTINGS, Config, setting
 from data import ImageDataset, Sample, build_dataset, collate
 from folders import cache_folder
 from harness.command import iterate, write_whole
-from harness.feature_maps import chosen_side
+from harness.feature_maps import PHOTO_CROP, chosen_side
 from harness.feature_quality import feature_quality
 from harness.flags import wrong_setting
 from harness.foreign import Role
@@ -178,10 +178,11 @@ class Preparation:
             )
             raise ValueError(f"{text}, as those of export.py do")
         size = config.image_size or timms.get("input_size", (3, 224, 224))[-1]
+        share = timms.get("crop_pct", 0.875 if size >= PHOTO_CROP else 1.0)
         return cls(
             data=None,
             size=size,
-            resize=round(size / timms.get("crop_pct", 0.875)),
+            resize=round(size / share),
             mean=tuple(timms.get("mean", IMAGENET_DEFAULT_MEAN)),
             std=tuple(timms.get("std", IMAGENET_DEFAULT_STD)),
             channels=config.channels,
@@ -450,9 +451,21 @@ def require_preparation(network: OpenedNetwork, source: object) -> Preparation:
 
 
 def check_folder(path: Path | None, content: str) -> None:
-    """Raise ValueError where the file `path` could not be written for want of its folder."""
-    if path is not None and not path.parent.is_dir():
+    """Raise ValueError where `path` has no folder to lie in, or would replace what a run saved."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
         raise ValueError(f"no such folder for the {content}: {path.parent}")
+    if is_of_run(path):
+        raise ValueError(f"need another file for the {content} than {path}, which a run saved")
+
+
+def is_of_run(path: Path) -> bool:
+    """Tell whether a file or folder is what a run saved in its own folder."""
+    if not (path.parent / "config.yaml").is_file() or not path.exists():
+        return False
+    is_of_weights = path.suffix == ".safetensors" and path.name.startswith(("ckpt", "state"))
+    return is_of_weights or path.name in ("config.yaml", "log.jsonl")
 
 
 @dataclass(frozen=True)
@@ -493,7 +506,8 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbo
         "data": preparation.data,
     }
     metrics = network.metadata.get("metrics") or {}
-    if options.data is None and options.val is None and "knn_top1_untrained" in metrics:
+    are_own_images = options.data is None and options.val is None and options.splits
+    if are_own_images and "knn_top1_untrained" in metrics:
         facts["knn_top1_untrained"] = metrics["knn_top1_untrained"]  # measured by the run itself
     backbone = network.model.backbone.to(accelerator.device).eval()
     return FrozenBackbone(backbone, preparation, facts)
@@ -507,7 +521,7 @@ def with_levels_of(
         return network
     dataset = ImageDataset(as_bytes(map(str, images)), None)
     dataset.channels = network.preparation.channels
-    dataset.levels = dataset.measure_levels()
+    dataset.set_levels(None)
     say_notes(dataset, accelerator)
     return replace(network, preparation=replace(network.preparation, levels=dataset.levels))
 
@@ -557,8 +571,8 @@ def open_split(preparation: Preparation, split: str) -> ImageDataset:
 def evaluation_splits(preparation: Preparation) -> tuple[ImageDataset, ImageDataset]:
     """Open the labelled images that k-NN remembers, and those that it is tested on."""
     memory, test = (open_split(preparation, split) for split in ("memory", "test"))
-    if memory.levels is None:
-        memory.levels = test.levels = memory.measure_levels()
+    memory.set_levels(preparation.levels)
+    test.levels = memory.levels
     return memory, test
 
 
@@ -579,8 +593,7 @@ def open_training_images(preparation: Preparation, accelerator: Accelerator) -> 
     """Open the images to train on, which need no classes. What was left out of them is said."""
     with accelerator.local_main_process_first():  # which may have to download
         images = open_split(preparation, "train")
-    if images.levels is None:
-        images.levels = images.measure_levels()
+    images.set_levels(preparation.levels)
     say_notes(images, accelerator)
     return images
 
@@ -721,7 +734,8 @@ def layer_features(
     if num_last_blocks == 1 and not avgpool:
         return backbone
     if not is_vit(backbone):
-        raise ValueError("--n-last-blocks and --avgpool need a ViT of timm with a class token")
+        text = "need a ViT with a class token, of timm's VisionTransformer (not EVA, BEiT, DINOv3)"
+        raise ValueError(f"--n-last-blocks and --avgpool {text}")
     num_blocks = len(backbone.blocks)
     if not 1 <= num_last_blocks <= num_blocks:
         raise ValueError(f"need --n-last-blocks from 1 to {num_blocks}, got {num_last_blocks}")

@@ -156,19 +156,26 @@ def usual_side(backbone: nn.Module, crop_size: int) -> int:
 
 
 def chosen_side(backbone: nn.Module, crop_size: int, given: int | None) -> int:
-    """Return the shorter side that is given, or the usual one.
+    """Return the shorter side that is given, or the usual one, in whole patches.
 
     Raises ValueError where the network takes another side alone.
     """
     usual = usual_side(backbone, crop_size)
-    if given is not None and fixed_sides(backbone) and given != usual:
+    if not fixed_sides(backbone):
+        return _whole_patches(given or usual, backbone.patch_size)
+    if given is not None and given != usual:
         raise ValueError(f"need --size {usual}, as the network takes no other, got {given}")
-    return given or usual
+    return usual
+
+
+def _whole_patches(size: int, patch_size: int) -> int:
+    """Return a side in pixels, rounded to whole patches, of which it has at least one."""
+    return max(1, round(size / patch_size)) * patch_size
 
 
 def _num_cells(backbone: nn.Module, size: int) -> int:
     """Return the cells of a feature map on a side of a square image."""
-    side = max(1, round(size / backbone.patch_size)) * backbone.patch_size
+    side = _whole_patches(size, backbone.patch_size)
     device = next(backbone.parameters()).device
     channels = getattr(backbone, "num_channels", 3)
     blank = torch.zeros(1, channels, side, side, device=device)
@@ -201,7 +208,8 @@ def sizes_named(arch: str, images: Tensor) -> Iterator[None]:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
         given = f"{arch} at {images.shape[2]} x {images.shape[3]} px"
-        raise ValueError(f"no map of {given}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"no features of {given}: {reason}") from error
 
 
 def fit_patches(image: Tensor, size: int, patch_size: int) -> Tensor:
@@ -212,7 +220,7 @@ def fit_patches(image: Tensor, size: int, patch_size: int) -> Tensor:
     longest = 8 * min(image.shape[1:])
     if max(image.shape[1:]) > longest:
         image = TF.center_crop(image, [min(side, longest) for side in image.shape[1:]])
-    shorter = max(1, round(size / patch_size)) * patch_size
+    shorter = _whole_patches(size, patch_size)
     image = TF.resize(image, [shorter], TF.InterpolationMode.BICUBIC)
     return TF.center_crop(image, [side // patch_size * patch_size for side in image.shape[1:]])
 

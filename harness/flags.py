@@ -400,7 +400,7 @@ def _check_precision(config: Config) -> None:
         raise ValueError(f"need bf16, fp16 or no for --mixed_precision, got {precision}")
     if precision != "fp16":
         return
-    if not torch.cuda.is_available():
+    if is_on_cpu() or not torch.cuda.is_available():
         raise ValueError("--mixed-precision fp16 needs a GPU, got none: need bf16 or no")
     if is_set("ACCELERATE_USE_FSDP"):
         raise ValueError("FSDP trains in bf16 or float32, got --mixed-precision fp16")

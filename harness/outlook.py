@@ -1,6 +1,7 @@
 """What a run is about to do, by its own arithmetic: header, warnings, and the dry run."""
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def introduce(run: Run, monitor: Monitor, student: nn.Module, why_no_knn: str) -
         monitor.say(f"data: {note}")
     if why_no_knn:
         monitor.say(f"no k-NN during training: {why_no_knn}")
-    for line in advice_on_stopping(run, has_knn=not why_no_knn):
+    for line in advice_on_stopping(run, has_knn=not why_no_knn) + time_to_stop(run):
         monitor.say(line)
     for warning in unlikely_settings(run, student):
         monitor.say(f"warning: {warning}")
@@ -71,6 +72,22 @@ def advice_on_stopping(run: Run, has_knn: bool) -> list[str]:
     if not run.config.run.keep_every:
         text += f"; --keep-every {run.config.run.knn_every} keeps the teachers from before"
     return [f"{text} (docs/science.md: When to stop without labels)"]
+
+
+def time_to_stop(run: Run) -> list[str]:
+    """Return a line where torchrun or accelerate launch kills a stopped run before it may save.
+
+    The variable is read by torch 2.12 and newer; before, it was always 30 seconds.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or run.config.run.dry_run:
+        return []
+    seconds = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+    minutes = run.config.run.stop_minutes
+    if minutes and seconds >= 60 * minutes:
+        return []
+    text = f"a run that is stopped has {seconds} s to save: then its launcher kills it"
+    needed = 600 if not minutes else math.ceil(60 * minutes)
+    return [f"{text}; export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={needed} before it gives it more"]
 
 
 def header(run: Run, student: nn.Module) -> Table:

@@ -266,6 +266,7 @@ class Run:
         self.dataset = dataset
         self.agreement = Agreement()
         self.lock = lock or FolderLock()
+        self.has_warned_of_lock = False
         self.folder = self._choose_folder(config)
         if (config.run.resume or config.run.overwrite) and self.folder.is_dir():
             self._own_folder()  # before the state is read, which a live run would still change
@@ -357,7 +358,8 @@ class Run:
         error = self.agreement.gather(error)[0]
         if error:
             raise ValueError(error)
-        if why_not:
+        if why_not and not self.has_warned_of_lock:
+            self.has_warned_of_lock = True
             text = f"warning: {self.folder} is not locked, {why_not}: start no second run in it"
             self.accelerator.print(text)
 
@@ -709,6 +711,14 @@ class Run:
         """Tell whether the run has its state alone: a kill came between, or the file is gone."""
         is_lacking = self.is_resumed and not self.has_teacher
         return bool(self.agreement.largest(is_lacking)[0])
+
+    def is_evaluated_anew(self, metrics: dict) -> bool:
+        """Tell whether a resumed run's state lacks the evaluation that its last stop put off.
+
+        Unless it is saved soon, a kill would have it logged twice.
+        """
+        step_before, step = self.saved.metrics.get("knn_step"), metrics.get("knn_step")
+        return self.is_resumed and step == self.steps_before and step != step_before
 
     def kept(self) -> str:
         """Return what the run still has when it fails, in words."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_train import train
 from harness import command
-from harness.command import WorkerError, iterate, run_command, stop_requests
+from harness.command import WorkerError, iterate, own_input, run_command, stop_requests
 from harness.flags import parse_config
 from models import load_checkpoint, replace_file
 
@@ -272,6 +273,22 @@ def test_wrong_item_is_wrong_input_at_first_and_a_broken_run_later(
         text = capsys.readouterr().err
         assert "no image" in text
         assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize(("is_own", "num_lines"), [(True, 1), (False, 0)])
+def test_wrong_input_that_one_process_read_is_said_by_it(
+    is_own: bool, num_lines: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all have read is said by the first of them."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def main() -> None:
+        with own_input() if is_own else nullcontext():
+            raise ValueError("need a mask of 3 px")
+
+    with pytest.raises(SystemExit, match="2"):
+        run_command(main)
+    assert capsys.readouterr().err == num_lines * "error: need a mask of 3 px\n"
 
 
 def test_want_of_memory_is_one_line(capsys: pytest.CaptureFixture) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from accelerate import Accelerator
@@ -421,7 +422,9 @@ def test_bf16_trains_with_a_float32_loss(tmp_path: Path, tiny_flags: list[str], 
     answer = launch([*tiny_flags, *flags, "--output-dir", tmp_path / "bf16"])
     assert answer.codes == [0], answer.text
     assert "1 x cpu, bf16" in answer.text
-    assert all(math.isfinite(loss) for loss in losses(tmp_path / "bf16").values())
+    logged = torch.tensor(list(losses(tmp_path / "bf16").values()))
+    assert logged.isfinite().all()
+    assert not torch.equal(logged, logged.bfloat16().float())
     state = load_file(tmp_path / "bf16" / "state.safetensors")
     assert {x.dtype for x in state.values()} == {torch.float32, torch.int64}
 
@@ -820,6 +823,30 @@ def test_run_starts_from_given_weights(tmp_path: Path, tiny_run: Path, tiny_flag
     result = script("dino_train", "--resume", folder, "--epochs", 2)
     assert result.returncode == 0, result.stderr
     assert read_log(folder)[-1]["step"] == 20
+
+
+@pytest.mark.slow
+def test_run_from_published_weights_goes_on_where_they_are_out_of_reach(
+    tmp_path: Path, tiny_flags: list[str], script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_model = timm.create_model
+    is_online = True
+
+    def create(name: str, pretrained: bool = False, **options: object) -> nn.Module:
+        if pretrained and not is_online:
+            raise OSError("no network")
+        return create_model(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the network is not looked for
+    folder = tmp_path / "run"
+    flags = [*tiny_flags, "--pretrained", "--epochs", 1, "--output-dir", folder]
+    assert script("dino_train", *flags).returncode == 0
+    is_online = False
+    result = script("dino_train", "--resume", folder, "--epochs", 2)
+    assert result.returncode == 0, result.stderr
+    result = script("dino_train", *flags[:-1], tmp_path / "other")
+    assert result.returncode == 2 and "cannot load the published weights" in result.stderr
 
 
 @pytest.mark.slow

@@ -365,6 +365,17 @@ def test_srun_of_one_launcher_a_node_is_accepted(monkeypatch: pytest.MonkeyPatch
     assert distributed.join_processes().num_processes == 1
 
 
+def test_line_that_goes_on_starts_the_processes_of_one_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class OfTwoNodes:
+        num_processes, is_fsdp2, device = 16, False, torch.device("cuda")
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    expected = "accelerate launch --multi_gpu --num_processes 8"
+    assert distributed.launch_line(OfTwoNodes()) == expected
+
+
 def test_launch_files_are_what_accelerate_reads() -> None:
     expected = {
         "one_gpu": (DistributedType.NO, 1, 1),
@@ -381,15 +392,22 @@ def test_launch_files_are_what_accelerate_reads() -> None:
 
 
 SRUN = """#!{python}
-# a node of two tasks, whose exit code is the highest of theirs
-import os, subprocess, sys
+# a node of two tasks; a task that a signal ended decides about the exit code, else the highest one
+import os, subprocess, sys, time
+flags = [arg for arg in sys.argv[1:] if arg.startswith("--")][:3]
+command = sys.argv[1 + len(flags):]
 env = dict(SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2", SLURM_JOB_NUM_NODES="1")
 tasks = [
-    subprocess.Popen(sys.argv[3:], env=dict(os.environ, SLURM_PROCID=r, SLURM_LOCALID=r, **env))
+    subprocess.Popen(command, env=dict(os.environ, SLURM_PROCID=r, SLURM_LOCALID=r, **env))
     for r in "01"
 ]
 open("tasks.txt", "w").write(" ".join(str(task.pid) for task in tasks))
-sys.exit(max(task.wait() for task in tasks))
+while None in [task.poll() for task in tasks]:
+    if "--kill-on-bad-exit=1" in flags and any(task.returncode for task in tasks):
+        [task.kill() for task in tasks if task.returncode is None]
+    time.sleep(0.01)
+codes = [task.returncode for task in tasks]
+sys.exit(128 - min(codes) if min(codes) < 0 else max(codes))
 """
 SCONTROL = """#!/bin/sh
 echo "$@" >> scontrol.txt
@@ -414,7 +432,8 @@ def test_slurm_job_saves_at_the_warning_requeues_and_goes_on(
         "PATH": path,
     }
     flags = [*vit_flags, "--batch-size", "4", "--log-every", "1", "--epochs", "2"]
-    command = ["bash", str(ROOT / "launch" / "slurm.sh"), "run", *flags]
+    # the last flag is for a first start alone
+    command = ["bash", str(ROOT / "launch" / "slurm.sh"), "run", *flags, "--overwrite"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     first = subprocess.Popen(command, cwd=tmp_path, env=os.environ | job, **pipe)
     log = tmp_path / "run" / "log.jsonl"
@@ -428,6 +447,7 @@ def test_slurm_job_saves_at_the_warning_requeues_and_goes_on(
     assert "dino_train.py --resume run" in out
     requeue = f"requeue {job['SLURM_JOB_ID']}"
     assert (tmp_path / "scontrol.txt").read_text().splitlines()[-1] == requeue
+    job["SLURM_RESTART_COUNT"] = "1"
     again = subprocess.run(command, cwd=tmp_path, env=os.environ | job, check=False, **pipe)
     assert again.returncode == 0, again.stdout
     assert "resumed run after step" in again.stdout

@@ -246,6 +246,7 @@ def test_wrong_flags_are_one_line(tmp_path: Path, tiny_run: Path, script) -> Non
         (("--out", f, "--tokens", "patch", "--near-duplicates", 0.9), "one vector an image"),
         (("--out", f, "--val", tmp_path), "not with --val"),
         (("--out", f, "--tokens", "concat"), "needs a ViT"),
+        (("--out", tiny_run / "ckpt.safetensors"), "which a run saved"),
     ):
         result = script("embed", tiny_run, *flags)
         assert result.returncode == 2 and said in result.stderr

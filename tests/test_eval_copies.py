@@ -21,6 +21,7 @@ from eval_copies import (
     CopiesConfig,
     Extractor,
     Whitening,
+    check_places,
     copy_features,
     copy_scores,
     distortions_for,
@@ -71,6 +72,8 @@ def test_equal_features_find_themselves_and_a_collapsed_network_nothing() -> Non
     assert copy_scores(features, rows, features, rows)["map"] == 100
     same = F.normalize(torch.ones(30, 8), dim=1)
     assert copy_scores(same, rows, same, rows)["map"] == 0
+    nothing = torch.full((30, 8), torch.nan)
+    assert copy_scores(nothing, rows, nothing, rows)["map"] == 0
     with pytest.raises(ValueError, match="none of the copies has its image"):
         copy_scores(features, rows + 30, features, rows)
 
@@ -247,5 +250,21 @@ def test_own_images_and_copydays_are_evaluated(script, tiny_run: Path, tmp_path:
     result = script("eval_copies", file, "--copydays", folder, "--data", "patterns")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "not with --data" in result.stderr
-    result = script("eval_copies", file, "--data", more, "--whitening", f"{more}/")
-    assert result.returncode == 2 and "need other images for --whitening" in result.stderr
+    for flags, said in (
+        (("--data", more, "--whitening", f"{more}/"), "need other images for --whitening"),
+        (("--data", more, "--distractors", more), "need other images for --distractors"),
+        (("--distractors", more, "--whitening", more), "need other images for --whitening"),
+        (("--whitening", tmp_path / "gone"), f"folder: {tmp_path}/gone; need --whitening"),
+    ):
+        result = script("eval_copies", file, *flags)
+        assert result.returncode == 2 and said in result.stderr.replace(" or file", "")
+        assert result.stderr.count("\n") == 1
+
+
+def test_images_of_the_run_itself_are_no_others(tmp_path: Path) -> None:
+    """Which it is searched among, where --data names none."""
+    for flag in ("distractors", "whitening"):
+        options = CopiesConfig(EvalConfig("runs/x"), **{flag: str(tmp_path)})
+        with pytest.raises(ValueError, match=f"need other images for --{flag} than those"):
+            check_places(options, f"{tmp_path}/")
+        check_places(options, str(tmp_path / "others"))

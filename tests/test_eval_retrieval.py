@@ -262,7 +262,8 @@ def test_other_pickles_are_refused_in_one_line(landmarks: Path, tiny_run: Path, 
     for flags, said in (
         (("--ground-truth", landmarks.parent / "none.pkl"), "No such file"),
         (("--gem-power", 0), "need --gem-power > 0"),
-        (("--image-size", 0), "need --image-size >= 1"),
+        (("--gem-power", "inf"), "need --gem-power > 0 and <= 16, got inf"),
+        (("--image-size", 0), "need --image-size > 0"),
     ):
         result = script("eval_retrieval", tiny_run, *flags)
         assert result.returncode == 2 and said in result.stderr

@@ -298,6 +298,9 @@ def test_wrong_input_is_one_line(
     twice = tmp_path / "twice"
     shutil.copytree(frames, twice)
     Image.open(twice / "00001.jpg").save(twice / "00001.png")
+    mixed, first = tmp_path / "mixed", davis / "Annotations/480p/one/00000.png"
+    shutil.copytree(frames, mixed)
+    Image.new("RGB", (2 * SIZE, SIZE)).save(mixed / "00001.jpg")
     for flags, said in (
         (("--data", tmp_path), "need DAVIS's folders"),
         (("--data", frames, "--mask", small, "--out", out), "need a mask of 96 x 96 px"),
@@ -313,6 +316,7 @@ def test_wrong_input_is_one_line(
         (("--data", davis, "--out", followed[0]), "exists: give another --out"),
         (("--data", davis, "--out", tmp_path / "no" / "out"), "no such folder for the masks"),
         (("--data", davis, "--temperature", 0), "need --temperature > 0"),
+        (("--data", mixed, "--mask", first, "--out", out), f"got another in {mixed}/00001.jpg"),
     ):
         result = script("eval_video", vit, *flags)
         assert result.returncode == 2 and said in result.stderr, (flags, result.stderr)

@@ -222,6 +222,12 @@ def test_whole_image_is_resized_to_whole_patches(
     assert resized[0, 0, 0] < 40 and resized[0, 0, -1] > 215  # nothing is cut
 
 
+def test_side_is_of_whole_patches() -> None:
+    backbone = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **NARROW).eval()
+    backbone.patch_size = 16
+    assert [chosen_side(backbone, 224, given) for given in (None, 100, 7)] == [480, 96, 16]
+
+
 def test_network_of_one_size_gets_that() -> None:
     backbone = timm.create_model("cait_xxs24_224", img_size=64, **NARROW).eval()
     backbone.patch_size = 16

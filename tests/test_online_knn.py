@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from harness.linear_probe import probe_accuracy
 from harness.online_knn import in_words
+from harness.run import Run
 from models import load_checkpoint
 
 
@@ -95,6 +96,13 @@ def test_resumed_run_measures_what_the_uninterrupted_one_does(
     with monkeypatch.context() as patch:
         stop_at(patch, 10, signal.SIGTERM)  # where an evaluation is due, and put off
         assert script("dino_train", *flags, tmp_path / "cut").returncode == 128 + signal.SIGTERM
+    with monkeypatch.context() as patch:  # killed once it has been made up for
+
+        def be_killed(*args: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Run, "start_loading", be_killed)
+        assert script("dino_train", "--resume", tmp_path / "cut").returncode == 130
     assert script("dino_train", "--resume", tmp_path / "cut").returncode == 0
     whole, cut = (
         [line for line in read_log(tmp_path / name) if "rankme" in line]

@@ -65,12 +65,14 @@ def test_lock_names_its_holder_and_ends_with_it(tmp_path: Path, holder: subproce
 
 def test_fork_does_not_hold_the_lock(tmp_path: Path) -> None:
     """Workers that decode images are forks, and outlive a killed run by seconds."""
-    with FolderLock() as lock:
-        lock.take(tmp_path)
-        pid = os.fork()
-        if pid == 0:
-            time.sleep(30)
-            os._exit(0)
+    held = FolderLock()
+    held.take(tmp_path)
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(30)
+        os._exit(0)
+    os.close(held.descriptor)  # as a kill does, which leaves the file
+    held.descriptor = -1
     try:
         with FolderLock() as lock:
             assert lock.take(tmp_path) == ""
@@ -92,6 +94,8 @@ def test_folder_without_locks_is_said_once_and_used(
     result = script("dino_train", *tiny_flags, *flags)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(f"{tmp_path}/run is not locked") == 1
+    resumed = script("dino_train", "--resume", tmp_path / "run", "--epochs", 2)
+    assert resumed.stdout.count(f"{tmp_path}/run is not locked") == 1
     assert os.strerror(number) in result.stdout
     assert not (tmp_path / "run" / ".lock").exists()
 

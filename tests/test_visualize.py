@@ -16,7 +16,7 @@ from data import CropConfig, ImageDataset, draw_patterns
 from harness.pictures import INK, WRONG
 from models import DinoModel, ModelConfig, save_checkpoint
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, resolve_crop_sizes
-from visualize import VisualizeConfig, class_of, draw_pictures
+from visualize import VisualizeConfig, class_of, draw_pictures, open_images
 
 pytestmark = pytest.mark.slow  # seconds as a whole
 
@@ -220,7 +220,7 @@ def test_photographs_are_not_enlarged_further(vit: Path, tmp_path: Path) -> None
         checkpoint = write_checkpoint(tmp_path / f"{arch}.safetensors", arch, size=224)
         observer = visualize.Observer(str(checkpoint), None)
         assert observer.size == 480 and observer.said_size == "images of 480 px"
-    with pytest.raises(ValueError, match="no map of pit_ti_224 at 480 x 480 px"):
+    with pytest.raises(ValueError, match="no features of pit_ti_224 at 480 x 480 px"):
         observer.map_of("pca", torch.zeros(3, 480, 480, dtype=torch.uint8))
 
 
@@ -312,6 +312,10 @@ def test_wrong_input_is_one_line_and_code_2(
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty").mkdir()
     resnet, out = tiny_run / "ckpt.safetensors", tmp_path / "out"
+    half_split = tmp_path / "half"
+    for folder in ("val", "cats"):
+        (half_split / folder).mkdir(parents=True)
+        shutil.copy(photo, half_split / folder / "a.png")
     for args, said in (
         ((vit, tmp_path / "none.jpg"), "no such photo, folder or data set"),
         ((vit, tmp_path / "text.jpg"), "cannot decode"),
@@ -326,9 +330,12 @@ def test_wrong_input_is_one_line_and_code_2(
         ((vit, "patterns", "--video", "gif", "--kind", "crops"), "a video shows"),
         ((vit, photo, "--size", "0"), "need --size > 0, got 0"),
         ((vit, photo, "--mass", "1.5"), "need --mass > 0 and <= 1, got 1.5"),
+        ((vit, half_split), f"need {half_split}/val to take that split, or --no-splits"),
     ):
         result = script("visualize", *args, "--output-dir", out)
         assert result.returncode == 2, said
         assert result.stderr.startswith("error: ") and said in result.stderr
         assert result.stderr.count("\n") == 1
         assert not out.exists()
+    images = open_images(str(half_split), take_splits=False)
+    assert images.classes == ["cats", "val"]
