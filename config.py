@@ -57,8 +57,11 @@ class DataConfig:
     levels: tuple[float, ...] | None = setting(None, above=-math.inf)
     # pixels, side of the square that images are decoded to; None: by their longer side, at most 512
     canvas_size: int | None = setting(None, above=7, most=4096)
-    # pixels, shorter side before the center crop of an evaluation [paper: 256 for a crop of 224];
-    # None: in that proportion for photographs, no margin for small images
+    # pixels, side of the center crop of an evaluation [paper: 224]; None: that of the large crops;
+    # networks of convolutions often see more in a larger one [FixRes, arXiv 1906.06423]
+    eval_size: int | None = setting(None, above=0, most=4096, may_change=True)
+    # pixels, shorter side before that center crop [paper: 256 for a crop of 224]; None: in that
+    # proportion for photographs, no margin for small images
     eval_resize: int | None = setting(None, above=0, most=4096, may_change=True)
     # workers that decode images, for each process of the run; None: its cores less one, from 1 to
     # 16, or 0 for `patterns`

@@ -136,7 +136,7 @@ class VisualizeConfig:
     # folder for the pictures; None: pictures/IMAGES beside the checkpoint
     output_dir: Path | None = None
     # pixels, shorter side of what attention and pca see; None: 480 for photographs, as the
-    # original; small images are enlarged from the training crop's until 14 cells lie on it
+    # original; small images are enlarged from the evaluations' crop until 14 cells lie on it
     size: int | None = setting(None, above=0, most=4096)
     # images of a folder, evenly spaced, for attention, pca and crops
     num_images: int = setting(8, above=0, most=10_000)
@@ -184,7 +184,7 @@ class Observer:
         """How large the images are that maps are made of, and why they were enlarged."""
         if self.given_size or self.size in (PHOTO_SIDE, self.preparation.size):
             return f"images of {self.size} px"
-        factor = f"{self.size / self.preparation.size:.2g} x the training crop"
+        factor = f"{self.size / self.preparation.size:.2g} x the evaluations' crop"
         return f"images enlarged to {self.size} px, {factor}, for {MIN_CELLS} cells"
 
     def fit(self, image: Tensor) -> Tensor:

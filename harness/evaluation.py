@@ -103,7 +103,7 @@ class MapsConfig:
     # architecture of a file that does not say it and is not recognised: a name of timm's
     arch: str | None = None
     # pixels, shorter side of the images as the network sees them; None: 480 for photographs, as in
-    # the paper; small images are enlarged from the training crop's until 14 cells lie on it
+    # the paper; small images are enlarged from the evaluations' crop until 14 cells lie on it
     size: int | None = setting(None, above=0, most=4096)
     # which of a run's networks; the student is in state.safetensors, beside the checkpoint
     network: Role = "teacher"
@@ -133,7 +133,7 @@ class Preparation:
         """Return how a run's own evaluations prepare images, by its finished config."""
         return cls(
             data=config.data.knn_data or config.data.data,
-            size=config.crops.global_crop_size,
+            size=config.data.eval_size,
             resize=config.data.eval_resize,
             mean=config.crops.mean,
             std=config.crops.std,
@@ -153,7 +153,7 @@ class Preparation:
         levels = data.get("levels")  # not in the checkpoints of earlier versions, like the others
         return cls(
             data=data.get("knn_data") or data.get("data"),
-            size=crops["global_crop_size"],
+            size=data.get("eval_size") or crops["global_crop_size"],
             resize=data["eval_resize"],
             mean=tuple(crops["mean"]),
             std=tuple(crops["std"]),
@@ -308,7 +308,7 @@ def _preparation_beside(file: WeightsFile, config: ModelConfig) -> Preparation |
 DESCRIBED = {
     "model": ("arch", "patch_size", "image_size", "original_pos_embed", "channels"),
     "crops": ("global_crop_size", "mean", "std"),
-    "data": ("eval_resize", "levels"),
+    "data": ("eval_size", "eval_resize", "levels"),
 }
 
 
@@ -318,11 +318,15 @@ def describe(network: OpenedNetwork) -> str:
     described = {"model": {name: getattr(config, name) for name in DESCRIBED["model"]}}
     if preparation is not None:
         described["crops"] = {
-            "global_crop_size": preparation.size,
+            "global_crop_size": network.crops.global_crop_size,
             "mean": preparation.mean,
             "std": preparation.std,
         }
-        described["data"] = {"eval_resize": preparation.resize, "levels": preparation.levels}
+        described["data"] = {
+            "eval_size": preparation.size,
+            "eval_resize": preparation.resize,
+            "levels": preparation.levels,
+        }
     return json.dumps(described)
 
 

@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import functional as TF
 READABLE = (Attention, AttentionRope, BeitAttention, ClassAttn, EvaAttention, RelPosAttention)
 MOST_VECTORS = 10_000  # of feature maps, that a PCA is fitted to
 PHOTO_SIDE = 480  # pixels, shorter side of photographs whose maps are made, as the original has it
-PHOTO_CROP = 192  # pixels, the least crop in training that is of photographs
+PHOTO_CROP = 192  # pixels, the least crop of an evaluation that is of photographs
 MIN_CELLS = 14  # on the shorter side of a map: fewer show no shape
 COARSEST = 64  # pixels, the largest cell that images are enlarged for
 
@@ -135,7 +135,7 @@ def fixed_sides(backbone: nn.Module) -> list[int] | None:
 
 
 def usual_side(backbone: nn.Module, crop_size: int) -> int:
-    """Return the shorter side in pixels of images that maps are made of, by the training crop's.
+    """Return the shorter side in pixels of images that maps are made of, by evaluations' crop.
 
     480 for photographs, as the original has it. Small images are enlarged until MIN_CELLS cells lie
     on it, where the network takes other sizes than its own.

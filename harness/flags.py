@@ -475,16 +475,17 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, world: int = 1
     batch_size = config.optim.batch_size
     if config.optim.koleo_weight and batch_size < 2:
         raise ValueError("need --batch-size of at least 2 for --koleo-weight, got 1")
-    model, crops = _fit_sizes(config.model, config.crops, survey.short, batch_size)
-    size = crops.global_crop_size
+    sizes = survey.short, config.data.eval_size
+    model, crops = _fit_sizes(config.model, config.crops, *sizes, batch_size)
     data = config.data
     dataset.levels = data.levels or survey.levels
     crops = _with_mean_and_std(crops, dataset)
+    eval_size = data.eval_size or crops.global_crop_size
     eval_resize = data.eval_resize
     if eval_resize is None:  # the paper's 256 for 224, in proportion; no margin for small images
-        eval_resize = round(size * 8 / 7) if survey.short >= 192 else size
-    if eval_resize < size:
-        raise ValueError(f"need --eval-resize >= the crop of {size} px, got {eval_resize}")
+        eval_resize = round(eval_size * 8 / 7) if survey.short >= 192 else eval_size
+    if eval_resize < eval_size:
+        raise ValueError(f"need --eval-resize >= the crop of {eval_size} px, got {eval_resize}")
     num_workers = data.num_workers
     if num_workers is None:
         is_in_memory = isinstance(dataset.images, torch.Tensor)
@@ -496,6 +497,7 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, world: int = 1
         knn_data=_absolute(data.knn_data),
         levels=dataset.levels,
         canvas_size=data.canvas_size or _canvas_for(survey.long),
+        eval_size=eval_size,
         eval_resize=eval_resize,
         num_workers=num_workers,
     )
@@ -503,7 +505,9 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, world: int = 1
     _require_memory_for_batch(finished)
     _require_memory_for_weights(finished, _num_backbone_parameters(model))
     # last, since it may build the network and take steps of it
-    precision, why = choose_precision(config.run.mixed_precision, model, size, batch_size)
+    precision, why = choose_precision(
+        config.run.mixed_precision, model, crops.global_crop_size, batch_size
+    )
     dataset.notes += why
     return replace(finished, run=replace(config.run, mixed_precision=precision))
 
@@ -545,9 +549,12 @@ def _canvas_for(longer_side: int) -> int:
 
 
 def _fit_sizes(
-    model: ModelConfig, crops: CropConfig, image_size: int, batch_size: int
+    model: ModelConfig, crops: CropConfig, image_size: int, eval_size: int | None, batch_size: int
 ) -> tuple[ModelConfig, CropConfig]:
-    """Fill in crop sizes and image size; ValueError where the network does not take its crops."""
+    """Fill in crop sizes and image size; ValueError where the network does not take its crops.
+
+    These are the crops of training and that of evaluations, if `eval_size` is not None.
+    """
     with torch.device("meta"):  # shapes alone: neither memory nor time
         try:
             backbone = get_backbone(model.arch, patch_size=model.patch_size)
@@ -559,7 +566,7 @@ def _fit_sizes(
         crops = resolve_crop_sizes(crops, image_size, backbone.patch_size)
         if model.image_size is None and not model.pretrained:
             model = replace(model, image_size=crops.global_crop_size)
-        _require_that_it_takes(model, crops, batch_size, _own_size(backbone))
+        _require_that_it_takes(model, crops, eval_size, batch_size, _own_size(backbone))
     return model, crops
 
 
@@ -569,7 +576,11 @@ def _own_size(backbone: nn.Module) -> int:
 
 
 def _require_that_it_takes(
-    model: ModelConfig, crops: CropConfig, batch_size: int, own_size: int
+    model: ModelConfig,
+    crops: CropConfig,
+    eval_size: int | None,
+    batch_size: int,
+    own_size: int,
 ) -> None:
     """Raise ValueError where a network cannot be built for its crops, or does not take them."""
     size, local_size = crops.global_crop_size, crops.local_crop_size
@@ -594,6 +605,8 @@ def _require_that_it_takes(
     elif num_local:
         remedy = f"need --num-local-crops 0, or --local-crop-size {size}"
         calls.append((local_size, num_local, remedy))
+    if eval_size is not None:
+        calls.append((eval_size, 2, "need another --eval-size"))
     for crop_size, num_views, remedy in calls:
         num = num_views * batch_size
         try:

@@ -19,7 +19,7 @@ KNN_BATCH = 256  # images of a forward pass
 # A teacher that is worse than before training is reported after this share of the run.
 WORSE_SHARE = 0.2
 # settings that make figures from before those of other images, or of images prepared otherwise
-OF_IMAGES = ("--val ", "--knn-data ", "--knn-images ", "--eval-resize ")
+OF_IMAGES = ("--val ", "--knn-data ", "--knn-images ", "--eval-size ", "--eval-resize ")
 
 
 @torch.no_grad()
