@@ -552,6 +552,14 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture, monkeypatch) ->
         (["--projection-output-dim", "0"], "need --projection-output-dim > 1, got 0"),
         (["--global-crop-scale", "0.9", "0.2"], "need crop scales 0 < low <= high <= 1"),
         (["--eval-resize", "9"], "need --eval-resize >= the crop of 16 px, got 9"),
+        (
+            ["--eval-size", "24", "--eval-resize", "20"],
+            "need --eval-resize >= the crop of 24 px, got 20",
+        ),
+        (
+            ["--arch", "test_vit", "--patch-size", "8", "--eval-size", "20"],
+            "test_vit does not take crops of 20 px, 16 in a batch: ",
+        ),
         (["--log-with", "wandb"], "--log-with wandb needs that package"),
         (["--config", "none.yaml"], "no such recipe: none.yaml"),
         (["--config", "UNKNOWN"], "unknown key 'archh'; close matches: arch"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import read_log
 from PIL import Image
 from torch import nn
 
@@ -17,9 +18,29 @@ from harness.evaluation import (
     Preparation,
     layer_features,
     open_backbone,
+    open_network,
     with_levels_of,
 )
 from models import get_backbone, load_checkpoint, save_checkpoint
+
+
+@pytest.mark.slow
+def test_crop_of_evaluations_may_be_larger_than_those_of_training(
+    tmp_path: Path, tiny_flags: list[str], script
+) -> None:
+    """In the run, in eval_knn.py and in what is exported alike."""
+    run, out, answer = (tmp_path / name for name in ("run", "b.safetensors", "a.json"))
+    flags = [*tiny_flags, "--epochs", 1, "--eval-size", 24, "--output-dir", run]
+    assert script("dino_train", *flags).returncode == 0
+    assert script("export", run, out).returncode == 0
+    images = ["--data", tiny_flags[1]]
+    for source in ([run], [out, *images]):
+        assert script("eval_knn", *source, "--ks", 20, "--json-out", answer).returncode == 0
+        top1 = json.loads(answer.read_text())["knn"]["20"]["top1"]
+        assert top1 == pytest.approx(read_log(run)[-1]["knn_top1"])
+        network = open_network(source[0])
+        assert (network.preparation.size, network.preparation.resize) == (24, 24)
+    assert open_network(run).crops.global_crop_size == 16
 
 
 @pytest.mark.parametrize("avgpool", [False, True])
