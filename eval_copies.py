@@ -434,9 +434,10 @@ def evaluate(options: CopiesConfig, accelerator: Accelerator) -> tuple[dict, Tab
     }
     table.add_section()
     table.add_row("mean", f"{mean['map']:.2f}", f"{mean['recall_at_1']:.2f}")
-    counts = sorted({x["queries"] for x in scores.values()})
-    copies_of_each = " to ".join(f"{num:,}" for num in (counts[0], counts[-1])[: len(counts)])
-    table.caption = f"{copies_of_each} copies of each kind"
+    counts = [of_name["queries"] for of_name in scores.values()]
+    fewest, most = min(counts), max(counts)
+    num_copies = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    table.caption = f"{num_copies} copies of each kind"
     settings = {
         "image_size": extractor.size,
         "distractors": options.distractors,

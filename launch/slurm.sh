@@ -28,6 +28,7 @@ while [ $# -gt 0 ]; do
         case $1 in
         --overwrite) shift && continue ;;
         --minutes) shift 2 && continue ;;
+        --minutes=*) shift && continue ;;
         esac
     fi
     flags+=("$1")
