@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 
-from harness.distributed import is_on_cpu
 from models import ModelConfig
 from multicrop import CropConfig
 
@@ -163,7 +162,7 @@ class RunConfig:
     # BatchNorm over the batches of all GPUs, where there are several; no effect on CPUs
     sync_bn: bool = True
     # torch.compile the networks' blocks, which takes minutes at first; the default on a GPU
-    compile: bool = setting(torch.cuda.is_available() and not is_on_cpu(), may_change=True)
+    compile: bool = setting(torch.cuda.is_available(), may_change=True)
     # save the state every so many steps, and at the end
     save_every: int = setting(1000, above=0, most=1_000_000_000, may_change=True)
     # save the state at least every so many minutes; 0: by steps alone

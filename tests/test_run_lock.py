@@ -67,10 +67,13 @@ def test_fork_does_not_hold_the_lock(tmp_path: Path) -> None:
     """Workers that decode images are forks, and outlive a killed run by seconds."""
     held = FolderLock()
     held.take(tmp_path)
+    ready, set_ready = os.pipe()
     pid = os.fork()
     if pid == 0:
+        os.write(set_ready, b"1")
         time.sleep(30)
         os._exit(0)
+    os.read(ready, 1)  # the fork has begun, and dropped the lock before that
     os.close(held.descriptor)  # as a kill does, which leaves the file
     held.descriptor = -1
     try:

@@ -206,7 +206,7 @@ def test_maps_of_small_images_have_cells_enough_to_show_a_shape(
     (title, cells, _), (small_title, small_cells, _) = drawn_sheets
     # crops of 32 and 16 px, cells of 8 and 32 px
     enlarged = "112 px, 3.5 x" if kind == "attention" else "448 px, 28 x"
-    assert title.endswith(f"images enlarged to {enlarged} the training crop, for 14 cells")
+    assert title.endswith(f"images enlarged to {enlarged} the evaluations' crop, for 14 cells")
     assert "28 x 14 cells" in cells[1][1]
     small = "8 x 4 cells" if kind == "attention" else "2 x 1 cells"
     assert small_title.endswith("images of 32 px") and small in small_cells[1][1]
