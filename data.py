@@ -518,12 +518,15 @@ def _torchvision_set(name: str, split: str) -> ImageDataset:
 
 
 def require_source(data: str, flag: str) -> None:
-    """Raise ValueError, naming the flag, where data are no folder, no tar and no list.
+    """Raise ValueError, naming the flag, where data are no folder, no tar, no list and no name.
 
-    For other flags than --val, names of data sets are among what it then offers.
+    --val takes no name of a data set: what tests such a set is its own.
     """
     if not data.strip():  # Path("") is the current folder, which is never meant
         raise ValueError(f"need a name for {flag}, got {data!r}")
+    takes_names = flag != "--val"
+    if takes_names and data in NAMED_SETS:
+        return
     path = Path(data)
     if path.is_dir() or is_list(path) or (path.suffix == ".tar" and path.is_file()):
         return
@@ -531,7 +534,7 @@ def require_source(data: str, flag: str) -> None:
         text = f"need {flag} NEW with their place, if the images were moved"
         raise ValueError(f"no such folder or file: {data}; {text}")
     kinds = "a folder, a .tar, a .txt or .csv that lists paths"
-    if flag == "--val":  # of a named set, the images to test on are its own
+    if not takes_names:
         raise ValueError(f"no such data {data!r}: need for {flag} {kinds}")
     close = difflib.get_close_matches(data, NAMED_SETS, n=2)
     hint = f" (close: {', '.join(close)})" if close else ""

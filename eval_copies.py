@@ -35,7 +35,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
 from config import setting
-from data import NAMED_SETS, ImageDataset, Sample, require_source
+from data import ImageDataset, Sample, require_source
 from harness.command import read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
@@ -454,9 +454,14 @@ def check_flags(options: CopiesConfig) -> None:
         raise ValueError("--copydays brings its images: not with --data")
     if options.evaluation.val is not None:
         raise ValueError("copies are made of --data and need no --val")
-    for flag, place in (("--distractors", options.distractors), ("--whitening", options.whitening)):
-        if place is not None and place not in NAMED_SETS:
-            require_source(place, flag)
+    for flag, place in more_images(options).items():
+        require_source(place, flag)
+
+
+def more_images(options: CopiesConfig) -> dict[str, str]:
+    """Return what --distractors and --whitening name, by flag."""
+    given = {"--distractors": options.distractors, "--whitening": options.whitening}
+    return {flag: place for flag, place in given.items() if place is not None}
 
 
 def check_places(options: CopiesConfig, data: str) -> None:
@@ -465,9 +470,7 @@ def check_places(options: CopiesConfig, data: str) -> None:
     Among distractors, an image of `data` would be a copy that counts as wrong.
     """
     places = {os.path.abspath(data)}
-    for flag, place in (("--distractors", options.distractors), ("--whitening", options.whitening)):
-        if place is None:
-            continue
+    for flag, place in more_images(options).items():
         if os.path.abspath(place) in places:
             text = f"need other images for {flag} than those that are searched"
             raise ValueError(f"{text}, got {place} for both")

@@ -5,10 +5,10 @@
     python eval_retrieval.py dino_vits16 --ground-truth roxford5k/gnd_roxford5k.pkl
 
 Each labelled image of the test split, or of all where there are no splits, is a query, and the
-others of its class are to come first. With
---ground-truth it is revisited Oxford or Paris (Radenovic et al., arXiv 1803.11285), as DINO has it
-(arXiv 2104.14294, section 4.2.1): whole images in their aspect ratio, queries not cropped; Paris
-with --image-size 512 --multiscale. Similarity is the cosine.
+others of its class are to come first. With --ground-truth it is revisited Oxford or Paris
+(Radenovic et al., arXiv 1803.11285), as DINO has it (arXiv 2104.14294, section 4.2.1): whole images
+in their aspect ratio, queries not cropped; Paris with --image-size 512 --multiscale. Similarity is
+the cosine.
 Axes: n images, m queries, d features, b batch.
 """
 

@@ -19,8 +19,7 @@ import re
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,6 +100,9 @@ def number_of(num: int, word: str) -> str:
 # ---------------------------------------------------------------- walk
 
 
+Stamp = tuple[int, int]  # of a tar or folder, as _stamp returns it
+
+
 class _Walk:
     """What a folder and all folders in it hold; each real folder is looked into once."""
 
@@ -109,8 +111,7 @@ class _Walk:
         self.suffixes = suffixes
         self.images: list[str] = []  # all names are relative to the root, with / between folders
         self.tars: list[str] = []
-        self.folders: list[str] = []
-        self.stamps: list[tuple[int, int]] = []  # of each folder
+        self.folders: dict[str, Stamp] = {}  # each with its stamp from before it was looked into
         self.closed: list[str] = []  # folders that may not be read
         self.runs: list[str] = []  # folders of runs and of Python environments
         self.drawn: list[str] = []
@@ -144,8 +145,7 @@ class _Walk:
             self.known_links.append(folder)
             return [], []
         self._seen.add(_identity(status))
-        self.folders.append(folder)
-        self.stamps.append(_stamp(status))
+        self.folders[folder] = _stamp(status)
         names = {entry.name for entry in entries}
         if {"config.yaml", "log.jsonl"} <= names or "pyvenv.cfg" in names:
             self.runs.append(folder or self.root)
@@ -206,7 +206,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int]:
+def _stamp(status: os.stat_result) -> Stamp:
     """Return size and time of change of a tar or folder, which adding to it changes."""
     return status.st_size, status.st_mtime_ns
 
@@ -237,48 +237,44 @@ def _few(num_images: int) -> int:
     return max(FEW, num_images // 100)
 
 
-def _scan(root: str, suffixes: Collection[str]) -> dict[str, np.ndarray]:
+def _scan(root: str, suffixes: Collection[str]) -> tuple[dict[str, np.ndarray], bool]:
     """Look through a folder, a tar or a folder of tars.
 
     Return `names` (n,), `folders`, the `tars` that were read, all relative to the root; `stamps` of
-    both, from before they were looked into; `notes`; and `is_whole`: nothing was there that could
-    not be read. Of tars, too, what scan_tars returns.
+    both, from before they were looked into; `notes`; of tars, too, what scan_tars returns. And
+    whether that is the whole: nothing was there that could not be read.
     """
     if os.path.isfile(root):
-        return _scan_tars(root, [""], suffixes, notes=[]) | {
-            "folders": as_bytes([]),
-            "is_whole": np.array(True),
-        }
+        return _scan_tars(root, [""], suffixes, folders={}, notes=[]), True
     walk = _Walk(root, suffixes)
     notes = walk.notes()
     are_strays = len(walk.images) <= FEW and not any("/" in name for name in walk.images)
     if walk.tars and are_strays:
         if walk.images:
             notes.append(f"left out, images beside tars: {some_of(sorted(walk.images))}")
-        found = _scan_tars(root, sorted(walk.tars), suffixes, notes)
-        stamps = np.concatenate([np.array(walk.stamps), found["stamps"]])
-        return found | {
-            "folders": as_bytes(walk.folders),
-            "stamps": stamps,
-            "is_whole": np.array(walk.is_whole),
-        }
+        found = _scan_tars(root, sorted(walk.tars), suffixes, walk.folders, notes)
+        return found, walk.is_whole
     if walk.tars:
         notes.append(f"left out, tars beside images: {some_of(sorted(walk.tars))}")
-    return {
+    found = {
         "names": as_bytes(sorted(walk.images, key=in_one_form)),
         "folders": as_bytes(walk.folders),
         "tars": as_bytes([]),
-        "stamps": np.array(walk.stamps),
+        "stamps": np.array(list(walk.folders.values())),
         "notes": as_bytes(notes),
-        "is_whole": np.array(walk.is_whole),
     }
+    return found, walk.is_whole
 
 
 def _scan_tars(
-    root: str, tars: list[str], suffixes: Collection[str], notes: list[str]
+    root: str,
+    tars: list[str],
+    suffixes: Collection[str],
+    folders: dict[str, Stamp],
+    notes: list[str],
 ) -> dict[str, np.ndarray]:
     paths = [Path(root, tar) for tar in tars]
-    stamps = np.array([_stamp(os.stat(path)) for path in paths])
+    stamps = [*folders.values(), *(_stamp(os.stat(path)) for path in paths)]
     members = scan_tars(paths, tuple(suffixes))
     other_suffixes = Counter(os.fsdecode(suffix) for suffix in members.pop("other_suffixes"))
     links = [os.fsdecode(name) for name in members.pop("links")]
@@ -286,8 +282,9 @@ def _scan_tars(
     if links:
         notes.append(f"left out, links in tars: {len(links):,} ({some_of(links)})")
     return members | {
+        "folders": as_bytes(folders),
         "tars": as_bytes(tars),
-        "stamps": stamps,
+        "stamps": np.array(stamps),
         "notes": as_bytes(notes),
     }
 
@@ -310,18 +307,18 @@ def _indexed(
     What a scan found is kept in `index_folder` where it took more than a second, or read tars; not
     where something could not be read, since that may change with no trace in a folder's time.
     """
-    scan: Callable[[], dict[str, np.ndarray]] = partial(_scan, root, suffixes)
     if index_folder is None:
-        return scan()
+        found, _ = _scan(root, suffixes)
+        return found
     of_what = "\n".join([root, *sorted(suffixes)])
     file = index_folder / f"{hashlib.sha256(os.fsencode(of_what)).hexdigest()[:16]}.npz"
     found = _read_index(file, root)
     if found is not None:
         return found
     start = time.monotonic()
-    found = scan()
+    found, is_whole = _scan(root, suffixes)
     is_long = len(found["tars"]) or time.monotonic() - start > 1
-    if is_long and found["is_whole"]:
+    if is_long and is_whole:
         with contextlib.suppress(OSError):  # an index that cannot be written saves no time
             _write_index(file, root, found)
     return found
@@ -666,7 +663,7 @@ def _splits_of_list(listing: _Listing, known_classes: Collection[str]) -> FoundS
     found = {kind: layout.found(layout.labels()) for kind, layout in layouts.items()}
     kind = next((kind for kind in ("val", "test") if kind in found), None)
     notes = list(listing.notes)
-    for used in ("train", kind) if kind else ("train",):
+    for used in ["train"] if kind is None else ["train", kind]:
         layouts[used].note_unlabelled("no classes")
         notes += [note for note in layouts[used].notes if note not in notes]
     if kind is not None:

@@ -475,8 +475,9 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, world: int = 1
     batch_size = config.optim.batch_size
     if config.optim.koleo_weight and batch_size < 2:
         raise ValueError("need --batch-size of at least 2 for --koleo-weight, got 1")
-    sizes = survey.short, config.data.eval_size
-    model, crops = _fit_sizes(config.model, config.crops, *sizes, batch_size)
+    model, crops = _fit_sizes(
+        config.model, config.crops, survey.short, config.data.eval_size, batch_size
+    )
     data = config.data
     dataset.levels = data.levels or survey.levels
     crops = _with_mean_and_std(crops, dataset)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from data import NAMED_SETS, permutation, require_source
+from data import permutation, require_source
 from harness.evaluation import Preparation, evaluation_splits, features_of_splits, open_split
 from harness.feature_quality import RANKME_IMAGES, feature_quality
 from harness.linear_probe import probe_accuracy
@@ -84,7 +84,7 @@ class OnlineKnn:
 
     def _open(self) -> None:
         knn_data = self.run.config.data.knn_data
-        if knn_data is not None and knn_data not in NAMED_SETS:
+        if knn_data is not None:
             require_source(knn_data, "--knn-data")
         try:
             self.splits = self._open_splits()
