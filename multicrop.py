@@ -9,8 +9,9 @@ batch, worker, process and resumption change nothing. Stands alone: needs torch,
 einops. Source: DINO, arXiv 2104.14294. Axes: b batch, v views, n = v b, c h w image.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -248,29 +249,29 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 BLOCK = 1 << 18
 
 
-def _where(mask: Tensor, change: Callable[..., Tensor], images: Tensor, *params: Tensor) -> Tensor:
-    """Return change(images, *params) where mask (n,) is true, and images elsewhere.
+def _where(mask: Tensor, change: Callable[..., None], images: Tensor, *params: Tensor) -> Tensor:
+    """Return images (n, c, h, w), of which those where mask (n,) is true are changed.
 
-    On a CPU only those images are computed, in blocks that fit into its cache, and put in place.
-    Elsewhere all are, since to pick some of them the host would wait for the device.
+    `change(images, *params)` changes in place what it is given. On a CPU that is only those images,
+    in blocks that fit into its cache, and the result is `images` itself. Elsewhere it is a copy of
+    all, since to pick some of them the host would wait for the device.
     """
     if not _on_cpu(images):
-        return torch.where(mask[:, None, None, None], change(images, *params), images)
+        changed = images.clone()
+        change(changed, *params)
+        return torch.where(mask[:, None, None, None], changed, images)
     rows = mask.nonzero()[:, 0]
     block_size = BLOCK // images[0].numel()
     if block_size <= 1:  # one by one and without a copy
         for i in rows.tolist():
-            images[i : i + 1] = change(images[i : i + 1], *(param[i : i + 1] for param in params))
+            change(images[i : i + 1], *(param[i : i + 1] for param in params))
         return images
     for block in rows.split(block_size):
         # copies whole rows, in a fifth of the time of images[block]
         due = images.index_select(0, block)
-        images.index_copy_(0, block, change(due, *(param[block] for param in params)))
+        change(due, *(param[block] for param in params))
+        images.index_copy_(0, block, due)
     return images
-
-
-def _grayscale(images: Tensor) -> Tensor:
-    return TF.rgb_to_grayscale(images, num_output_channels=3)
 
 
 def _gray(images: Tensor) -> Tensor:
@@ -280,52 +281,78 @@ def _gray(images: Tensor) -> Tensor:
     return images.mean(dim=1, keepdim=True)
 
 
-def _change_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Return images (n, c, h, w) mixed with black: times their factor (n,)."""
-    return (images * factor[:, None, None, None]).clamp_(0, 1)
+# Each of these changes images (n, c, h, w) in 0..1 in place.
 
 
-def _change_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Return images (n, c, h, w) mixed with their mean grey, by their factor (n,)."""
+def _flip(images: Tensor) -> None:
+    images.copy_(images.flip(dims=(3,)))
+
+
+def _flip_vertically(images: Tensor) -> None:
+    images.copy_(images.flip(dims=(2,)))
+
+
+def _quarter_turn(images: Tensor) -> None:
+    images.copy_(images.rot90(1, dims=(2, 3)))
+
+
+def _half_turn(images: Tensor) -> None:
+    images.copy_(images.flip(dims=(2, 3)))
+
+
+def _turn_gray(images: Tensor) -> None:
+    images.copy_(_gray(images))
+
+
+def _change_brightness(images: Tensor, factor: Tensor) -> None:
+    """Mix images with black: multiply them by their factor (n,)."""
+    images.mul_(factor[:, None, None, None]).clamp_(0, 1)
+
+
+def _change_contrast(images: Tensor, factor: Tensor) -> None:
+    """Mix images with their mean grey, by their factor (n,)."""
     factor = factor[:, None, None, None]
-    gray = _gray(images) * (1 - factor)
-    return (images * factor).add_(gray.mean(dim=(1, 2, 3), keepdim=True)).clamp_(0, 1)
+    mean_gray = _gray(images.mean(dim=(2, 3), keepdim=True))
+    images.mul_(factor).add_(mean_gray * (1 - factor)).clamp_(0, 1)
 
 
-def _change_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Return images (n, c, h, w) mixed with themselves in grey, by their factor (n,)."""
-    factor = factor[:, None, None, None]
-    return (images * factor).add_(_gray(images) * (1 - factor)).clamp_(0, 1)
+def _change_saturation(images: Tensor, factor: Tensor) -> None:
+    """Mix images with themselves in grey, by their factor (n,)."""
+    images.lerp_(_gray(images), 1 - factor[:, None, None, None]).clamp_(0, 1)
 
 
-def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Return RGB images (n, 3, h, w) in 0..1 whose hue is turned by shares (n,) of the circle."""
+def _turn_hue(images: Tensor, turn: Tensor) -> None:
+    """Turn the hue of RGB images by shares (n,) of the colour circle.
+
+    Hues lie on a circle of 6: red is 0, green 2, blue 4 or -2. Hues and their distances are held
+    multiplied by chroma, so that nothing is divided and greys need no care.
+    """
     red, green, blue = images.unbind(dim=1)
-    value = red.maximum(green).maximum(blue)
-    chroma = value - red.minimum(green).minimum(blue)
-    scale = chroma.clamp(min=1e-12).reciprocal_()
-    # Which channel is the largest decides the formula of the hue. The sign of what a channel lacks
-    # to the largest is 0 or 1. On a CPU lerp picks by it in a fifth of the time of torch.where.
-    hue = (red - green).mul_(scale).add_(4)
-    hue = torch.lerp((blue - red).mul_(scale).add_(2), hue, (value - green).sign_())
-    hue = torch.lerp((green - blue).mul_(scale), hue, (value - red).sign_())
-    hue = hue.add_(6 * turn[:, None, None])
-    hue = hue.sub_((hue / 6).floor_(), alpha=6)
-    # Back to RGB: a channel is value - chroma * clamp(2 - distance, 0, 1). The distance is that of
-    # the hue from the channel's opposite on a colour circle of 6: 3 for red, 5 for green, 1 for
-    # blue. Round the circle, 5 is also -1 and 1 is also 7: the nearer one counts.
-    turned = torch.empty_like(images)
-    round_the_circle = (None, 1 - hue, hue - 5)  # 2 - distance from -1, and from 7
-    for channel, opposite in enumerate((3, 5, 1)):
-        depth = (hue - opposite).abs_().neg_().add_(2)
-        if round_the_circle[channel] is not None:
-            depth = torch.maximum(depth, round_the_circle[channel])
-        turned[:, channel] = torch.addcmul(value, chroma, depth.clamp_(0, 1), value=-1)
-    return turned
+    most = red.maximum(green).maximum(blue)
+    least = red.minimum(green).minimum(blue)
+    chroma = most - least
+    # From -3 to 3. Of channels that run from 0 to 1, its size is 1 + green + blue - red.
+    hue = (green + blue).sub_(red).sub_(least).add_(chroma)
+    hue.copysign_(green - blue)
+    # A channel is `most` as far as 1 from its own hue, `least` from 2 on, and on a line between.
+    line = most + chroma
+    for channel, own_hue in enumerate((0, 2, 4)):
+        # Instead of each pixel's hue, the channel's own is turned, the other way.
+        opposite = (own_hue - 6 * turn) % 6 - 3  # from -3 to 3
+        from_opposite = torch.addcmul(hue, chroma, opposite[:, None, None], value=-1).abs_()
+        distance = from_opposite.sub_(chroma, alpha=3).abs_()  # from its own hue, round the circle
+        images[:, channel].copy_(line).sub_(distance).clamp_(least, most)
 
 
 # in the order of a sample's factors
 COLOUR_CHANGES = (_change_brightness, _change_contrast, _change_saturation, _turn_hue)
+ORDERS = list(itertools.permutations(range(len(COLOUR_CHANGES))))
+
+
+def _change_colours(images: Tensor, factors: Tensor, kinds: Sequence[int]) -> None:
+    """Make some of the four changes in the order given, by factors (n, 4)."""
+    for kind in kinds:
+        COLOUR_CHANGES[kind](images, factors[:, kind])
 
 
 def colour_jitter(images: Tensor, is_jittered: Tensor, factors: Tensor, order: Tensor) -> Tensor:
@@ -336,11 +363,18 @@ def colour_jitter(images: Tensor, is_jittered: Tensor, factors: Tensor, order: T
     four are applied. Images of other channels than RGB keep saturation and hue. On a CPU the images
     are changed in place.
     """
-    changes = COLOUR_CHANGES if images.shape[1] == 3 else COLOUR_CHANGES[:2]
-    for kinds in order.unbind(dim=1):
-        for kind, change in enumerate(changes):
-            is_due = is_jittered & (kinds == kind)
-            images = _where(is_due, change, images, factors[:, kind])
+    kinds_here = range(4) if images.shape[1] == 3 else range(2)
+    if _on_cpu(images) and images.numel() // len(ORDERS) > BLOCK // 4:
+        # Large crops: those with one order make its changes together, while they are in the cache.
+        for kinds in ORDERS:
+            is_due = is_jittered & (order == torch.tensor(kinds)).all(dim=1)
+            change = partial(_change_colours, kinds=[kind for kind in kinds if kind in kinds_here])
+            images = _where(is_due, change, images, factors)
+        return images
+    for kinds_of_images in order.unbind(dim=1):
+        for kind in kinds_here:
+            is_due = is_jittered & (kinds_of_images == kind)
+            images = _where(is_due, COLOUR_CHANGES[kind], images, factors[:, kind])
     return images
 
 
@@ -356,11 +390,12 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
         blurred = torch.zeros_like(images)
         for image, sums, taps in zip(padded, blurred, weights.tolist(), strict=True):
             rows = torch.zeros(c, height + 2 * radius, width)
-            seen_taps = [(i, tap) for i, tap in enumerate(taps) if tap > 1e-6]
-            for i, tap in seen_taps:
-                rows.add_(image[:, :, i : i + width], alpha=tap)
-            for i, tap in seen_taps:
-                sums.add_(rows[:, i : i + height], alpha=tap)
+            for columns, tap in zip(image.unfold(2, width, 1).unbind(2), taps, strict=True):
+                if tap > 1e-6:
+                    rows.add_(columns, alpha=tap)
+            for shifted, tap in zip(rows.unfold(1, height, 1).unbind(1), taps, strict=True):
+                if tap > 1e-6:
+                    sums.add_(shifted.mT, alpha=tap)
         return blurred
     weights = repeat(weights, "n taps -> (n c) 1 1 taps", c=c)
     rows = F.conv2d(rearrange(padded, "n c h w -> 1 (n c) h w"), weights, groups=n * c)
@@ -368,16 +403,14 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     return rearrange(blurred, "1 (n c) h w -> n c h w", n=n)
 
 
-def _solarize(images: Tensor) -> Tensor:
-    return torch.where(images >= 128 / 255, 1 - images, images)
+def _blur(images: Tensor, sigma: Tensor, radius: int) -> None:
+    images.copy_(gaussian_blur(images, sigma, radius))
 
 
-def _quarter_turn(images: Tensor) -> Tensor:
-    return images.rot90(1, dims=(2, 3))
-
-
-def _half_turn(images: Tensor) -> Tensor:
-    return images.flip(dims=(2, 3))
+def _solarize(images: Tensor) -> None:
+    """Invert what is lighter than the middle."""
+    is_light = (images >= 128 / 255).to(images.dtype)
+    images.lerp_(1 - images, is_light)  # on a CPU four times as fast as torch.where
 
 
 # Where each random choice of a crop stands among the crop's draws
@@ -497,11 +530,11 @@ class MultiCrop(nn.Module):
     def _augment(self, pixels: Tensor, draws: Tensor, blur: Tensor, solarize: Tensor) -> Tensor:
         """Change crops (n, c, h, w) in 0..1, in place, as draws (n, draw) say; normalise them."""
         config = self.config
-        pixels = _where(draws[:, FLIP] < config.flip_probability, TF.horizontal_flip, pixels)
+        pixels = _where(draws[:, FLIP] < config.flip_probability, _flip, pixels)
         turn_draws = draws[:, NUM_DRAWS:]
         if config.vertical_flip:
             is_flipped = turn_draws[:, VERTICAL_FLIP] < config.vertical_flip
-            pixels = _where(is_flipped, TF.vertical_flip, pixels)
+            pixels = _where(is_flipped, _flip_vertically, pixels)
         if config.quarter_turns:
             pixels = _where(turn_draws[:, QUARTER_TURN] < 0.5, _quarter_turn, pixels)
             pixels = _where(turn_draws[:, HALF_TURN] < 0.5, _half_turn, pixels)
@@ -512,11 +545,11 @@ class MultiCrop(nn.Module):
         pixels = colour_jitter(pixels, is_jittered, factors, order)
         if self.num_channels == 3:
             is_gray = draws[:, GRAY] < config.grayscale_probability
-            pixels = _where(is_gray, _grayscale, pixels)
+            pixels = _where(is_gray, _turn_gray, pixels)
         low, high = config.blur_sigma
         sigma = low + (high - low) * draws[:, SIGMA]
         radius = math.ceil(3 * config.blur_sigma[1])
-        pixels = _where(draws[:, BLUR] < blur, partial(gaussian_blur, radius=radius), pixels, sigma)
+        pixels = _where(draws[:, BLUR] < blur, partial(_blur, radius=radius), pixels, sigma)
         pixels = _where(draws[:, SOLARIZE] < solarize, _solarize, pixels)
         return pixels.sub_(self.mean).div_(self.std)
 

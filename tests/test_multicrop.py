@@ -1,3 +1,5 @@
+import colorsys
+import itertools
 import math
 from dataclasses import replace
 
@@ -133,6 +135,26 @@ def test_each_colour_change_equals_torchvisions() -> None:
         result = multicrop.colour_jitter(images.clone(), all_of_them, values, order)
         for image, value, mine in zip(images, params[kind].tolist(), result, strict=True):
             torch.testing.assert_close(mine, change(image, value), rtol=0, atol=2e-6)
+
+
+def test_hue_turns_all_the_way_round() -> None:
+    levels = [0.0, 0.2, 0.5, 1.0]
+    colours = list(itertools.product(levels, repeat=3))  # greys, pure colours, ties of two channels
+    turns = torch.linspace(-0.5, 0.5, 13)
+    images = torch.tensor(colours).T.reshape(1, 3, 8, 8).repeat(13, 1, 1, 1)
+    no_factors = torch.ones(13, 3)
+    turned = multicrop.colour_jitter(
+        images,
+        torch.ones(13, dtype=torch.bool),
+        torch.cat([no_factors, turns[:, None]], dim=1),
+        torch.arange(4).repeat(13, 1),
+    )
+    for turn, image in zip(turns.tolist(), turned, strict=True):
+        expected = []
+        for colour in colours:
+            hue, saturation, value = colorsys.rgb_to_hsv(*colour)
+            expected.append(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value))
+        torch.testing.assert_close(image.flatten(1).T, torch.tensor(expected), rtol=0, atol=2e-6)
 
 
 def test_jitter_follows_each_samples_own_order() -> None:
