@@ -1,6 +1,7 @@
 """What keeps a run alive and an evaluation honest, a room a file, from the ground up:
 
 waiting          how torch's threads wait, decided before torch is imported
+freed_memory     memory that a CPU's step frees is kept for the next
 terminal         printing that outlives its terminal
 command          flags, errors, signals, workers, whole files, rows: what stands around every main
 run_lock         one owner for a run's folder

@@ -23,6 +23,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from harness.freed_memory import keep_freed_memory
+
 # Processes wait for each other this long, since the main one may have to download, scan or write.
 PATIENCE = timedelta(hours=3)
 
@@ -43,6 +45,8 @@ def join_processes() -> PartialState:
     processes = PartialState(cpu=is_on_cpu(), timeout=PATIENCE)
     _check_launch(processes)
     _use_all_cores(processes)
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     return processes
 
 
