@@ -9,9 +9,8 @@ batch, worker, process and resumption change nothing. Stands alone: needs torch,
 einops. Source: DINO, arXiv 2104.14294. Axes: b batch, v views, n = v b, c h w image.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -300,7 +299,7 @@ def _half_turn(images: Tensor) -> None:
     images.copy_(images.flip(dims=(2, 3)))
 
 
-def _turn_gray(images: Tensor) -> None:
+def _remove_colour(images: Tensor) -> None:
     images.copy_(_gray(images))
 
 
@@ -324,57 +323,46 @@ def _change_saturation(images: Tensor, factor: Tensor) -> None:
 def _turn_hue(images: Tensor, turn: Tensor) -> None:
     """Turn the hue of RGB images by shares (n,) of the colour circle.
 
-    Hues lie on a circle of 6: red is 0, green 2, blue 4 or -2. Hues and their distances are held
-    multiplied by chroma, so that nothing is divided and greys need no care.
+    Hues lie on a circle of 6, from -3 to 3: red is 0, green 2, blue -2, which is also 4. A channel
+    is value - chroma * clamp(distance - 1, 0, 1): the distance is that of the turned hue from the
+    channel's own, round the circle. Hues and distances are computed times chroma, so that nothing
+    is divided and greys need no care.
     """
     red, green, blue = images.unbind(dim=1)
-    most = red.maximum(green).maximum(blue)
+    value = red.maximum(green).maximum(blue)
     least = red.minimum(green).minimum(blue)
-    chroma = most - least
-    # From -3 to 3. Of channels that run from 0 to 1, its size is 1 + green + blue - red.
+    chroma = value - least
+    # Where the least channel is 0 and the largest 1, the hue is 1 + green + blue - red, or less
+    # than 0 by as much where there is more blue than green.
     hue = (green + blue).sub_(red).sub_(least).add_(chroma)
     hue.copysign_(green - blue)
-    # A channel is `most` as far as 1 from its own hue, `least` from 2 on, and on a line between.
-    line = most + chroma
+    value_and_chroma = value + chroma
     for channel, own_hue in enumerate((0, 2, 4)):
-        # Instead of each pixel's hue, the channel's own is turned, the other way.
-        opposite = (own_hue - 6 * turn) % 6 - 3  # from -3 to 3
-        from_opposite = torch.addcmul(hue, chroma, opposite[:, None, None], value=-1).abs_()
-        distance = from_opposite.sub_(chroma, alpha=3).abs_()  # from its own hue, round the circle
-        images[:, channel].copy_(line).sub_(distance).clamp_(least, most)
+        # The channel's own hue is turned back, in place of each pixel's forth. Distances from it
+        # are those from the opposite hue, less 3: so each pixel is spared a modulo.
+        opposite = (own_hue - 6 * turn) % 6 - 3  # (n,), from -3 to 3
+        to_opposite = torch.addcmul(hue, chroma, opposite[:, None, None], value=-1).abs_()
+        distance = to_opposite.sub_(chroma, alpha=3).abs_()
+        images[:, channel].copy_(value_and_chroma).sub_(distance).clamp_(least, value)
 
 
 # in the order of a sample's factors
 COLOUR_CHANGES = (_change_brightness, _change_contrast, _change_saturation, _turn_hue)
-ORDERS = list(itertools.permutations(range(len(COLOUR_CHANGES))))
-
-
-def _change_colours(images: Tensor, factors: Tensor, kinds: Sequence[int]) -> None:
-    """Make some of the four changes in the order given, by factors (n, 4)."""
-    for kind in kinds:
-        COLOUR_CHANGES[kind](images, factors[:, kind])
 
 
 def colour_jitter(images: Tensor, is_jittered: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Return images (n, c, h, w) in 0..1 with changed brightness, contrast, saturation and hue.
+    """Return float32 images (n, c, h, w) in 0..1, changed in brightness, contrast, saturation, hue.
 
     Those where `is_jittered` (n,) is true are changed. `factors` (n, 4) holds three factors and the
     turn of the hue. `order` (n, 4) is each sample's permutation of 0 to 3, the order in which the
     four are applied. Images of other channels than RGB keep saturation and hue. On a CPU the images
     are changed in place.
     """
-    kinds_here = range(4) if images.shape[1] == 3 else range(2)
-    if _on_cpu(images) and images.numel() // len(ORDERS) > BLOCK // 4:
-        # Large crops: those with one order make its changes together, while they are in the cache.
-        for kinds in ORDERS:
-            is_due = is_jittered & (order == torch.tensor(kinds)).all(dim=1)
-            change = partial(_change_colours, kinds=[kind for kind in kinds if kind in kinds_here])
-            images = _where(is_due, change, images, factors)
-        return images
-    for kinds_of_images in order.unbind(dim=1):
-        for kind in kinds_here:
-            is_due = is_jittered & (kinds_of_images == kind)
-            images = _where(is_due, COLOUR_CHANGES[kind], images, factors[:, kind])
+    changes = COLOUR_CHANGES if images.shape[1] == 3 else COLOUR_CHANGES[:2]
+    for kinds in order.unbind(dim=1):
+        for kind, change in enumerate(changes):
+            is_due = is_jittered & (kinds == kind)
+            images = _where(is_due, change, images, factors[:, kind])
     return images
 
 
@@ -390,12 +378,11 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
         blurred = torch.zeros_like(images)
         for image, sums, taps in zip(padded, blurred, weights.tolist(), strict=True):
             rows = torch.zeros(c, height + 2 * radius, width)
-            for columns, tap in zip(image.unfold(2, width, 1).unbind(2), taps, strict=True):
-                if tap > 1e-6:
-                    rows.add_(columns, alpha=tap)
-            for shifted, tap in zip(rows.unfold(1, height, 1).unbind(1), taps, strict=True):
-                if tap > 1e-6:
-                    sums.add_(shifted.mT, alpha=tap)
+            seen_taps = [(i, tap) for i, tap in enumerate(taps) if tap > 1e-6]
+            for i, tap in seen_taps:
+                rows.add_(image[:, :, i : i + width], alpha=tap)
+            for i, tap in seen_taps:
+                sums.add_(rows[:, i : i + height], alpha=tap)
         return blurred
     weights = repeat(weights, "n taps -> (n c) 1 1 taps", c=c)
     rows = F.conv2d(rearrange(padded, "n c h w -> 1 (n c) h w"), weights, groups=n * c)
@@ -545,7 +532,7 @@ class MultiCrop(nn.Module):
         pixels = colour_jitter(pixels, is_jittered, factors, order)
         if self.num_channels == 3:
             is_gray = draws[:, GRAY] < config.grayscale_probability
-            pixels = _where(is_gray, _turn_gray, pixels)
+            pixels = _where(is_gray, _remove_colour, pixels)
         low, high = config.blur_sigma
         sigma = low + (high - low) * draws[:, SIGMA]
         radius = math.ceil(3 * config.blur_sigma[1])
@@ -556,7 +543,7 @@ class MultiCrop(nn.Module):
     def use_torch_compile(self) -> None:
         """Fuse the changes of colour by torch.compile from now on; needs a C compiler.
 
-        For a GPU: on a CPU they are made crop by crop, each by its own draws.
+        For a GPU: on a CPU each is made of those crops alone that drew it.
         """
         # in channels-last layout, depthwise convolutions would not get their own kernels
         options = {"layout_optimization": False}

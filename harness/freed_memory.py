@@ -1,9 +1,10 @@
 """Memory that a process frees stays with it, for the next step on a CPU.
 
-Every step on a CPU needs tensors of the same tens of megabytes. The C library gives such memory
-back to the system as soon as it is free, and gets it anew, page by page, each filled with zeros.
-Where it is kept instead, a step of ResNet-18 at 96 px is 1.06 times as fast, and photographs are
-decoded and cut into crops of 224 px 1.1 times as fast (docs/speed.md). No result depends on it.
+Every step on a CPU needs tensors of the same tens of megabytes. The C library gives what is larger
+than 32 MiB back to the system as soon as it is free, and at times what is smaller; it gets it anew
+page by page, each filled with zeros. Where it is kept instead, a step of ResNet-18 at 96 px is 1.06
+times as fast, and photographs are decoded and cut into crops of 224 px 1.1 times as fast
+(docs/speed.md). No result depends on it.
 """
 
 import ctypes
@@ -13,11 +14,13 @@ import sys
 # what glibc's mallopt calls them, and the variables by which a user sets them
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 SET_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
-KEPT_BYTES = 1 << 30
+# A block below this size is kept, and more than this is given back only from the end of the heap:
+# a process may keep its peak. The smaller is the largest that glibc below 2.35 takes.
+BYTES_KEPT = (1 << 30, 1 << 25)
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 1 GiB of what it frees; return whether it will.
+    """Let this process, and workers that it forks, keep what they free; return whether they do.
 
     Only glibc can, on Linux. What the environment says already stays.
     """
@@ -26,4 +29,8 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl, another C library, has none
     if mallopt is None:
         return False
-    return all(mallopt(option, KEPT_BYTES) == 1 for option in (TRIM_THRESHOLD, MMAP_THRESHOLD))
+    for num_bytes in BYTES_KEPT:
+        # In this order: the second alone would have every block above 128 KiB given back.
+        if mallopt(MMAP_THRESHOLD, num_bytes) == 1:
+            return mallopt(TRIM_THRESHOLD, num_bytes) == 1
+    return False

@@ -1,13 +1,14 @@
-"""Freed memory is used again without a page fault, and a user's own settings stay."""
+"""What a process on a CPU frees it uses again, and a user's own settings stay."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from harness import distributed
+from harness import freed_memory
 from harness.freed_memory import SET_BY_USER
 
 REPOSITORY = Path(__file__).parent.parent
@@ -16,9 +17,9 @@ REPOSITORY = Path(__file__).parent.parent
 COUNT_FAULTS = """
 import resource
 import torch
-from harness.freed_memory import keep_freed_memory
+from harness.distributed import make_accelerator
 
-print(keep_freed_memory())
+make_accelerator()
 def fill():
     torch.ones(2**24)
 for _ in range(20):
@@ -30,34 +31,51 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def kept_and_faults(**variables: str) -> tuple[bool, int]:
-    """Return whether memory is kept in a process with these variables, and its page faults."""
+def num_page_faults(**variables: str) -> int:
+    """Return the page faults of ten fills, in a process that has an accelerator on a CPU."""
     of_others = {name: os.environ[name] for name in os.environ if name not in SET_BY_USER}
     out = subprocess.run(
         [sys.executable, "-c", COUNT_FAULTS],
         cwd=REPOSITORY,
-        env={**of_others, **variables},
+        env={**of_others, "ACCELERATE_USE_CPU": "true", **variables},
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    kept, faults = out.split()
-    return kept == "True", int(faults)
+    return int(out)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_freed_memory_is_used_again_without_a_page_fault() -> None:
-    kept, faults = kept_and_faults()
-    assert kept
-    kept, faults_of_the_user = kept_and_faults(MALLOC_MMAP_THRESHOLD_="1000000")
-    assert not kept
-    assert faults < 100
-    assert faults_of_the_user > 10 * faults + 100
+LIBC, VERSION = platform.libc_ver()
+IS_GLIBC_2_35 = LIBC == "glibc" and [int(part) for part in VERSION.split(".")] >= [2, 35]
 
 
-def test_evaluations_and_training_on_a_cpu_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: calls.append(True))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    distributed.make_accelerator()
-    assert calls == [True]
+@pytest.mark.skipif(not IS_GLIBC_2_35, reason="another C library keeps less")
+def test_what_is_freed_is_used_again_unless_the_user_says_otherwise() -> None:
+    assert num_page_faults() < num_page_faults(MALLOC_MMAP_THRESHOLD_="1000000") / 5
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [
+        (1 << 31, [(-3, 1 << 30), (-1, 1 << 30)]),
+        (1 << 25, [(-3, 1 << 30), (-3, 1 << 25), (-1, 1 << 25)]),  # glibc below 2.35
+        (0, [(-3, 1 << 30), (-3, 1 << 25)]),
+    ],
+)
+def test_nothing_is_half_set(
+    largest: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Libc:
+        @staticmethod
+        def mallopt(option: int, value: int) -> int:
+            calls.append((option, value))
+            return int(option != freed_memory.MMAP_THRESHOLD or value <= largest)
+
+    for name in SET_BY_USER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(freed_memory.sys, "platform", "linux")
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda name: Libc)
+    assert freed_memory.keep_freed_memory() is (largest > 0)
+    assert calls == expected
