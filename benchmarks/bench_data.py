@@ -128,7 +128,8 @@ def main() -> None:
     )
     config = resolve_crop_sizes(config, image_size=224)
     machine = measure.machine("uint8 and float32, one worker and one thread", threads=1)
-    if measure.device().type == "cpu":  # as training does; all variants have it
+    device = measure.device()
+    if device.type == "cpu":  # as training does; all variants have it
         keep_freed_memory()
     paths = [path.decode() for path in build_dataset(str(options.folder)).images.tolist()]
     pipelines = baseline.plain_pipelines(config)
@@ -157,7 +158,6 @@ def main() -> None:
     )
 
     # ---- decoding and multi-crop
-    device = measure.device()
     multi_crop, keys = MultiCrop(config).to(device), torch.arange(options.batch_size)
     if torch.cuda.is_available() and has_compiler():  # as training does
         multi_crop.use_torch_compile()

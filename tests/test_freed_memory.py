@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from harness import freed_memory
-from harness.freed_memory import SET_BY_USER
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -33,7 +32,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def num_page_faults(**variables: str) -> int:
     """Return the page faults of ten fills, in a process that has an accelerator on a CPU."""
-    of_others = {name: os.environ[name] for name in os.environ if name not in SET_BY_USER}
+    set_by_user = freed_memory.SET_BY_USER
+    of_others = {name: os.environ[name] for name in os.environ if name not in set_by_user}
     out = subprocess.run(
         [sys.executable, "-c", COUNT_FAULTS],
         cwd=REPOSITORY,
@@ -73,7 +73,7 @@ def test_nothing_is_half_set(
             calls.append((option, value))
             return int(option != freed_memory.MMAP_THRESHOLD or value <= largest)
 
-    for name in SET_BY_USER:
+    for name in freed_memory.SET_BY_USER:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(freed_memory.sys, "platform", "linux")
     monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda name: Libc)
