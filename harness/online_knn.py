@@ -167,8 +167,9 @@ class OnlineKnn:
         if figure == "rankme":
             name = f"RankMe is below the {before:.1f}"
         koleo = "" if self.run.config.optim.koleo_weight else "--koleo-weight 0.1, "
-        remedy = f"try {koleo}a lower --lr or larger crops (README.md: When it does not learn)"
-        return f"{name} of before training since step {since:,}; {remedy}"
+        remedy = f"try {koleo}stronger changes of colour, larger crops or another --lr"
+        where = "README.md: When it does not learn"
+        return f"{name} of before training since step {since:,}; {remedy} ({where})"
 
     def _features(self, model: nn.Module) -> list[Tensor]:
         """Return the teacher's features of the memory and, with classes, what else k-NN takes.
