@@ -70,7 +70,7 @@ def networks(arch: str) -> tuple[DinoModel, DinoModel]:
 def our_step(arch: str, options: Options) -> Callable[[list[Tensor]], Marks]:
     device = measure.device()
     config = Config(model=model_config(arch), run=RunConfig(compile=options.compile))
-    system, optimizer = build_networks(config, make_accelerator())  # as training does
+    system, optimizer = build_networks(config, make_accelerator(options.precision))
     system = system.to(device).train()
     student, teacher = system.student, system.teacher
     loss_of = DinoLoss(K).to(device)

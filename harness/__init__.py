@@ -8,7 +8,7 @@ run_lock         one owner for a run's folder
 distributed      launch lines and their guards, networks laid out, common decisions of processes
 fast_backbone    shortcuts for backbones in training
 bf16_on_cpu      whether bf16 is faster on a CPU, and what makes its gradients right
-convolutions     gradients of convolutions' weights, on CPUs where oneDNN's are slow
+convolutions     weight gradients by matrix products, on CPUs where oneDNN is slow at them
 feature_maps     attention and feature maps of a backbone, their components as colours
 masks            masks of objects: files, regions and boundaries compared
 pictures         sheets, curves, heat maps and points, drawn by Pillow

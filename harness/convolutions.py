@@ -1,12 +1,12 @@
-"""Gradients of convolutions' weights as matrix products, for CPUs where oneDNN's are slow.
+"""Weight gradients of convolutions by matrix products, on CPUs where oneDNN is slow at them.
 
     if weight_gradients_are_slow():  # on CPUs with AVX2 and without AVX-512
         multiply_for_weight_gradients(backbone)  # in place; parameters and their names stay
 
-On such a CPU oneDNN takes two to four times as long for the gradient of a layer's weights as for
-its outputs, and 15 times as long for images of 1 px. With matrix products for those layers,
-ResNet-18 trains 1.6 times as fast at crops of 96 and 48 px, 1.2 times at 224 and 96 px
-(docs/speed.md). The gradients differ by float32's rounding.
+On such a CPU oneDNN takes two to four times as long for a layer's weight gradient as for its
+outputs, and 15 times as long for images of 1 px. Layers with small outputs or many channels use
+matrix products instead, and a step of ResNet-18 is 1.3 times as fast (docs/speed.md). The gradients
+differ from oneDNN's by float32's rounding.
 
 Stands alone: needs torch.
 """
@@ -16,22 +16,23 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-# Where products win. They skip the padding, most of what a kernel reads of a small image; and they
-# copy the image for each position in the kernel, which only a layer of many channels makes up for.
-SMALL = 3  # px of the output
-MANY_CHANNELS = 256  # of the input
+# Products are faster for outputs this small, or channels this many. They leave out the padding,
+# which is 40 % of what a 3x3 kernel reads of an image of 3 px, and 89 % for 1 px. They copy the
+# image for each position in the kernel, which pays for many channels only.
+SMALL_OUTPUT = 3  # px of its longer side, at most
+MANY_CHANNELS = 256  # of the input, at least
 
 
 def weight_gradients_are_slow() -> bool:
-    """Tell whether this is a CPU with AVX2 and without AVX-512."""
+    """Tell whether torch finds AVX2 and no AVX-512 on this CPU."""
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def multiply_for_weight_gradients(network: nn.Module) -> None:
-    """Let a network's convolutions compute their weights' gradients by products where these win.
+    """Let a network's convolutions compute their weight gradients by products where that is faster.
 
-    In place; parameters, their names and the outputs stay. Convolutions with a bias, groups,
-    dilation or a padding other than zeros stay as they are.
+    In place; parameters, their names and all outputs stay. Convolutions with a bias, groups,
+    dilation or a padding other than a number of zeros are left as they are.
     """
     for module in network.modules():
         if type(module) is nn.Conv2d and _is_plain(module):
@@ -49,26 +50,26 @@ def _is_plain(convolution: nn.Conv2d) -> bool:
 
 
 class _MultiplyingConv2d(nn.Conv2d):
+    """A convolution that computes its weight gradient by products where that is faster."""
+
     def forward(self, images: Tensor) -> Tensor:
-        if images.dtype == torch.float32 and self._gains(*images.shape[-2:]):
+        if self._multiplies_for(images):
             return _Convolution.apply(images, self.weight, self.stride, self.padding)
         return super().forward(images)
 
-    def _gains(self, height: int, width: int) -> bool:
-        """Tell whether products are faster than oneDNN for images of this size."""
-        if self.in_channels >= MANY_CHANNELS:
-            return True
-        longest = max(
-            (size + 2 * padding - kernel) // stride + 1  # of the output
-            for size, padding, kernel, stride in zip(
-                (height, width), self.padding, self.kernel_size, self.stride, strict=True
-            )
-        )
-        return longest <= SMALL
+    def _multiplies_for(self, images: Tensor) -> bool:
+        if images.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+        return self.in_channels >= MANY_CHANNELS or self._longer_output(images) <= SMALL_OUTPUT
+
+    def _longer_output(self, images: Tensor) -> int:
+        """Return the longer side of the output for such images, in px."""
+        sides = zip(images.shape[-2:], self.padding, self.kernel_size, self.stride, strict=True)
+        return max((side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in sides)
 
 
 class _Convolution(torch.autograd.Function):
-    """conv2d, but for the gradient of its weight."""
+    """Compute conv2d, and its weight's gradient by `weight_gradient`."""
 
     @staticmethod
     def forward(
@@ -90,52 +91,75 @@ class _Convolution(torch.autograd.Function):
         images, weight = ctx.saved_tensors
         images_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
-            images_grad = nn.grad.conv2d_input(
-                images.shape, weight, output_grad, ctx.stride, ctx.padding
-            )
+            images_grad = _images_gradient(images, weight, output_grad, ctx.stride, ctx.padding)
         if ctx.needs_input_grad[1]:
-            kernel = (weight.shape[2], weight.shape[3])
-            weight_grad = weight_gradient(images, output_grad, kernel, ctx.stride, ctx.padding)
+            weight_grad = weight_gradient(images, weight, output_grad, ctx.stride, ctx.padding)
         return images_grad, weight_grad, None, None
+
+
+def _images_gradient(
+    images: Tensor,
+    weight: Tensor,
+    output_grad: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+) -> Tensor:
+    """Return the gradient of a convolution's images, by oneDNN."""
+    # torch.nn.grad.conv2d_input would fill images of its own before it starts
+    gradient, _, _ = torch.ops.aten.convolution_backward(
+        output_grad,
+        images,
+        weight,
+        bias_sizes=None,
+        stride=stride,
+        padding=padding,
+        dilation=(1, 1),
+        transposed=False,
+        output_padding=(0, 0),
+        groups=1,
+        output_mask=(True, False, False),
+    )
+    return gradient
 
 
 def weight_gradient(
     images: Tensor,
+    weight: Tensor,
     output_grad: Tensor,
-    kernel: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
 ) -> Tensor:
-    """Return the gradient of a convolution's weight, (outputs, inputs, *kernel), in channels_last.
+    """Return the gradient of a convolution's weight, in the weight's shape and layout.
 
-    images: (b, inputs, height, width); output_grad: (b, outputs, height', width'); both are fastest
-    in channels_last. Each position in the kernel is one product: of the output's gradient with the
-    pixels that this position reads. Where it reads the padding, it reads zeros, which are left out.
+    images: (b, inputs, height, width); weight: (outputs, inputs, kernel height, kernel width);
+    output_grad: (b, outputs, height', width'). Each position in the kernel is one product: of the
+    outputs' gradients with the pixels that this position reads. Outputs for which it reads padding
+    are left out: they would add zeros.
     """
-    num_inputs, num_outputs = images.shape[1], output_grad.shape[1]
-    pixels = images.permute(0, 2, 3, 1)
-    grads = output_grad.permute(0, 2, 3, 1)
-    gradient = images.new_empty(num_outputs, *kernel, num_inputs)
-    for i in range(kernel[0]):
-        rows, rows_read = _inside(i - padding[0], stride[0], grads.shape[1], pixels.shape[1])
-        for j in range(kernel[1]):
-            columns, columns_read = _inside(
+    num_outputs, num_inputs, kernel_height, kernel_width = weight.shape
+    pixels = images.permute(0, 2, 3, 1).contiguous()  # no copy in channels_last
+    grads = output_grad.permute(0, 2, 3, 1).contiguous()
+    gradient = torch.empty_like(weight)
+    for i in range(kernel_height):
+        rows, pixel_rows = _inside(i - padding[0], stride[0], grads.shape[1], pixels.shape[1])
+        for j in range(kernel_width):
+            columns, pixel_columns = _inside(
                 j - padding[1], stride[1], grads.shape[2], pixels.shape[2]
             )
             written = grads[:, rows, columns].reshape(-1, num_outputs)
-            read = pixels[:, rows_read, columns_read].reshape(-1, num_inputs)
-            torch.mm(written.T, read, out=gradient[:, i, j])
-    return gradient.permute(0, 3, 1, 2)
+            read = pixels[:, pixel_rows, pixel_columns].reshape(-1, num_inputs)
+            torch.mm(written.T, read, out=gradient[:, :, i, j])
+    return gradient
 
 
 def _inside(offset: int, stride: int, num_outputs: int, num_pixels: int) -> tuple[slice, slice]:
-    """Return which outputs read a pixel inside of the image, and these pixels, along one axis.
+    """Return the outputs that read a pixel of the image, and those pixels, along one axis.
 
-    Output k reads pixel `offset + k * stride`, which is outside where it is padding.
+    Output k reads pixel `offset + k * stride`; one below 0, or from `num_pixels` on, is padding.
     """
     outputs = [k for k in range(num_outputs) if 0 <= offset + k * stride < num_pixels]
     if not outputs:
         return slice(0), slice(0)
     first, last = outputs[0], outputs[-1]
-    read = slice(offset + first * stride, offset + last * stride + 1, stride)
-    return slice(first, last + 1), read
+    pixels = slice(offset + first * stride, offset + last * stride + 1, stride)
+    return slice(first, last + 1), pixels

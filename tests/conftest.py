@@ -70,7 +70,7 @@ def all_cores() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _float32_on_any_cpu() -> None:
-    """Let runs be alike on all machines: on some CPUs bf16 would be taken."""
+    """Let runs take one precision on all machines: on some CPUs it would be bf16."""
     bf16_on_cpu.CPUINFO = Path(os.devnull)
 
 

@@ -210,6 +210,16 @@ USES = {
         assert any(isinstance(module, DropPath) for module in backbone.modules())
         assert torch.allclose(backbone(torch.ones(1, 3, 32, 32)), expected, atol=1e-5)
     """,
+    "harness/convolutions.py": """
+        import torch
+        from convolutions import multiply_for_weight_gradients, weight_gradients_are_slow
+        assert weight_gradients_are_slow() in (True, False)
+        convolution = torch.nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        multiply_for_weight_gradients(convolution)
+        convolution(torch.ones(1, 4, 1, 1)).sum().backward()
+        assert convolution.weight.grad[:, :, 1, 1].eq(1).all()
+        assert convolution.weight.grad.sum() == 16
+    """,
 }
 
 
