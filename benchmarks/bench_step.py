@@ -7,7 +7,8 @@ The step is the paper's: 2 crops of 224 and 8 of 96 px, K 65,536, AdamW, clippin
 plain form is the same networks in the paper's algorithm: a backbone call for each crop size, the
 loss of pairs, clipping, EMA and AdamW by parameter. `--original` is the code of a checkout of
 facebookresearch/dino. Where lightly is installed, its networks, loss and moving average are
-compared; lightly-train uses the same loss and head. All at one precision.
+compared; lightly-train uses the same loss and head. All at one precision. The arithmetic an image
+(GFLOP) is counted in ours, which leaves some of the plain form's out, and stands for all rows.
 """
 
 import time
