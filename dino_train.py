@@ -156,7 +156,7 @@ def build_networks(
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "bf16":
             pad_small_images(student.backbone)
-        elif not compile_blocks and weight_gradients_are_slow():
+        elif not compile_blocks and weight_gradients_are_slow():  # not tried in compiled blocks
             multiply_for_weight_gradients(student.backbone)
     system = lay_out(DinoSystem(student, teacher), accelerator, config.run.sync_bn, compile_blocks)
     fused = accelerator.scaler is None
