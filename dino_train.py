@@ -48,7 +48,7 @@ from data import Cropper, hash_keys
 from eval_knn import knn_accuracy
 from harness.bf16_on_cpu import pad_small_images
 from harness.command import in_epochs, print_rows, run_command, stop_requests
-from harness.convolutions import multiply_for_weight_gradients, weight_gradients_are_slow
+from harness.convolutions import multiply_for_weight_gradients, products_are_faster
 from harness.distributed import has_compiler, lay_out, stop_with_launcher
 from harness.fast_backbone import share_drop_path, skip_unread_tokens
 from harness.flags import QUICKSTART, parse_config
@@ -154,10 +154,10 @@ def build_networks(
     skip_unread_tokens(teacher.backbone)
     compile_blocks = config.run.compile and has_compiler()
     if accelerator.device.type == "cpu":
-        if accelerator.mixed_precision == "bf16":
-            pad_small_images(student.backbone)
-        elif not compile_blocks and weight_gradients_are_slow():  # not tried in compiled blocks
+        if products_are_faster() and not compile_blocks:  # not tried in compiled blocks
             multiply_for_weight_gradients(student.backbone)
+        if accelerator.mixed_precision == "bf16":
+            pad_small_images(student.backbone)  # of the convolutions that do not multiply
     system = lay_out(DinoSystem(student, teacher), accelerator, config.run.sync_bn, compile_blocks)
     fused = accelerator.scaler is None
     return system, build_optimizer(student, config.optim.optimizer, fused)

@@ -26,6 +26,7 @@ from config import SETTINGS, Config
 from data import NAMED_SETS, ImageDataset, Survey
 from harness.bf16_on_cpu import WORTH_CHANGING, bf16_gain, has_bf16
 from harness.command import read_flags
+from harness.convolutions import multiply_for_weight_gradients, products_are_faster
 from harness.defaults import RECIPE_DEFAULTS, fill_in
 from harness.distributed import (
     cores_per_process,
@@ -456,6 +457,8 @@ def gain_of_bf16(model: ModelConfig, crop_size: int, num_crops: int) -> float:
     )
     if not crashes_in_channels_last(backbone):
         backbone = backbone.to(memory_format=torch.channels_last)
+    if products_are_faster():  # as in training
+        multiply_for_weight_gradients(backbone)
     return bf16_gain(backbone, crop_size, num_crops)
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import dino_train
 from config import Config, RunConfig
 from harness import bf16_on_cpu, convolutions
+from harness.bf16_on_cpu import pad_small_images
 from harness.convolutions import multiply_for_weight_gradients, weight_gradient
 from models import ModelConfig, get_backbone
 
@@ -111,9 +112,9 @@ def test_what_needs_no_gradient_takes_no_time(
         return of_images[-1]
 
     monkeypatch.setattr(convolutions, "_images_gradient", spied)
-    convolution = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    convolution = nn.Conv2d(128, 4, 3, padding=1, bias=False)
     multiply_for_weight_gradients(convolution)
-    images = torch.randn(2, 4, 3, 3)
+    images = torch.randn(2, 128, 3, 3)
     convolution(images).sum().backward()
     assert (len(multiplied), len(of_images)) == (1, 0)
     convolution.requires_grad_(False)
@@ -125,24 +126,77 @@ def test_what_needs_no_gradient_takes_no_time(
 # ---------------------------------------------------------------- where they are taken
 
 
-def test_small_outputs_and_many_channels_take_products(multiplied: Shapes) -> None:
-    few = nn.Conv2d(255, 4, 3, 2, 1, bias=False)
-    many = nn.Conv2d(256, 4, 3, 2, 1, bias=False)
-    for convolution in (few, many):
-        multiply_for_weight_gradients(convolution)
-        for height, width in ((6, 6), (6, 7)):  # outputs of 3 x 3 and 3 x 4 px
-            _gradients(convolution, torch.randn(1, convolution.in_channels, height, width))
-    assert multiplied == [(1, 255, 6, 6), (1, 256, 6, 6), (1, 256, 6, 7)]
+@pytest.mark.parametrize(
+    ("channels", "least", "most"),
+    [(63, 0, 0), (64, 1, 2), (127, 1, 3), (128, 1, 4), (255, 1, 7), (256, 1, 8)],
+)
+def test_many_channels_for_the_outputs_size_take_products(
+    channels: int, least: int, most: int, multiplied: Shapes
+) -> None:
+    """Outputs of `least` to `most` px do, by their longer side."""
+    convolution = nn.Conv2d(channels, 4, 3, 2, 1, bias=False)
+    multiply_for_weight_gradients(convolution)
+    for size in range(1, 11):
+        _gradients(convolution, torch.randn(1, channels, 2, 2 * size))
+    expected = [(1, channels, 2, 2 * size) for size in range(1, 11) if least <= size <= most]
+    assert multiplied == expected
+
+
+def test_images_smaller_than_stride_or_padding_take_products(multiplied: Shapes) -> None:
+    """Of these, oneDNN's bf16 gradients are wrong."""
+    convolution = nn.Conv2d(4, 4, 3, 2, 1, bias=False)
+    multiply_for_weight_gradients(convolution)
+    for height, width in ((1, 1), (1, 9), (9, 1), (2, 2)):
+        _gradients(convolution, torch.randn(1, 4, height, width))
+    assert multiplied == [(1, 4, 1, 1), (1, 4, 1, 9), (1, 4, 9, 1)]
 
 
 def test_other_precisions_take_none(multiplied: Shapes) -> None:
-    convolution = nn.Conv2d(4, 4, 3, bias=False)
+    convolution = nn.Conv2d(64, 4, 3, bias=False)
     multiply_for_weight_gradients(convolution)
-    images = torch.randn(1, 4, 3, 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        _gradients(convolution, images)
-    _gradients(convolution.double(), images.double())
+    images = torch.randn(1, 64, 3, 3)
+    with torch.autocast("cpu", torch.float16):
+        convolution(images).sum().backward()
+    convolution.double()
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 as it is
+        assert convolution(images.double()).dtype == torch.float64
+    _gradients(convolution, images.double())
     assert not multiplied
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_bf16_gradients_are_those_of_float32_but_for_rounding(
+    size: int, multiplied: Shapes
+) -> None:
+    """Among freed memory full of NaN, which oneDNN's gradients of small images show."""
+    convolution = nn.Conv2d(128, 96, 3, stride=2, padding=1, bias=False)
+    images = torch.randn(64, 128, size, size).to(memory_format=torch.channels_last)
+    expected = _gradients(convolution, images)
+    multiply_for_weight_gradients(convolution)
+    for _ in range(5):
+        spoilt = [torch.full((1 << power,), torch.nan) for power in range(8, 20)]
+        del spoilt
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients = _gradients(convolution, images)
+        for name, gradient in gradients.items():
+            assert gradient.dtype == torch.float32
+            assert (gradient - expected[name]).norm() < 0.01 * expected[name].norm(), name
+    assert len(multiplied) == 5
+
+
+def test_one_weight_for_crops_of_two_sizes_has_the_sum_of_both_gradients() -> None:
+    """Of which one is a product and one is not, in float32 and in bf16."""
+    convolution = nn.Conv2d(64, 8, 3, padding=1, bias=False)
+    crops = [torch.randn(4, 64, 5, 5), torch.randn(4, 64, 2, 2)]
+    expected = sum(_gradients(convolution, images)["weight"] for images in crops)
+    multiply_for_weight_gradients(convolution)
+    for precision, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
+        convolution.zero_grad()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = sum(convolution(images).square().sum() for images in crops)
+        loss.backward()
+        difference = (convolution.weight.grad - expected).norm()
+        assert difference < tolerance * expected.norm()
 
 
 def test_convolutions_of_another_kind_stay_as_they_are() -> None:
@@ -161,14 +215,20 @@ def _cpu_with(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
 
 
+MULTIPLYING = convolutions._MultiplyingConv2d
+
+
 @pytest.mark.parametrize(
     ("capability", "precision", "compiles", "kind"),
     [
-        ("AVX2", "no", False, convolutions._MultiplyingConv2d),
-        ("AVX512", "no", False, nn.Conv2d),
+        ("AVX2", "no", False, MULTIPLYING),
+        ("AVX2", "bf16", False, MULTIPLYING),
+        ("AVX512", "no", False, MULTIPLYING),
+        ("AVX512", "bf16", False, MULTIPLYING),
         ("DEFAULT", "no", False, nn.Conv2d),
-        ("AVX2", "bf16", False, bf16_on_cpu._PaddedConv2d),
-        ("AVX2", "no", True, nn.Conv2d),
+        ("DEFAULT", "bf16", False, bf16_on_cpu._PaddedConv2d),
+        ("AVX512", "no", True, nn.Conv2d),
+        ("AVX512", "bf16", True, bf16_on_cpu._PaddedConv2d),
     ],
 )
 def test_students_convolutions_suit_the_cpu(
@@ -184,6 +244,13 @@ def test_students_convolutions_suit_the_cpu(
     assert type(system.teacher.backbone.layer1[0].conv1) is nn.Conv2d
 
 
+def test_convolutions_that_do_not_multiply_are_padded() -> None:
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.Conv2d(4, 4, 3, groups=2))
+    multiply_for_weight_gradients(network)
+    pad_small_images(network)
+    assert [type(module) for module in network] == [MULTIPLYING, bf16_on_cpu._PaddedConv2d]
+
+
 def test_training_is_the_same_with_and_without(
     script: Callable,
     tiny_flags: list[str],
@@ -192,7 +259,7 @@ def test_training_is_the_same_with_and_without(
     multiplied: Shapes,
 ) -> None:
     losses = {}
-    for capability in ("AVX512", "AVX2"):
+    for capability in ("DEFAULT", "AVX2"):
         assert not multiplied
         _cpu_with(capability, monkeypatch)
         result = script("dino_train", *tiny_flags, "--output-dir", tmp_path / capability)
@@ -200,4 +267,4 @@ def test_training_is_the_same_with_and_without(
         rows = read_log(tmp_path / capability)
         losses[capability] = torch.tensor([row["loss"] for row in rows if "loss" in row])
     assert multiplied
-    torch.testing.assert_close(losses["AVX2"], losses["AVX512"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(losses["AVX2"], losses["DEFAULT"], rtol=1e-3, atol=1e-3)

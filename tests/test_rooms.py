@@ -212,13 +212,13 @@ USES = {
     """,
     "harness/convolutions.py": """
         import torch
-        from convolutions import multiply_for_weight_gradients, weight_gradients_are_slow
-        assert weight_gradients_are_slow() in (True, False)
-        convolution = torch.nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        from convolutions import multiply_for_weight_gradients, products_are_faster
+        assert products_are_faster() in (True, False)
+        convolution = torch.nn.Conv2d(64, 4, 3, padding=1, bias=False)
         multiply_for_weight_gradients(convolution)
-        convolution(torch.ones(1, 4, 1, 1)).sum().backward()
+        convolution(torch.ones(1, 64, 1, 1)).sum().backward()
         assert convolution.weight.grad[:, :, 1, 1].eq(1).all()
-        assert convolution.weight.grad.sum() == 16
+        assert convolution.weight.grad.sum() == 256
     """,
 }
 
