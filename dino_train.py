@@ -389,11 +389,16 @@ def epochs_that_fit(config: Config) -> int:
             run.stop_loading()
     if run.stop_signal:
         sys.exit(128 + run.stop_signal)
-    seconds_a_step = run.agreement.gather(run.seconds_a_step(outcome.step))[0]
+    seconds_a_step, waited_a_step = run.agreement.gather(run.seconds_a_step(outcome.step))[0]
     minutes = config.optim.minutes
-    epochs = max(1, round(60 * minutes / (seconds_a_step * run.steps_per_epoch)))
+    first_epoch = later_epoch = seconds_a_step * run.steps_per_epoch
+    speed = f"at {seconds_a_step:.3g} s a step"
+    if run.decodes_once:
+        later_epoch -= waited_a_step * run.steps_per_epoch
+        speed += f", then {seconds_a_step - waited_a_step:.3g} s from memory"
+    epochs = max(1, round(1 + (60 * minutes - first_epoch) / later_epoch))
     text = f"{in_epochs(epochs)} of {run.steps_per_epoch:,} steps"
-    run.accelerator.print(f"--minutes {minutes:g}: {text}, at {seconds_a_step:.3g} s a step")
+    run.accelerator.print(f"--minutes {minutes:g}: {text}, {speed}")
     return epochs
 
 

@@ -17,6 +17,7 @@ ranking          average precision of what a search brings, in its order
 foreign          weights as other projects write them: unwrapped, renamed
 weights          weights from elsewhere: read, matched, loaded
 estimate         what a step will take on this machine, before the first
+decoded_once     images that are kept in memory once they are decoded
 defaults         settings that follow from images, length of the run and network
 flags            recipes, checks of settings, what follows from data and machine
 run              a run's folder: what is saved, when, and how it goes on

@@ -6,10 +6,12 @@
 The networks are built on the meta device, where tensors have shapes and no memory.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ from models import DinoModel, ModelConfig
 # a product of matrices, on one core of an AMD EPYC; the median was 1.7.
 SLOWER_THAN_PRODUCTS = 1.7
 SECONDS_OF_PRODUCTS = 0.05  # by which the speed is measured
+GROUPS_OF_PROCESS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
 IMAGES = 2  # whose cost is measured and scaled up: BatchNorm needs more than one
 
 
@@ -82,8 +86,39 @@ def flops_per_second() -> float:
 
 
 def memory_of_machine() -> int | None:
-    """Return the bytes of memory that this machine has, or None where it does not say."""
+    """Return the bytes of memory that processes may take here, or None where it is not said.
+
+    They are the machine's or, where that is less, what a container or Slurm leaves of them.
+    """
     names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
     if not hasattr(os, "sysconf") or not all(name in os.sysconf_names for name in names):
         return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    of_machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([of_machine, *_limits_of_groups()])
+
+
+def _limits_of_groups() -> list[int]:
+    """Return the limits of memory, in bytes, of the control groups that hold this process.
+
+    /proc/self/cgroup names a group for each line, `0::/path` of version 2 or `9:memory:/path` of
+    version 1. A container may see its own group as the root, whatever path that line has, and the
+    groups above one limit it, too: so a limit is read of each folder on the way.
+    """
+    if not GROUPS_OF_PROCESS.exists():
+        return []
+    limits: list[int] = []
+    for line in GROUPS_OF_PROCESS.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = GROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
+                limits.append(int((folder / name).read_text()))
+    return limits

@@ -133,7 +133,8 @@ class Monitor:
             "starting", total=run.total_steps, completed=run.steps_before
         )
         self.losses: dict[int, Tensor] = {}  # by step, not yet read from the device
-        self.first_step: tuple[int, float] | None = None  # of this start, and when it ended
+        # of this start: its number, when it ended, and how long data had been waited for by then
+        self.first_step: tuple[int, float, float] | None = None
         self.has_told_time = False
         self.epochs_told = int(run.epoch(run.steps_before))
         self.quality = ""  # the last k-NN and RankMe, in words
@@ -160,7 +161,7 @@ class Monitor:
         """Note that a step is done, and its loss in this process, which is not read yet."""
         self.losses[step] = loss.detach()
         if self.first_step is None:
-            self.first_step = step, time.monotonic()
+            self.first_step = step, time.monotonic(), self.run.waited
         self.steps_on_clock += 1
         self.progress.update(self.bar, completed=step)
 
@@ -218,11 +219,12 @@ class Monitor:
     def _tell_time(self, step: int, loss: float, speed: float) -> None:
         """Say once how long the run will take; without a terminal, once an epoch how it stands."""
         run = self.run
-        first, when = self.first_step
+        first, when, waited = self.first_step
         if step == first:
             return
         seconds_a_step = (time.monotonic() - when) / (step - first)  # evaluations in it
-        left = seconds_a_step * (run.total_steps - step)
+        waited_a_step = (run.waited - waited) / (step - first)
+        left = run.seconds_left(step, seconds_a_step, waited_a_step)
         at_speed = f"{three_digits(speed)} images/s"
         if not self.has_told_time and left >= 10:
             self.has_told_time = True

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from data import permutation, require_source
+from data import ImageDataset, permutation, require_source
 from harness.evaluation import Preparation, evaluation_splits, features_of_splits, open_split
 from harness.feature_quality import RANKME_IMAGES, feature_quality
 from harness.linear_probe import probe_accuracy
@@ -101,15 +101,20 @@ class OnlineKnn:
 
     def _open_splits(self) -> tuple[Dataset, Dataset]:
         memory, test = evaluation_splits(self.preparation)
-        return self._some_of(memory, self.run.config.run.knn_images), test
+        return self._some_of(memory, self.run.config.run.knn_images), self._kept(test)
 
     def _open_without_classes(self) -> tuple[Dataset]:
         images = open_split(self.preparation, "train")
         images.set_levels(self.preparation.levels)
         return (self._some_of(images, min(RANKME_IMAGES, self.run.config.run.knn_images)),)
 
-    def _some_of(self, images: Dataset, most: int) -> Dataset:
-        return Subset(images, permutation(len(images), 0)[:most].tolist())
+    def _some_of(self, images: ImageDataset, most: int) -> Dataset:
+        return self._kept(Subset(images, permutation(len(images), 0)[:most].tolist()))
+
+    def _kept(self, images: Dataset) -> Dataset:
+        """Return images that each evaluation after the first takes from memory, if they fit."""
+        side, channels = self.preparation.size, self.preparation.channels
+        return self.run.image_memory.keep(images, side, channels)
 
     @property
     def has_classes(self) -> bool:

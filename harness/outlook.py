@@ -49,6 +49,9 @@ def introduce(run: Run, monitor: Monitor, student: nn.Module, why_no_knn: str) -
     monitor.console.print(header(run, student))
     for note in run.dataset.notes:
         monitor.say(f"data: {note}")
+    if run.decodes_once:
+        gib = run.images.num_bytes / 2**30
+        monitor.say(f"data: each image is decoded once, and kept: {gib:.2f} GiB of memory")
     if why_no_knn:
         monitor.say(f"no k-NN during training: {why_no_knn}")
     for line in advice_on_stopping(run, has_knn=not why_no_knn) + time_to_stop(run):
@@ -405,10 +408,15 @@ class DryRun(Run):
         (is_over,) = self.agreement.largest(step == self.last_step or is_long)
         return due._replace(evaluates=False, saves=False, ends=due.ends or bool(is_over))
 
-    def seconds_a_step(self, step: int) -> float:
-        """Return how long a step took since the clock started, `step` being the last one."""
+    def seconds_a_step(self, step: int) -> tuple[float, float]:
+        """Return how long a step took since the clock started, and how long it waited for data.
+
+        `step` is the last one.
+        """
         self._wait_for_device()
-        return (time.monotonic() - self.began) / (step - self.began_after)
+        num_steps = step - self.began_after
+        seconds = time.monotonic() - self.began
+        return seconds / num_steps, (self.waited - self.waited_before) / num_steps
 
     def report(
         self, console: Console, step: int, crops: list[Tensor], multi_crop: MultiCrop
@@ -417,11 +425,10 @@ class DryRun(Run):
         if not self.accelerator.is_main_process:
             return
         num_steps = step - self.began_after
-        seconds_a_step = self.seconds_a_step(step)
-        waited_a_step = (self.waited - self.waited_before) / num_steps
+        seconds_a_step, waited_a_step = self.seconds_a_step(step)
         speed = self.images_per_step / seconds_a_step
         file = self._draw_crops(crops, multi_crop)
-        whole_run = duration(self.total_steps * seconds_a_step)
+        whole_run = duration(self.seconds_left(0, seconds_a_step, waited_a_step))
         device = self.accelerator.device
         memory_of = "device" if device.type == "cuda" else "process"
         console.print(f"dry run: nothing but {file.name} was written", markup=False)

@@ -35,6 +35,7 @@ from data import (
 )
 from folders import cache_folder
 from harness.command import RunError, copy_whole, iterate, unused_path, write_whole
+from harness.decoded_once import DecodedOnce, ImageMemory
 from harness.distributed import Agreement, join_processes, make_accelerator
 from harness.flags import (
     as_plain_data,
@@ -282,6 +283,10 @@ class Run:
         if self.is_resumed and world != self.saved.world:
             config = fit_batch(config, self.saved.images_per_step, world)
         self.config = config
+        self.image_memory = ImageMemory(config.data.in_memory, config.data.num_workers)
+        self.images = self.image_memory.keep(
+            dataset, config.data.canvas_size, config.model.channels
+        )
         self.changes = self._changes_since_saved() if self.is_resumed else []
         accelerator.gradient_accumulation_steps = config.optim.accumulation_steps
         self.images_per_step = config.optim.images_per_step(world)  # of all processes
@@ -326,6 +331,10 @@ class Run:
         dataset.seed = config.run.seed
         dataset = dataset.as_canvases(config.data.canvas_size)
         return cls(config, accelerator, dataset, lock)
+
+    @property
+    def decodes_once(self) -> bool:
+        return isinstance(self.images, DecodedOnce)
 
     @property
     def config_file(self) -> Path:
@@ -550,10 +559,23 @@ class Run:
         """Return how many passes over the data are done after a step."""
         return step / self.steps_per_epoch
 
+    def seconds_left(self, step: int, seconds_a_step: float, waited_a_step: float) -> float:
+        """Return how long the steps after `step` will take, by the mean of some before.
+
+        Of a step's time it waited `waited_a_step` for data, which is over after the first epoch of
+        this start where images are decoded once.
+        """
+        to_take = self.total_steps - step
+        if not self.decodes_once:
+            return to_take * seconds_a_step
+        to_decode = max(0, self.steps_before + self.steps_per_epoch - step)
+        from_memory = max(0, to_take - to_decode)
+        return to_take * seconds_a_step - from_memory * waited_a_step
+
     def start_loading(self) -> None:
         """Start the workers that decode this process's batches, from the first step on."""
         loader = DataLoader(
-            self.dataset,
+            self.images,
             batch_sampler=self._sampler(range(self.steps_before, self.total_steps)),
             num_workers=self.config.data.num_workers,
             collate_fn=collate,

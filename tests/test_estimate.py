@@ -1,10 +1,13 @@
 """What a step is said to take, against real steps and counted by hand."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import run_script
 
-from harness import outlook
+from harness import estimate, outlook
 from harness.estimate import StepCost, flops_per_second, memory_of_machine, step_cost
 from models import DinoModel, ModelConfig
 
@@ -69,3 +72,40 @@ def test_cost_of_a_network_whose_layers_take_parameters_as_inputs() -> None:
         model = ModelConfig(arch, image_size=64, projection_output_dim=16)
         cost = step_cost(model, crop_sizes=[64, 64], batch_size=2)
         assert cost.flops > 0 and cost.num_bytes > 0
+
+
+V1 = "11:cpu,cpuacct:/job\n9:memory:/slurm/job_7\n1:name=systemd:/job\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("0::/\n", {"memory.max": "max"}, None),
+        ("0::/\n", {"memory.max": "1073741824"}, 1 << 30),  # a container, which is its own root
+        ("0::/a/b\n", {"a/memory.max": "4096", "a/b/memory.max": "8192"}, 4096),
+        ("0::/a/b\n", {"a/memory.max": "max", "a/b/memory.max": "8192"}, 8192),
+        ("0::/docker/7\n", {"memory.max": "4096"}, 4096),  # whose path the container does not see
+        (V1, {"memory/slurm/job_7/memory.limit_in_bytes": "12288"}, 12288),
+        (V1, {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),  # of version 1: none
+        (V1, {"memory.max": "no number"}, None),
+        ("", {}, None),
+        (None, {}, None),  # no such file: not Linux
+    ],
+)
+def test_memory_is_what_a_container_or_slurm_leaves(
+    groups: str | None,
+    limits: dict[str, str],
+    expected: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(estimate, "GROUPS_OF_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(estimate, "GROUPS", tmp_path / "groups")
+    if groups is not None:
+        (tmp_path / "cgroup").write_text(groups)
+    for name, limit in limits.items():
+        file = tmp_path / "groups" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(limit + "\n")
+    assert memory_of_machine() == (expected or whole)
