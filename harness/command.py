@@ -162,9 +162,14 @@ for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"):
     if hasattr(signal, name):
         STOP_SIGNALS.append(getattr(signal, name))
 
-# A launcher passes on a signal that the group has received already: the second one of a kind counts
+# A launcher passes on a signal that the group has received already: one that comes again counts
 # from so many seconds after the first.
 PASSED_ON = 2.0
+
+
+def is_launched() -> bool:
+    """Tell whether accelerate launch or torchrun started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @contextmanager
@@ -209,8 +214,6 @@ class _Watch:
     def __init__(self, minutes: float, what_is_kept: Callable[[], str]) -> None:
         self.minutes = minutes
         self.what_is_kept = what_is_kept
-        self.is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-        self.is_launched = self.is_launched or "TORCHELASTIC_RUN_ID" in os.environ
 
     def start(self) -> None:
         self.numbers, self.wakeup = socket.socketpair()
@@ -228,6 +231,7 @@ class _Watch:
 
     def _watch(self) -> None:
         first, since = 0, 0.0
+        times: dict[int, float] = {}  # when each signal came first
         while True:
             if first and self.minutes:
                 self.numbers.settimeout(max(0.01, since + 60 * self.minutes - time.monotonic()))
@@ -241,15 +245,15 @@ class _Watch:
                 return
             if number not in STOP_SIGNALS:
                 continue
+            now = time.monotonic()
             if not first:
-                first, since = number, time.monotonic()
-            elif self._is_meant(number, time.monotonic() - since):
-                self._end(number, f"stopped at once, by a second {signal.Signals(number).name}")
-
-    def _is_meant(self, number: int, seconds: float) -> bool:
-        if number == signal.SIGINT and not self.is_launched:
-            return True
-        return number in (signal.SIGINT, signal.SIGTERM) and seconds >= PASSED_ON
+                first, since = number, now
+            elif number == signal.SIGINT and (not is_launched() or now - since >= PASSED_ON):
+                what = "a second SIGINT" if first == number else "SIGINT"
+                self._end(number, f"stopped at once, by {what}")
+            elif number == signal.SIGTERM and now - times.get(number, now) >= PASSED_ON:
+                self._end(number, "stopped at once, by a second SIGTERM")
+            times.setdefault(number, now)
 
     def _end(self, number: int, text: str) -> None:
         """End the process and its workers; no destructor runs, which would wait for them."""

@@ -23,6 +23,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from harness.command import is_launched
 from harness.freed_memory import keep_freed_memory
 
 # Processes wait for each other this long, since the main one may have to download, scan or write.
@@ -147,8 +148,8 @@ def _is_one_of_several() -> bool:
 
     With --cpu it does. For several processes it sets MASTER_ADDR all the same, but no WORLD_SIZE.
     """
-    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    return is_launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    is_of_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    return is_of_accelerate and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
 
 
 def launch_line(accelerator: Accelerator) -> str:
@@ -171,8 +172,8 @@ def _use_all_cores(processes: PartialState) -> None:
 
     That cannot be told from a user who set one; OMP_NUM_THREADS=2 and more are kept.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if processes.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+    has_one_thread = os.environ.get("OMP_NUM_THREADS") == "1"
+    if processes.device.type == "cpu" and is_launched() and has_one_thread:
         torch.set_num_threads(cores_per_process())
 
 
@@ -203,8 +204,7 @@ def stop_with_launcher() -> None:
 
     Linux only; elsewhere nothing is done.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if launched and sys.platform == "linux":
+    if is_launched() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 

@@ -85,12 +85,12 @@ def time_to_stop(run: Run) -> list[str]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or run.config.run.dry_run:
         return []
     seconds = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
-    minutes = run.config.run.stop_minutes
-    if minutes and seconds >= 60 * minutes:
+    needed = math.ceil(60 * run.config.run.stop_minutes) or 600
+    if seconds >= needed:
         return []
     text = f"a run that is stopped has {seconds} s to save: then its launcher kills it"
-    needed = 600 if not minutes else math.ceil(60 * minutes)
-    return [f"{text}; export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={needed} before it gives it more"]
+    more = f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={needed} before it is launched"
+    return [f"{text}; for more time, {more}"]
 
 
 def header(run: Run, student: nn.Module) -> Table:

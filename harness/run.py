@@ -223,7 +223,9 @@ class Due(NamedTuple):
 
 # names of a run's numbered copies, and of what a kill left: our temporary files and safetensors'
 NUMBERED_FILE = r"(state|ckpt)-(\d{8}|epoch-\d{4,})\.safetensors"
-LEFT_BY_A_KILL = r"\.tmp-.+|\.tmp[A-Za-z0-9]{6}"
+# The names of a run's own files while they are written, by it and by safetensors: others, such as
+# features that embed.py writes to the same folder, are not its own.
+LEFT_BY_A_KILL = r"\.tmp-(config|log|curves|state|ckpt)[^/]*|\.tmp[A-Za-z0-9]{6}"
 
 
 def _time_of(file: Path) -> float:

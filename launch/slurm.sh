@@ -20,20 +20,14 @@ set -uo pipefail
 
 run=$1
 shift
-if [ -f "$run/config.yaml" ]; then start=--resume; else start=--output-dir; fi
-flags=()
-while [ $# -gt 0 ]; do
-    # what a first start may say, and a requeued one, which goes on, may not
-    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-        case $1 in
-        --overwrite) shift && continue ;;
-        --minutes) shift 2 && continue ;;
-        --minutes=*) shift && continue ;;
-        esac
-    fi
-    flags+=("$1")
-    shift
-done
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$run/config.yaml" ]; then
+    set --  # a requeued run has all its settings in its folder, with what --minutes came to
+    start=--resume
+elif [ -f "$run/config.yaml" ] && [[ " $* " != *" --overwrite "* ]]; then
+    start=--resume
+else
+    start=--output-dir
+fi
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
@@ -43,7 +37,7 @@ export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
-    exec python dino_train.py "$@"' _ "$start" "$run" "${flags[@]}"
+    exec python dino_train.py "$@"' _ "$start" "$run" "$@"
 code=$?
 # 128 + SIGUSR1: stopped and saved, not finished
 if [ "$code" -eq 138 ]; then scontrol requeue "$SLURM_JOB_ID"; fi

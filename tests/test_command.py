@@ -130,6 +130,7 @@ PROGRAMS = {  # each with its argument
     "SIGTERM": (STALL, "0"),
     "SIGINT": (STALL, "0"),
     "passed on": (STALL, "0"),
+    "after a warning": (STALL, "0"),
     "for minutes": (STALL, "0.02"),
     "unfinished": (UNFINISHED, ""),
 }
@@ -185,6 +186,20 @@ def test_signal_that_a_launcher_passes_on_is_no_second_one(started: dict) -> Non
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None
+
+
+@pytest.mark.slow
+def test_sigterm_after_a_warning_is_the_first_one(started: dict) -> None:
+    """Slurm's SIGUSR1, then scancel: the run still saves. A second SIGTERM ends it."""
+    process = started["after a warning"]
+    wait_until_stalled(process)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(command.PASSED_ON + 0.2)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert err == "error: stopped at once, by a second SIGTERM; ckpt is kept\n"
 
 
 @pytest.mark.slow

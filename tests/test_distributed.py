@@ -415,6 +415,38 @@ if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.2; fi
 """
 
 
+@pytest.mark.parametrize(
+    ("has_run", "num_restarts", "flags", "expected"),
+    [
+        (False, "0", "--minutes 9 --lr 1", "--output-dir run --minutes 9 --lr 1"),
+        (False, "1", "--minutes 9", "--output-dir run --minutes 9"),  # stopped before it wrote
+        (True, "0", "--lr 1", "--resume run --lr 1"),
+        (True, "0", "--lr 1 --overwrite", "--output-dir run --lr 1 --overwrite"),
+        (True, "2", "--minutes 9 --config x --overwrite", "--resume run"),
+    ],
+)
+def test_slurm_job_says_what_its_start_is(
+    has_run: bool, num_restarts: str, flags: str, expected: str, tmp_path: Path
+) -> None:
+    for name, text in (("srun", '#!/bin/sh\necho "$@" > srun.txt\n'), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    if has_run:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").touch()
+    job = {
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n",
+        "SLURM_RESTART_COUNT": num_restarts,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    command = ["bash", str(ROOT / "launch" / "slurm.sh"), "run", *flags.split()]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | job, check=True)
+    words = (tmp_path / "srun.txt").read_text().split()
+    assert " ".join(words[words.index("_") + 1 :]) == expected
+
+
 @pytest.mark.slow
 def test_slurm_job_saves_at_the_warning_requeues_and_goes_on(
     tmp_path: Path, vit_flags: list[str]
@@ -432,7 +464,7 @@ def test_slurm_job_saves_at_the_warning_requeues_and_goes_on(
         "PATH": path,
     }
     flags = [*vit_flags, "--batch-size", "4", "--log-every", "1", "--epochs", "2"]
-    # the last flag is for a first start alone
+    # the last flag is for a first start alone: test_slurm_job_says_what_its_start_is
     command = ["bash", str(ROOT / "launch" / "slurm.sh"), "run", *flags, "--overwrite"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     first = subprocess.Popen(command, cwd=tmp_path, env=os.environ | job, **pipe)

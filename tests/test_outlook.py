@@ -13,11 +13,12 @@ from rich.console import Console
 from torch import nn
 
 import dino_train
+from config import Config, RunConfig
 from dino_train import train
 from harness import online_knn, outlook
 from harness.flags import parse_config
 from harness.monitor import collapse_of, duration
-from harness.outlook import ema_half_life
+from harness.outlook import ema_half_life, time_to_stop
 from harness.run import Run
 from models import load_checkpoint
 
@@ -283,3 +284,27 @@ def test_curves_are_drawn_and_no_failure_of_theirs_ends_a_run(
     (tmp_path / "curves.png").mkdir()
     config = parse_config([*tiny_flags, "--epochs", "1", "--output-dir", str(tmp_path)])
     assert train(config)["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("minutes", "seconds", "said"),
+    [
+        (5, None, "has 30 s to save: then its launcher kills it; for more time, export TORCH_"),
+        (5, None, "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 before it is launched"),
+        (5, "299", "has 299 s to save"),
+        (5, "300", ""),
+        (0, "60", "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 before"),
+        (0, "3600", ""),
+    ],
+)
+def test_launcher_that_would_kill_a_run_while_it_saves_is_named(
+    minutes: float, seconds: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    if seconds is not None:
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", seconds)
+    run = Run.__new__(Run)
+    run.config = Config(run=RunConfig(stop_minutes=minutes))
+    lines = time_to_stop(run)
+    assert [said in line for line in lines] == ([True] if said else [])
