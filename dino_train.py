@@ -426,6 +426,7 @@ def _train(config: Config, lock: FolderLock) -> dict:
     monitor.tracker.finish()
     run.accelerator.end_training()
     is_over = outcome.step >= run.total_steps
+    has_labels = run.dataset.labels is not None or config.data.knn_data is not None
     if isinstance(run, DryRun):
         run.report(monitor.console, outcome.step, outcome.crops, parts.multi_crop)
     elif not is_over:
@@ -438,7 +439,7 @@ def _train(config: Config, lock: FolderLock) -> dict:
         "step": outcome.step,
         "loss": outcome.loss,
         "unreadable_images": len(run.unreadable),
-        "has_labels": run.dataset.labels is not None or config.data.knn_data is not None,
+        "has_labels": knn.has_classes if knn.splits else has_labels,
         **outcome.metrics,
     }
 
@@ -448,7 +449,7 @@ def main() -> None:
     stop_with_launcher()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     if config.run.config == QUICKSTART and config.data.data == "patterns":
-        console.print("quick start: recipes/quickstart.yaml on embedded data; flags override it")
+        console.print("quick start: recipes/quickstart.yaml, on drawn textures; flags override it")
     if NOTE_ON_CORES:
         console.print(NOTE_ON_CORES)
     began = time.monotonic()

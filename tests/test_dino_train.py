@@ -743,6 +743,22 @@ def test_log_cut_off_by_a_kill_does_not_hinder_resuming(tmp_path: Path, tiny) ->
 
 
 @pytest.mark.slow
+def test_unfinished_files_of_others_stay_and_hinder_no_resuming(tmp_path: Path, tiny) -> None:
+    """A run that goes on clears away what its own kill left, and nothing of embed or visualize."""
+    folder = tmp_path / "run"
+    train(tiny(folder, "--knn-every", 0))
+    own = [".tmp-config.yaml", ".tmp-state.safetensors", ".tmp-ckpt-epoch-2.safetensors"]
+    own.append(".tmpAb12xY")  # as safetensors calls it
+    others = [".tmp-features.safetensors", ".tmp-attention.png"]
+    for name in own + others:
+        (folder / name).touch()
+    (folder / ".tmp-Xy12").mkdir()  # of a picture's frames
+    train(parse_config(["--resume", str(folder), "--epochs", "3"]))
+    left = {path.name for path in folder.iterdir() if path.name.startswith(".tmp")}
+    assert left == {*others, ".tmp-Xy12"}
+
+
+@pytest.mark.slow
 def test_train_folder_with_classes_and_flat_val_trains_without_knn(
     tmp_path: Path, tiny_flags: list[str], script
 ) -> None:
@@ -753,7 +769,9 @@ def test_train_folder_with_classes_and_flat_val_trains_without_knn(
     result = script("dino_train", *tiny_flags, *flags)
     assert result.returncode == 0, result.stderr
     assert "no k-NN during training: no class folders in the test images" in result.stdout
-    assert f"eval_knn.py '{tmp_path}/[odd] name/ckpt.safetensors'" in result.stdout
+    # eval_knn.py would be refused, for the same reason
+    assert f"visualize.py '{tmp_path}/[odd] name/ckpt.safetensors'" in result.stdout
+    assert "eval_knn" not in result.stdout
 
 
 @pytest.mark.slow
