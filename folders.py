@@ -228,8 +228,8 @@ def _note_of_suffixes(counts: Counter[str]) -> list[str]:
 
 # ---------------------------------------------------------------- scan
 
-# So many images above folders, or a hundredth of all, are strays; more of them say that the folders
-# are no classes.
+# Up to so many images above folders, or a hundredth of all where that is more, are strays. More of
+# them say that the folders are no classes.
 FEW = 5
 
 
@@ -327,14 +327,17 @@ def _indexed(
 def _write_index(file: Path, root: str, found: dict[str, np.ndarray]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-    np.savez(
-        temporary,
-        version=INDEX_VERSION,
-        source=np.array(os.fsencode(root)),
-        arrays=sorted(found),
-        **found,
-    )
-    os.replace(temporary, file)
+    try:
+        np.savez(
+            temporary,
+            version=INDEX_VERSION,
+            source=np.array(os.fsencode(root)),
+            arrays=sorted(found),
+            **found,
+        )
+        os.replace(temporary, file)
+    finally:  # where the disk is full, a file that is cut off
+        temporary.unlink(missing_ok=True)
 
 
 def _read_index(file: Path, root: str) -> dict[str, np.ndarray] | None:
@@ -452,11 +455,11 @@ def is_list(data: Path) -> bool:
 
 
 def _read_list(data: Path) -> _Listing:
-    """Read a path a line, or columns of path, label and split; relative to the list's folder."""
+    """Read lines of paths, or columns of path, label and split; relative to the list's folder."""
     try:
         text = data.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        text = f"{data} is no text in UTF-8: need a path a line, or a CSV, saved as UTF-8"
+        text = f"{data} is no text in UTF-8: need a path per line, or a CSV, saved as UTF-8"
         raise ValueError(text) from error
     labels = splits = None
     if data.suffix.lower() == ".txt":
@@ -464,8 +467,9 @@ def _read_list(data: Path) -> _Listing:
     else:
         names, labels, splits = _read_columns(data, text)
     paths = [os.path.join(os.path.abspath(data.parent), name) for name in names]
-    rows = [row for row, path in enumerate(paths) if os.path.isfile(path)]
-    missing = [names[row] for row in sorted(set(range(len(paths))) - set(rows))]
+    exists = [os.path.isfile(path) for path in paths]
+    rows = [row for row in range(len(paths)) if exists[row]]
+    missing = [name for name, is_there in zip(names, exists, strict=True) if not is_there]
     if not names:
         raise ValueError(f"{data} names no file: need paths relative to the list")
     if not rows:
@@ -597,11 +601,10 @@ def find_images(
     """Find the images of a folder, a tar, a folder of tars or a list, their splits and classes.
 
     `take_splits` False takes folders called train, val and test for classes, and all tars and all
-    lines of a list for one split. `index_folder` keeps
-    what a long scan found. `known_classes` are those of the images that these are compared with: a
-    single one of them is a class, while the only folder of other images tells nothing. Raises
-    ValueError, with what to type, where there are no images and where it cannot be told what the
-    folders mean.
+    lines of a list for one split. `index_folder` keeps what a long scan found. `known_classes` are
+    those of the images that these are compared with: a single one of them is a class, while the
+    only folder of other images tells nothing. Raises ValueError, with what to type, where there are
+    no images and where it cannot be told what the folders mean.
     """
     data = Path(data)
     listing = (
@@ -659,7 +662,8 @@ def _splits_of_list(listing: _Listing, known_classes: Collection[str]) -> FoundS
             if kind in listing.splits
         }
     if "train" not in layouts:
-        raise ValueError(f"{listing.root}: need lines of the split train, got {some_of(layouts)}")
+        text = f"{listing.root}: need lines of the split train, got {some_of(layouts)}"
+        raise ValueError(f"{text}; --no-splits takes all lines for one set")
     found = {kind: layout.found(layout.labels()) for kind, layout in layouts.items()}
     kind = next((kind for kind in ("val", "test") if kind in found), None)
     notes = list(listing.notes)
@@ -694,7 +698,8 @@ def _enter(layout: _Layout, take_splits: bool, known_classes: Collection[str] = 
         is_of_images = is_one and not any(layout.within(folders[0]).tops())
         if is_of_images and (num_above or known_classes):
             return layout  # images with and without a folder; or a class that is not known
-        if num_above and layout.labels() is None:
+        # labels keep images above folders, unless the one folder beside them is entered
+        if num_above and (is_one or layout.labels() is None):
             above = [
                 layout.listing.names[row]
                 for row, top in zip(layout.rows, layout.tops(), strict=True)

@@ -222,8 +222,19 @@ def levels_in_words(levels: Levels) -> str:
 
 
 def _is_of_bands(content: bytes, channels: int) -> bool:
-    """Tell whether a file is read band by band, and not as grey or RGB by Pillow."""
-    return channels not in (1, 3) or content.startswith(NPY)
+    """Tell whether a file is read band by band, and not as grey or RGB by Pillow.
+
+    So are TIFFs that Pillow does not know, such as those with three floats a pixel.
+    """
+    if channels not in (1, 3) or content.startswith(NPY):
+        return True
+    if not content.startswith(TIFFS):
+        return False
+    try:
+        with _opened(content):
+            return False
+    except Image.UnidentifiedImageError:
+        return True
 
 
 def _read_bands(content: bytes, channels: int) -> np.ndarray:
@@ -243,7 +254,7 @@ def _read_bands(content: bytes, channels: int) -> np.ndarray:
             values = _deep_channels(opened, content) if _is_deep(opened) else np.asarray(opened)
             orientation = _orientation_of(opened)
     if values.dtype.kind not in "uif":
-        raise ValueError(f"need numbers of uint8, uint16 or float, got {values.dtype}")
+        raise ValueError(f"need integers or floats, got {values.dtype}")
     if values.ndim == 2:
         values = values[..., None]
     wanted = (1, 3) if channels in (1, 3) else (channels,)

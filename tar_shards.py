@@ -3,8 +3,9 @@
     members = scan_tars([Path("train-000.tar"), Path("train-001.tar")], (".jpg", ".png"))
     images = TarImages(members)     # images[i].read() returns a member's bytes, in any process
 
-A tar may hold images in class folders, webdataset's pairs of KEY.jpg and KEY.cls, or one tar a
-class, as ImageNet's ILSVRC2012_img_train.tar does. Stands alone: needs NumPy. Axis: n images.
+A tar may hold images in class folders, webdataset's pairs of KEY.jpg and KEY.cls, or the images of
+one class, as those of ImageNet's ILSVRC2012_img_train.tar do. Stands alone: needs NumPy. Axis: n
+images.
 """
 
 import functools

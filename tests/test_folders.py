@@ -13,6 +13,7 @@ import pytest
 from conftest import Result
 from PIL import Image
 
+import folders
 from data import build_dataset
 from folders import DRAWN_MARK, FoundSplits, find_images
 from harness.monitor import write_picture
@@ -191,6 +192,27 @@ def test_one_class_is_none(files: tuple[str, ...], tmp_path: Path) -> None:
     assert "no classes: all images lie in one folder, cat" in found.notes
     with pytest.raises(ValueError, match="no classes: all images lie in one folder, cat"):
         build_dataset(str(tmp_path), "memory")
+
+
+def test_list_of_another_split_alone_says_how_to_take_it(tmp_path: Path) -> None:
+    write(tmp_path, "./2")
+    (tmp_path / "list.csv").write_text("path,label,split\n0.png,cat,val\n1.png,dog,val\n")
+    with pytest.raises(ValueError, match=r"split train, got val; --no-splits takes all lines"):
+        find(tmp_path / "list.csv")
+    assert len(find(tmp_path / "list.csv", take_splits=False).train.images) == 2
+
+
+def test_index_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: Path, **arrays: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="No space left"):
+        folders._write_index(tmp_path / "index.npz", str(tmp_path), {"a": np.zeros(1)})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_image_above_class_folders_is_left_out_and_named(tmp_path: Path) -> None:

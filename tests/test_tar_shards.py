@@ -159,6 +159,16 @@ def test_missing_cls_is_said(place: str, note: str, tmp_path: Path) -> None:
     assert dataset.classes == (["cat", "dog"] if place else None)
 
 
+def test_labelled_images_above_the_folder_that_is_entered_are_named(tmp_path: Path) -> None:
+    files: dict[str, bytes] = {}
+    for number in range(12):
+        name = f"more/{number % 2}/{number}" if number else "alone"
+        files[f"{name}.png"], files[f"{name}.cls"] = image(number), str(number % 2).encode()
+    dataset = build_dataset(str(write_tar(tmp_path / "x.tar", files)))
+    assert len(dataset) == 11
+    assert "left out, above the class folders: 1 image (alone.png)" in dataset.notes
+
+
 def test_links_in_a_tar_are_followed_where_they_are_hard_and_else_counted(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "linked.tar", {"cat/0.png": image(0), "dog/0.png": image(1)})
     with tarfile.open(path, "a") as tar:
