@@ -10,7 +10,7 @@ A .safetensors holds all there is to know. To read it:
     features, labels = tensors["features"], tensors.get("labels")
     names = tensors["names"].numpy().tobytes().decode(errors="surrogateescape").split("\\0")
 
-A .csv or .parquet has a line an image: name, label, class, f0, f1 ... A .npy holds features alone.
+A .csv or .parquet has a line per image: name, label, class, f0, f1 ... A .npy holds features alone.
 These three have a .json beside them, with the rest. All are written whole or not at all. Of data
 with splits those to train on are taken: --no-splits takes all.
 Axes: n images, d features, p patches, b batch.
@@ -47,6 +47,7 @@ from harness.evaluation import (
     report,
 )
 from harness.feature_maps import feature_map
+from harness.flags import check_ranges
 from harness.terminal import printable_name
 from models import save_tensors
 from tar_shards import TarImages
@@ -79,16 +80,18 @@ def check_flags(options: EmbedConfig) -> None:
     out, suffix = options.out, options.out.suffix
     if suffix not in SUFFIXES:
         raise ValueError(f"need --out with one of {', '.join(SUFFIXES)}, got {out}")
+    check_ranges(options.evaluation)
     check_folder(out, "features")
     if options.evaluation.val is not None:
         raise ValueError("embed takes the images of --data: not with --val")
     if options.tokens == "patch" and suffix in (".csv", ".parquet"):
-        raise ValueError(f"--tokens patch has a matrix an image: need .safetensors or .npy, {out}")
+        wanted = "--tokens patch has a matrix for each image: need .safetensors or .npy"
+        raise ValueError(f"{wanted}, got {out}")
     if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError("a .parquet needs the package pyarrow: pip install pyarrow")
     threshold = options.near_duplicates
     if threshold is not None and options.tokens == "patch":
-        raise ValueError("--near-duplicates compares one vector an image: not with --tokens patch")
+        raise ValueError("--near-duplicates compares images by one vector: not with --tokens patch")
     if threshold is not None and not -1 <= threshold < 1:
         raise ValueError(f"need --near-duplicates from -1 to below 1, got {threshold:g}")
     _check_file_beside(out, options.evaluation.json_out)

@@ -36,16 +36,19 @@ from torchvision.transforms.v2 import functional as TF
 
 from config import setting
 from data import ImageDataset, Sample, require_source
+from folders import is_hidden, some_of
 from harness.command import read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
     EvalConfig,
     Extracted,
     FrozenBackbone,
+    Preparation,
     extract,
     is_vit,
     normalized,
     open_backbone,
+    open_split,
     open_training_images,
     report,
     size_facts,
@@ -232,13 +235,17 @@ def open_copydays(folder: Path) -> tuple[dict[str, ImageDataset], dict[str, np.n
     images: dict[str, ImageDataset] = {}
     groups: dict[str, np.ndarray] = {}
     for name, place in blocks.items():
-        paths = sorted(x for x in place.glob("*") if x.suffix.lower() in image_suffixes())
-        numbers = [path.stem[:4] for path in paths if path.stem[:4].isdecimal()]
-        if len(numbers) < len(paths):
-            raise ValueError(f"need names like 200001.jpg in {place}, got {paths[0].name}")
+        paths = sorted(
+            path
+            for path in place.glob("*")
+            if path.suffix.lower() in image_suffixes() and not is_hidden(path.name)
+        )
+        others = [path.name for path in paths if not path.stem[:4].isdecimal()]
+        if others:
+            raise ValueError(f"need names like 200001.jpg in {place}, got {some_of(others)}")
         if paths:
             images[name] = ImageDataset(as_bytes(map(str, paths)), None)
-            groups[name] = np.array(numbers, np.int64)
+            groups[name] = np.array([path.stem[:4] for path in paths], np.int64)
     if "original" not in images or len(images) < 2:
         wanted = "original/ and strong/, jpegqual/* or crops/*"
         raise ValueError(
@@ -274,17 +281,17 @@ class Whitening:
     mean: Tensor  # (d,)
     axes: Tensor  # (d, d)
 
+    @staticmethod
+    def require_enough(num_images: int, num_features: int) -> None:
+        """Raise ValueError for no more images than features: their axes are not known."""
+        if num_images <= num_features:
+            wanted = f"need more images for --whitening than {num_features:,} features"
+            raise ValueError(f"{wanted}, got {num_images:,}")
+
     @classmethod
     def learn(cls, features: Tensor) -> "Whitening":
-        """Learn from features (n, d). As published, the mean stays in what the axes are made of.
-
-        Raises ValueError for fewer images than features, whose axes are not known.
-        """
-        num, width = features.shape
-        if num <= width:
-            raise ValueError(
-                f"need more images for --whitening than {width:,} features, got {num:,}"
-            )
+        """Learn from features (n, d). As published, the mean stays in what the axes are made of."""
+        cls.require_enough(*features.shape)
         features = features.double()
         values, vectors = torch.linalg.eigh(features.T @ features / len(features))
         values = values.clamp(min=SMALLEST_SHARE * values.max().item())
@@ -352,12 +359,25 @@ class Extractor:
             self._forward, images, self.accelerator, evaluation.batch_size, evaluation.num_workers
         )
 
-    def open(self, data: str) -> ImageDataset:
-        """Open all images that `data` names, with the levels of those that were opened first."""
-        preparation = replace(
+    def require_images_for_whitening(self) -> None:
+        """Raise ValueError where --whitening has too few, before features are computed."""
+        if self.options.whitening is None:
+            return
+        with self.accelerator.local_main_process_first():  # which may have to download
+            images = open_split(self._preparation_of(self.options.whitening), "train")
+        num_features = self.network.backbone.output_dim
+        if is_vit(self.network.backbone):
+            num_features *= 2  # class token and patch tokens
+        Whitening.require_enough(min(len(images), WHITENING_IMAGES), num_features)
+
+    def _preparation_of(self, data: str) -> Preparation:
+        return replace(
             self.network.preparation, data=data, val=None, take_splits=False, levels=self.levels
         )
-        images = open_training_images(preparation, self.accelerator)
+
+    def open(self, data: str) -> ImageDataset:
+        """Open all images that `data` names, with the levels of those that were opened first."""
+        images = open_training_images(self._preparation_of(data), self.accelerator)
         self.levels = images.levels
         return images
 
@@ -411,6 +431,7 @@ def evaluate(options: CopiesConfig, accelerator: Accelerator) -> tuple[dict, Tab
     network = open_backbone(evaluation, accelerator)
     check_places(options, network.preparation.data)
     extractor = Extractor(network, options, accelerator)
+    extractor.require_images_for_whitening()
     known = made_copies if options.copydays is None else published_copies
     database, copies = known(extractor)
     features, groups = database.features, database.rows

@@ -31,6 +31,7 @@ from harness.evaluation import (
     FrozenBackbone,
     check_folder,
     features_of_splits,
+    num_classes_of,
     open_backbone,
     open_splits,
     open_training_images,
@@ -50,6 +51,8 @@ from models import save_tensors
 # similarities of one chunk: 64 MiB suit a CPU's caches, 1 GiB a GPU
 ENTRIES_ON_CPU = 1 << 24
 ENTRIES_ON_GPU = 1 << 28
+
+Accuracies = dict[int, tuple[float, float]]  # by k: top-1 and top-5, in %
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def knn_accuracy(
     test_labels: Tensor,
     ks: Sequence[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
-) -> dict[int, tuple[float, float]]:
+) -> Accuracies:
     """Return {k: (top-1, top-5)} in % of test (m, d), classified by neighbours in train (n, d).
 
     Similarity is the cosine; a neighbour votes for its class with exp(similarity / temperature). A
@@ -91,7 +94,7 @@ def knn_accuracy(
     train_features = F.normalize(train_features.float(), dim=1)
     test_features = F.normalize(test_features.float(), dim=1)
     num_train = len(train_features)
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    num_classes = num_classes_of(train_labels, test_labels)
     nums_of_neighbours = sorted({min(k, num_train) for k in ks})
     entries = ENTRIES_ON_CPU if train_features.device.type == "cpu" else ENTRIES_ON_GPU
     right_top1 = dict.fromkeys(nums_of_neighbours, 0)
@@ -148,7 +151,7 @@ def knn_of_shots(
 
 
 def table_of_shots(results: dict[str, dict], ks: Sequence[int]) -> Table:
-    """Return a table of knn_of_shots: a line a number of shots, a column a k."""
+    """Return a table of knn_of_shots: a line for each number of shots, a column for each k."""
     table = Table("images a class", *(f"k {k}" for k in ks), title="few labels, k-NN top-1 %")
     for shots, by_k in results.items():
         table.add_row(shots, *(f"{x['mean']:.2f} ± {x['std']:.2f}" for x in by_k.values()))
@@ -159,7 +162,7 @@ def print_rank(network: FrozenBackbone, options: EvalConfig, accelerator: Accele
     """Print how good the training images' features are, without labels. A collective."""
     images = open_training_images(network.preparation, accelerator)
     some_images = Subset(images, evenly(len(images)).tolist())
-    features, _ = features_of_splits(
+    ((features, _),) = features_of_splits(
         network.backbone,
         [some_images],
         network.preparation,
@@ -172,25 +175,48 @@ def print_rank(network: FrozenBackbone, options: EvalConfig, accelerator: Accele
         report(network.facts | size_facts(features), None, {}, options.json_out)
 
 
-def main() -> None:
-    options = read_flags(KnnConfig, None, __doc__)
-    evaluation = options.evaluation
+# ---------------------------------------------------------------- main
+
+
+def check_flags(options: KnnConfig) -> None:
+    """Raise ValueError for settings out of range, or that contradict each other."""
     check_ranges(options)
     check_votes(options.ks, options.temperature)
     check_folder(options.features_out, "features")
-    if options.features_out is not None and options.features_out == evaluation.json_out:
-        text = f"got {evaluation.json_out} for both"
-        raise ValueError(f"need two files for --features-out and --json-out, {text}")
+    json_out = options.evaluation.json_out
+    if options.features_out is not None and options.features_out == json_out:
+        raise ValueError(f"need two files for --features-out and --json-out, got {json_out} twice")
     if options.rank_only and options.features_out is not None:
         raise ValueError("--features-out writes what k-NN compares: not with --rank-only")
     if options.rank_only and options.few_labels.shots:
         raise ValueError("--shots needs k-NN: not with --rank-only")
+
+
+def table_of(accuracies: Accuracies, num_train: int, num_classes: int) -> Table:
+    """Return a table of knn_accuracy: a line for each k, of which one at most is above num_train.
+
+    More neighbours than images are all of them.
+    """
+    table = Table("k", "top-1 %", title="weighted k-NN")
+    if num_classes > 5:  # else any guess is among the five
+        table.add_column("top-5 %")
+    for k, (top1, top5) in accuracies.items():
+        if k <= num_train or k == min(accuracies):
+            cells = (f"{top1:.2f}", f"{top5:.2f}")
+            table.add_row(str(k), *cells[: len(table.columns) - 1])
+    return table
+
+
+def main() -> None:
+    options = read_flags(KnnConfig, None, __doc__)
+    check_flags(options)
+    evaluation, few_labels = options.evaluation, options.few_labels
     accelerator = make_accelerator()
     network = open_backbone(evaluation, accelerator)
     if options.rank_only:
         print_rank(network, evaluation, accelerator)
         return
-    train_features, train_labels, test_features, test_labels = features_of_splits(
+    (train_features, train_labels), (test_features, test_labels) = features_of_splits(
         network.backbone,
         open_splits(network, accelerator),
         network.preparation,
@@ -198,49 +224,28 @@ def main() -> None:
         evaluation.batch_size,
         evaluation.num_workers,
     )
-    accuracies = knn_accuracy(
-        train_features,
-        train_labels,
-        test_features,
-        test_labels,
-        options.ks,
-        options.temperature,
-    )
+    compared = (train_features, train_labels, test_features, test_labels)
+    accuracies = knn_accuracy(*compared, options.ks, options.temperature)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
-    table = Table("k", "top-1 %", title="weighted k-NN")
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    if num_classes > 5:  # else any guess is among the five
-        table.add_column("top-5 %")
-    num_train = len(train_features)
-    for k, (top1, top5) in accuracies.items():
-        if k <= num_train or k == min(accuracies):  # more neighbours than images are all of them
-            cells = (f"{top1:.2f}", f"{top5:.2f}")
-            table.add_row(str(k), *cells[: len(table.columns) - 1])
     results: dict[str, object] = {
         "temperature": options.temperature,
         "knn": {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracies.items()},
     }
-    few_labels = options.few_labels
     if few_labels.shots:
-        results["shots"] = knn_of_shots(
-            train_features, train_labels, test_features, test_labels, options
-        )
+        results["shots"] = knn_of_shots(*compared, options)
     facts = network.facts | size_facts(train_features, test_features)
+    num_classes = num_classes_of(train_labels, test_labels)
+    table = table_of(accuracies, len(train_features), num_classes)
     report(facts, table, results, evaluation.json_out)
     if few_labels.shots:
         table = table_of_shots(results["shots"], options.ks)
         table.caption = caption_of_shots(train_labels, few_labels)
         Console().print(table)
     if options.features_out is not None:
-        tensors = {
-            "train_features": train_features,
-            "train_labels": train_labels,
-            "test_features": test_features,
-            "test_labels": test_labels,
-        }
-        save_tensors(options.features_out, tensors, {})
+        names = ("train_features", "train_labels", "test_features", "test_labels")
+        save_tensors(options.features_out, dict(zip(names, compared, strict=True)), {})
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from torchvision.transforms.v2 import functional as TF
 from config import setting
 from data import ImageDataset, Sample, StepSampler, collate, permutation
 from harness.command import iterate, read_flags, run_command
+from harness.decoded_once import ImageMemory
 from harness.distributed import make_accelerator
 from harness.evaluation import (
     EvalConfig,
@@ -38,6 +39,7 @@ from harness.evaluation import (
     features_of_splits,
     is_vit,
     layer_features,
+    num_classes_of,
     open_backbone,
     open_splits,
     report,
@@ -159,7 +161,12 @@ def train_on_crops(
     processes, which share the images of a step.
     """
     device = accelerator.device
-    dataset = dataset.as_canvases(max(size, min(384, round(size * 12 / 7))))
+    # A crop may show 0.08 of an image: canvases are larger than the crops, as 384 px is for 224,
+    # the usual ones, but not above 384 px, where that is no less than a crop.
+    canvas_size = max(size, min(384, round(size * 384 / 224)))
+    images = dataset.as_canvases(canvas_size)
+    memory = ImageMemory(is_wanted=True, num_workers=config.evaluation.num_workers)
+    images = memory.keep(images, canvas_size, dataset.channels)
     rank, world = accelerator.process_index, accelerator.num_processes
     each = max(1, min(config.probe_batch_size, len(dataset)) // world)
 
@@ -169,7 +176,7 @@ def train_on_crops(
     steps_per_epoch = sampler(range(0)).steps_per_epoch
     total_steps = steps_per_epoch * config.epochs
     loader = DataLoader(
-        dataset,
+        images,
         batch_sampler=sampler(range(total_steps)),
         num_workers=config.evaluation.num_workers,
         collate_fn=collate,
@@ -206,7 +213,7 @@ def fit_probes(
     train_features: Tensor, train_labels: Tensor, test_labels: Tensor, config: LinearConfig
 ) -> Probes:
     """Train a probe for each of the config's rates, scaled by the batch, on given features."""
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    num_classes = num_classes_of(train_labels, test_labels)
     lrs = torch.tensor(config.lrs, device=train_features.device) * config.probe_batch_size / 256
     return train_probes(train_features, train_labels, num_classes, lrs, config)
 
@@ -218,7 +225,7 @@ def linear_accuracy(
     test_labels: Tensor,
     config: LinearConfig,
 ) -> Accuracies:
-    """Return the accuracies on the test features (m, d), of one probe a learning rate."""
+    """Return the accuracies on the test features (m, d), of a probe for each learning rate."""
     check_probes(config)
     probes = fit_probes(train_features, train_labels, test_labels, config)
     return accuracies_of(probes, test_features, test_labels, config.lrs)
@@ -255,7 +262,7 @@ def linear_of_shots(
 
 
 def table_of_shots(results: dict[str, dict]) -> Table:
-    """Return a table of linear_of_shots: a line a number of shots."""
+    """Return a table of linear_of_shots: a line for each number of shots."""
     title = "few labels, linear probe"
     table = Table(
         "images a class", "top-1 %", "learning rate, best on the test images", title=title
@@ -384,8 +391,8 @@ def evaluate(options: LinearConfig, accelerator: Accelerator) -> Evaluated:
     shots: dict[str, dict] = {}
     shots_caption = ""
     if options.augment:  # the test alone is of center crops
-        test_features, test_labels = center_crop_features([test_images])
-        num_classes = int(max(train_images.labels.max(), test_labels.max())) + 1
+        ((test_features, test_labels),) = center_crop_features([test_images])
+        num_classes = num_classes_of(train_images.labels, test_labels)
         probes = train_on_crops(
             partial(normalized_forward, forward, network.preparation),
             train_images,
@@ -400,9 +407,9 @@ def evaluate(options: LinearConfig, accelerator: Accelerator) -> Evaluated:
             "features": test_features.shape[1],
         }
     else:
-        train_features, train_labels, test_features, test_labels = center_crop_features(
-            [train_images, test_images]
-        )
+        of_train, of_test = center_crop_features([train_images, test_images])
+        train_features, train_labels = of_train
+        test_features, test_labels = of_test
         probes = fit_probes(train_features, train_labels, test_labels, options)
         facts = size_facts(train_features, test_features)
         if len(options.lrs) > 1 and len(train_features) > 1:

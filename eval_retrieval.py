@@ -52,6 +52,7 @@ from harness.ranking import average_precision
 from tar_shards import as_bytes
 
 KS = (1, 5, 10)
+USUAL_SIZE = 224  # pixels, of the images of Oxford and Paris
 ENTRIES = 1 << 24  # of a block of similarities: 64 MiB
 
 
@@ -60,8 +61,9 @@ class RetrievalConfig:
     evaluation: EvalConfig
     # gnd_roxford5k.pkl or gnd_rparis6k.pkl; its images are those of --data, or of jpg/ beside it
     ground_truth: Path | None = None
-    # pixels, longer side of the images that --ground-truth names [paper: 224; 512 for Paris]
-    image_size: int = setting(224, above=0, most=4096)
+    # pixels, longer side of the images that --ground-truth names [paper: 224; 512 for Paris]; None:
+    # 224
+    image_size: int | None = setting(None, above=0, most=4096)
     # class: a ViT's class token, or what a network pools; gem: the generalised mean of its patches
     pooling: Literal["class", "gem"] = "class"
     # exponent of the generalised mean: 1 is the mean, a large one nearly the maximum
@@ -75,6 +77,10 @@ def check_flags(options: RetrievalConfig) -> None:
     check_ranges(options)
     if options.ground_truth is not None and options.evaluation.val is not None:
         raise ValueError("--ground-truth names its queries: not with --val")
+    if options.ground_truth is None and options.image_size is not None:
+        raise ValueError(
+            "--image-size is for --ground-truth: classes are searched at the run's size"
+        )
 
 
 # ---------------------------------------------------------------- scores
@@ -164,7 +170,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise ValueError(f"{path} is no ground truth of Oxford or Paris: {reason}") from error
     if len(answers) != len(queries) or not queries:
-        text = f"need an answer a query, got {len(answers)} and {len(queries)}"
+        text = f"need an answer for each query, got {len(answers)} and {len(queries)}"
         raise ValueError(f"{path} is no ground truth of Oxford or Paris: {text}")
     if not all(isinstance(name, str) for name in images + queries):
         raise ValueError(f"{path} is no ground truth of Oxford or Paris: need images by name")
@@ -306,7 +312,8 @@ def evaluate_classes(
     network = open_backbone(options.evaluation, accelerator)
     _, images = open_splits(network, accelerator)
     if not images.has_test:
-        levels, images = images.levels, open_split(network.preparation, "train")
+        levels = images.levels
+        images = open_split(network.preparation, "train")
         images.levels = levels
     batch_size = options.evaluation.batch_size
     features, labels = features_of_images(images, network, options, accelerator, batch_size)
@@ -325,7 +332,8 @@ def evaluate_revisited(
     """Search what a ground truth names. Return facts, table and results. A collective."""
     truth = read_ground_truth(options.ground_truth)
     folder = Path(options.evaluation.data or options.ground_truth.parent / "jpg")
-    images = images_of(truth, folder, options.image_size)
+    image_size = options.image_size or USUAL_SIZE
+    images = images_of(truth, folder, image_size)
     network = open_backbone(replace(options.evaluation, data=str(folder)), accelerator)
     images.channels = network.preparation.channels
     images.set_levels(network.preparation.levels)
@@ -341,7 +349,8 @@ def evaluate_revisited(
     for mode, of_mode in scores.items():
         values = [of_mode["map"], *of_mode["precision"].values()]
         table.add_row(mode, *(f"{value:.2f}" for value in values))
-    return network.facts | size_facts(features), table, {"revisited": scores}
+    settings = {"image_size": image_size, "ground_truth": str(options.ground_truth)}
+    return network.facts | size_facts(features) | settings, table, {"revisited": scores}
 
 
 def main() -> None:
@@ -356,8 +365,6 @@ def main() -> None:
     settings = {"pooling": options.pooling, "multiscale": options.multiscale}
     if options.pooling == "gem":
         settings["gem_power"] = options.gem_power
-    if options.ground_truth is not None:
-        settings |= {"image_size": options.image_size, "ground_truth": str(options.ground_truth)}
     report(facts | settings, table, results, options.evaluation.json_out)
 
 

@@ -62,7 +62,15 @@ from harness.feature_maps import (
     why_no_class_attention,
 )
 from harness.flags import check_ranges
-from harness.masks import VOID, jaccard, majority_on_grid, read_mask, require_same_size
+from harness.masks import (
+    VOID,
+    jaccard,
+    majority_on_grid,
+    read_mask,
+    read_names,
+    require_each_name_once,
+    require_same_size,
+)
 from harness.terminal import printable_name
 from pixels import decode, image_suffixes
 
@@ -84,7 +92,8 @@ class SegmentationConfig:
     k: int = setting(20, above=0, most=1_000_000)
     # temperature of the votes
     temperature: float = setting(0.07, above=0, most=100)
-    # patches that are remembered at most, as many of each training image, drawn by chance
+    # patches that are remembered, about: as many of each training image, at least one, drawn by
+    # chance
     memory_patches: int = setting(100_000, above=0, most=1_000_000_000)
     # fixes which patches are drawn
     draw_seed: int = setting(0, most=1 << 62)
@@ -121,6 +130,7 @@ def pairs_in(folder: Path, notes: list[str]) -> list[Pair]:
     pairs = [Pair(path, masks_by_name[path.stem]) for path in paths if path.stem in masks_by_name]
     if not pairs:
         raise ValueError(f"need images in {images} with a PNG of the same name in {masks}")
+    require_each_name_once([pair.image for pair in pairs], images, "image")
     without_mask = [path.name for path in paths if path.stem not in masks_by_name]
     if without_mask:
         what = f"{number_of(len(without_mask), 'image')} ({some_of(without_mask)})"
@@ -131,14 +141,13 @@ def pairs_in(folder: Path, notes: list[str]) -> list[Pair]:
 def read_splits(data: Path, val: Path | None, notes: list[str]) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs that are remembered and those that test; what is left out is noted."""
     test = next((data / name for name in ("val", "test") if (data / name).is_dir()), None)
-    if (data / "train").is_dir() and (val or test):
-        return pairs_in(data / "train", notes), pairs_in(val or test, notes)
+    train = data / "train" if (data / "train").is_dir() else data
+    if val or test:
+        return pairs_in(train, notes), pairs_in(val or test, notes)
     pairs = pairs_in(data, notes)
-    if val is not None:
-        return pairs, pairs_in(val, notes)
     lists = [data / VOC_LISTS / f"{name}.txt" for name in ("train", "val")]
     if all(path.is_file() for path in lists):
-        names = [set(path.read_text().split()) for path in lists]
+        names = [set(read_names(path)) for path in lists]
         splits = [[pair for pair in pairs if pair.image.stem in of_split] for of_split in names]
         if not all(splits):
             raise ValueError(f"need images and masks that {lists[0]} and {lists[1]} name")

@@ -17,7 +17,7 @@ Axes: t frames, c objects and background, d features, h w patches of a map, y x 
 import os
 import tempfile
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import setting
-from folders import by_numbers, is_hidden, some_of
+from folders import by_numbers, is_hidden
 from harness.command import own_input, read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
@@ -42,6 +42,7 @@ from harness.evaluation import (
     MapsConfig,
     Preparation,
     check_folder,
+    is_of_run,
     normalized,
     open_for_maps,
     report,
@@ -60,7 +61,9 @@ from harness.masks import (
     jaccard,
     one_hot_on_grid,
     read_mask,
+    read_names,
     read_palette,
+    require_each_name_once,
     require_same_size,
     save_mask,
 )
@@ -109,7 +112,7 @@ def read_davis(root: Path) -> list[Video]:
         text = f"need DAVIS's folders {FRAMES} and {MASKS} in --data, got {root}"
         raise ValueError(f"{text}; for frames of your own add --mask")
     if (root / NAMES).is_file():
-        names = (root / NAMES).read_text().split()
+        names = read_names(root / NAMES)
     else:
         names = sorted(path.name for path in (root / MASKS).iterdir() if not is_hidden(path.name))
     if not names:
@@ -119,7 +122,7 @@ def read_davis(root: Path) -> list[Video]:
 
 def _read_davis_video(root: Path, name: str) -> Video:
     frames = list_frames(root / FRAMES / name)
-    _require_each_name_once(frames, root / FRAMES / name)
+    require_each_name_once(frames, root / FRAMES / name, "frame")
     masks = {place: root / MASKS / name / f"{path.stem}.png" for place, path in enumerate(frames)}
     if not masks[0].is_file():
         raise ValueError(f"no mask of the first frame: {masks[0]}")
@@ -143,18 +146,10 @@ def list_frames(folder: Path) -> list[Path]:
     return sorted(frames, key=lambda path: by_numbers(path.name))
 
 
-def _require_each_name_once(frames: Sequence[Path], folder: Path) -> None:
-    """Raise ValueError where two frames would have masks of one name."""
-    counts = Counter(path.stem for path in frames)
-    twice = [f"{name}.*" for name, num in counts.items() if num > 1]
-    if twice:
-        raise ValueError(f"need one frame of each name in {folder}, got more of {some_of(twice)}")
-
-
 def read_own(folder: Path, mask: Path) -> list[Video]:
     """Return a folder of frames and a mask of the first as a video of the folder's name."""
     frames = [path for path in list_frames(folder) if not (mask.exists() and path.samefile(mask))]
-    _require_each_name_once(frames, folder)
+    require_each_name_once(frames, folder, "frame")
     return [Video(folder.resolve().name, frames, mask, {})]
 
 
@@ -335,9 +330,12 @@ def check_options(options: VideoConfig, videos: Sequence[Video]) -> None:
     if options.mask is not None and options.out is None:
         raise ValueError("a video of your own has no true masks to score: need --out")
     if options.out is not None:
-        check_folder(options.out, "masks")
         if options.out.exists() and not options.out.is_dir():
             raise ValueError(f"need a folder for --out, got the file {options.out}")
+        if not options.out.parent.is_dir():
+            raise ValueError(f"no such folder for the masks: {options.out.parent}")
+        if is_of_run(options.out):
+            raise ValueError(f"need another folder for the masks than {options.out}, of a run")
         for video in videos:
             if (options.out / video.name).exists():
                 raise ValueError(f"{options.out / video.name} exists: give another --out")
@@ -411,7 +409,7 @@ def evaluate(options: VideoConfig, accelerator: Accelerator) -> None:
         results |= means_over_objects([x for objects in scores.values() for x in objects.values()])
         table = table_of(scores, results)
     num_frames = sum(len(video.frames) for video in videos)
-    facts = {"num_train": num_frames, "num_test": 0, "features": network.backbone.output_dim}
+    facts = {"num_train": num_frames, "num_test": 0, "features": network.backbone.num_features}
     settings = {
         name: getattr(options, name)
         for name in ("num_frames", "neighbours", "radius", "temperature")

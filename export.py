@@ -67,16 +67,18 @@ class ExportConfig:
 def check_flags(options: ExportConfig) -> None:
     """Raise ValueError for what cannot be written, before anything is read."""
     out, suffix = options.out, SUFFIXES.get(options.format)
-    is_free = out.resolve() != options.source.resolve() and out.parent.is_dir()
+    if not out.parent.is_dir():
+        raise ValueError(f"no such folder for the weights: {out.parent}")
     if suffix is None:
-        is_free &= not out.exists() or (out.is_dir() and not any(out.iterdir()))
+        is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
         if not is_free or out.suffix in SUFFIXES.values():
-            raise ValueError(f"need a new or empty folder, in a folder that exists, got {out}")
-    elif out.suffix != suffix or not is_free:
-        raise ValueError(f"need a new file in {suffix}, in a folder that exists, got {out}")
+            raise ValueError(f"need a new or empty folder, got {out}")
+    elif out.suffix != suffix or out.is_dir():
+        raise ValueError(f"need a file that ends in {suffix}, got {out}")
     source = as_file(options.source, options.network) or options.source
-    if is_of_run(out) or (out.exists() and out.resolve() == source.resolve()):
-        raise ValueError(f"need a new file in {suffix}: {out} is what a run saved, or the source")
+    is_source = out.exists() and out.resolve() in (source.resolve(), options.source.resolve())
+    if is_source or is_of_run(out):
+        raise ValueError(f"need another file than {out}, which a run saved or the weights are from")
     if options.format == "onnx":
         missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
         if missing:

@@ -420,7 +420,7 @@ class DinoModel(nn.Module):
         return (features, projections) if return_backbone_features else projections
 
     def _features_of_crops(self, crops: Sequence[Tensor]) -> Tensor:
-        """Return features (v, b, d) of v crops (b, c, h, w): one backbone call a crop size."""
+        """Return features (v, b, d) of v crops (b, c, h, w): one backbone call per crop size."""
         if not crops:
             raise ValueError("need >= 1 crop, got an empty list")
         views_of_size = defaultdict(list)

@@ -477,6 +477,8 @@ def kinds_to_draw(options: VisualizeConfig, observer: Observer, images: ImageDat
         kinds = [kind for kind in KINDS if kind in asked]
     else:
         kinds = [kind for kind in KINDS if kind not in why_not]
+    if options.video and len(options.kind) > 1:
+        raise ValueError(f"a video shows one --kind, got {' '.join(options.kind)}")
     return kinds[:1] if options.video else kinds
 
 

@@ -7,6 +7,7 @@ Source: DINO, arXiv 2104.14294, appendix F. Axes: n images, d features, b batch.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -313,20 +314,22 @@ DESCRIBED = {
 
 
 def describe(network: OpenedNetwork) -> str:
-    """Return what an exported file has to say of its network, as JSON with names of settings."""
+    """Return what an exported file has to say of its network, as JSON with names of settings.
+
+    The network has a preparation, that of a run or one that was guessed.
+    """
     config, preparation = network.model.config, network.preparation
     described = {"model": {name: getattr(config, name) for name in DESCRIBED["model"]}}
-    if preparation is not None:
-        described["crops"] = {
-            "global_crop_size": network.crops.global_crop_size,
-            "mean": preparation.mean,
-            "std": preparation.std,
-        }
-        described["data"] = {
-            "eval_size": preparation.size,
-            "eval_resize": preparation.resize,
-            "levels": preparation.levels,
-        }
+    described["crops"] = {
+        "global_crop_size": network.crops.global_crop_size,
+        "mean": preparation.mean,
+        "std": preparation.std,
+    }
+    described["data"] = {
+        "eval_size": preparation.size,
+        "eval_resize": preparation.resize,
+        "levels": preparation.levels,
+    }
     return json.dumps(described)
 
 
@@ -455,11 +458,15 @@ def require_preparation(network: OpenedNetwork, source: object) -> Preparation:
 
 
 def check_folder(path: Path | None, content: str) -> None:
-    """Raise ValueError where `path` has no folder to lie in, or would replace what a run saved."""
+    """Raise ValueError where a file `path` could not be written, or would replace a run's own."""
     if path is None:
         return
     if not path.parent.is_dir():
         raise ValueError(f"no such folder for the {content}: {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"need a file for the {content}, got the folder {path}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"no file for the {content} can be written to {path.parent}")
     if is_of_run(path):
         raise ValueError(f"need another file for the {content} than {path}, which a run saved")
 
@@ -700,6 +707,11 @@ def extract_features(
     return extracted.features, extracted.labels
 
 
+def num_classes_of(train_labels: Tensor, test_labels: Tensor) -> int:
+    """Return how many classes labels from 0 on tell of; NumPy's arrays will do, too."""
+    return int(max(train_labels.max(), test_labels.max())) + 1
+
+
 def features_of_splits(
     backbone: Callable[[Tensor], Tensor],
     splits: Sequence[Dataset],
@@ -707,16 +719,15 @@ def features_of_splits(
     accelerator: Accelerator,
     batch_size: int,
     num_workers: int,
-) -> list[Tensor]:
-    """Return features and labels of each split in turn. A collective."""
+) -> list[tuple[Tensor, Tensor]]:
+    """Return features (n, d) and labels (n,) of each split. A collective."""
 
     def forward(images: Tensor) -> Tensor:
         return backbone(normalized(images, preparation))
 
-    tensors: list[Tensor] = []
-    for split in splits:
-        tensors += extract_features(forward, split, accelerator, batch_size, num_workers)
-    return tensors
+    return [
+        extract_features(forward, split, accelerator, batch_size, num_workers) for split in splits
+    ]
 
 
 def is_vit(backbone: nn.Module) -> bool:
@@ -773,9 +784,7 @@ def size_facts(train: Tensor, test: Tensor | None = None) -> dict[str, object]:
 
 
 def report(facts: dict, table: Table | None, results: dict, json_out: Path | None) -> None:
-    """Write facts and results to `json_out`; print a line of facts and the table."""
-    if json_out is not None:
-        write_whole(json_out, json.dumps(facts | results, indent=2) + "\n")
+    """Print a line of facts and the table; then write facts and results to `json_out`."""
     console = Console()
     step = "" if facts["step"] is None else f" at step {facts['step']:,}"
     images = f"{facts['num_train']:,} images"
@@ -798,3 +807,5 @@ def report(facts: dict, table: Table | None, results: dict, json_out: Path | Non
         )
     if table is not None:
         console.print(table)
+    if json_out is not None:  # last, so that a full disk does not cost what was computed
+        write_whole(json_out, json.dumps(facts | results, indent=2) + "\n")

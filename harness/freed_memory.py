@@ -14,8 +14,9 @@ import sys
 # what glibc's mallopt calls them, and the variables by which a user sets them
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 SET_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
-# A block below this size is kept, and more than this is given back only from the end of the heap:
-# a process may keep its peak. The smaller is the largest that glibc below 2.35 takes.
+# Blocks of up to so many bytes come from the heap, whose free end is given back only once it is
+# larger than this: a process may keep its peak. The smaller one is the most that glibc accepted
+# before 2.35.
 BYTES_KEPT = (1 << 30, 1 << 25)
 
 

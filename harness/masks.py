@@ -6,7 +6,8 @@ PASCAL VOC. Axes: h w image.
 """
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from einops import rearrange
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
+
+from folders import some_of
 
 VOID = 255  # the number of pixels that are not judged
 TOLERANCE = 0.008  # of the diagonal, by which a boundary may be off
@@ -38,6 +41,22 @@ def read_mask(path: Path) -> np.ndarray:
         if getattr(error, "filename", None):  # of a file that cannot be opened
             raise
         raise ValueError(f"cannot decode {path}: {error}") from error  # Pillow's, of damaged files
+
+
+def read_names(path: Path) -> list[str]:
+    """Return the names that a data set's list has. Raises ValueError where it is no text."""
+    try:
+        return path.read_text("utf-8-sig").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no list of names: need text in UTF-8") from error
+
+
+def require_each_name_once(images: Sequence[Path], folder: Path, what: str) -> None:
+    """Raise ValueError where two images, which `what` calls so, would have one mask."""
+    counts = Counter(path.stem for path in images)
+    twice = [f"{name}.*" for name, num in counts.items() if num > 1]
+    if twice:
+        raise ValueError(f"need one {what} of each name in {folder}, got more of {some_of(twice)}")
 
 
 def require_same_size(mask: np.ndarray, path: Path, image: Tensor) -> None:

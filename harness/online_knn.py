@@ -136,13 +136,15 @@ class OnlineKnn:
     def evaluate(self, step: int, model: nn.Module, monitor: Monitor) -> dict:
         """Measure the teacher after a step, log and print it, and return the run's metrics."""
         copy_buffers_of_main(model)
-        features, *labels_and_test = self._features(model)
-        figure = "knn_top1" if labels_and_test else "rankme"
+        (features, labels), *test = self._features(model)
+        figure = "knn_top1" if self.has_classes else "rankme"
         measured: dict[str, float] = {}
-        if labels_and_test:
-            measured["knn_top1"] = self.knn_accuracy(features, *labels_and_test, ks=(20,))[20][0]
+        if self.has_classes:
+            test_features, test_labels = test[0]
+            compared = (features, labels, test_features, test_labels)
+            measured["knn_top1"] = self.knn_accuracy(*compared, ks=(20,))[20][0]
             if self.probe_interval and self._is_time(step, self.probe_interval):
-                measured["probe_top1"] = probe_accuracy(features, *labels_and_test)
+                measured["probe_top1"] = probe_accuracy(*compared)
         measured |= quality_figures(features)
         kept = {"knn_step": step}
         untrained = f"{figure}_untrained"
@@ -176,8 +178,8 @@ class OnlineKnn:
         where = "README.md: When it does not learn"
         return f"{name} of before training since step {since:,}; {remedy} ({where})"
 
-    def _features(self, model: nn.Module) -> list[Tensor]:
-        """Return the teacher's features of the memory and, with classes, what else k-NN takes.
+    def _features(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Return the teacher's features and the labels of the memory and, with classes, the test.
 
         In eval mode meanwhile. A collective.
         """
@@ -186,7 +188,7 @@ class OnlineKnn:
         model.eval()
         # eager, since each of its batch sizes would be compiled anew
         with torch.compiler.set_stance("force_eager"), accelerator.autocast():
-            tensors = features_of_splits(
+            features = features_of_splits(
                 teacher_features,
                 self.splits,
                 self.preparation,
@@ -195,4 +197,4 @@ class OnlineKnn:
                 num_workers=self.run.config.data.num_workers,
             )
         model.train()
-        return tensors if self.has_classes else tensors[:1]  # less labels that say nothing
+        return features

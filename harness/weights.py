@@ -229,7 +229,9 @@ def weights_of(file: WeightsFile, role: Role) -> Weights:
         text = str(error)
         raise ValueError(text if str(file.path) in text else f"{file.path} {text}") from error
     if not any(key.startswith("backbone.") for key in found.tensors):
-        return _check_kinds(Weights(found.tensors, {}, tuple(notes)), file.path)
+        weights = Weights(found.tensors, {}, tuple(notes))
+        _check_kinds(weights, file.path)
+        return weights
     parts: dict[str, Tensors] = {"backbone": {}, "head": {}, "projection_head": {}}
     for key, tensor in found.tensors.items():
         part, _, name = key.partition(".")
@@ -243,9 +245,12 @@ def weights_of(file: WeightsFile, role: Role) -> Weights:
         notes.append(f"left out of the head: {counted(others)}")
         head = {key: tensor for key, tensor in head.items() if key not in others}
     weights = Weights(backbone.tensors, head, (*notes, *backbone.notes))
-    last = _check_kinds(weights, file.path).head.get("last_layer.weight")
-    if parts["projection_head"] and last is not None and _has_weight_norm(file):
-        head.setdefault("last_layer.gain", torch.ones(len(last), 1))  # ours leaves out a fixed one
+    _check_kinds(weights, file.path)
+    last_layer = head.get("last_layer.weight")
+    is_ours = bool(parts["projection_head"])  # which leaves out a gain that is fixed at 1
+    lacks_gain = last_layer is not None and "last_layer.gain" not in head
+    if is_ours and lacks_gain and _has_weight_norm(file):
+        head["last_layer.gain"] = torch.ones(len(last_layer), 1)
     return weights
 
 
@@ -270,8 +275,8 @@ def _tensors_of(file: WeightsFile, role: Role) -> tuple[Tensors, list[str]]:
     return tensors, notes
 
 
-def _check_kinds(weights: Weights, path: Path) -> Weights:
-    """Return weights as they are. ValueError where a tensor is of another kind than weights are."""
+def _check_kinds(weights: Weights, path: Path) -> None:
+    """Raise ValueError where a tensor is of another kind than weights are."""
     for key, tensor in (weights.backbone | weights.head).items():
         if not tensor.is_floating_point() and not key.endswith(INTEGERS):
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -279,7 +284,6 @@ def _check_kinds(weights: Weights, path: Path) -> Weights:
     last = weights.head.get("last_layer.weight")
     if last is not None and last.ndim == 0:
         raise ValueError(f"{path}: need a matrix last_layer.weight, got a number")
-    return weights
 
 
 def networks_in(file: WeightsFile) -> dict[str, Tensors]:

@@ -243,10 +243,15 @@ def test_wrong_flags_are_one_line(tmp_path: Path, tiny_run: Path, script) -> Non
         (("--out", tmp_path / "none" / "f.npy"), "no such folder for the features"),
         (("--out", tmp_path / "f.csv", "--tokens", "patch"), "need .safetensors or .npy"),
         (("--out", f, "--near-duplicates", 1.5), "from -1 to below 1, got 1.5"),
-        (("--out", f, "--tokens", "patch", "--near-duplicates", 0.9), "one vector an image"),
+        (
+            ("--out", f, "--tokens", "patch", "--near-duplicates", 0.9),
+            "compares images by one vector",
+        ),
         (("--out", f, "--val", tmp_path), "not with --val"),
         (("--out", f, "--tokens", "concat"), "needs a ViT"),
         (("--out", tiny_run / "ckpt.safetensors"), "which a run saved"),
+        (("--out", f, "--batch-size", 0), "need --batch-size > 0, got 0"),
+        (("--out", f, "--num-workers", -1), "need --num-workers >= 0"),
     ):
         result = script("embed", tiny_run, *flags)
         assert result.returncode == 2 and said in result.stderr

@@ -218,8 +218,10 @@ def test_copydays_blocks_and_groups_are_those_of_the_names(tmp_path: Path) -> No
     images, groups = open_copydays(write_copydays(tmp_path))
     assert list(images) == ["original", "strong", "jpegqual 3", "jpegqual 15"]
     assert groups["strong"].tolist() == groups["original"].tolist() == [2000, 2001, 2002, 2003]
+    (tmp_path / "strong" / "._200000.jpg").write_bytes(b"")  # as macOS leaves them
+    assert len(open_copydays(tmp_path)[1]["strong"]) == 4
     (tmp_path / "strong" / "cat.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"need names like 200001\.jpg in .*strong, got"):
+    with pytest.raises(ValueError, match=r"names like 200001\.jpg in .*strong, got cat\.jpg"):
         open_copydays(tmp_path)
     with pytest.raises(ValueError, match=r"need original/ and strong/, .* got none"):
         open_copydays(tmp_path / "strong")
@@ -241,6 +243,7 @@ def test_own_images_and_copydays_are_evaluated(script, tiny_run: Path, tmp_path:
     assert {of_name["queries"] for of_name in found["copies"].values()} == {6}
     assert found["copies"]["JPEG quality 75"]["map"] > found["copies"]["JPEG quality 3"]["map"] / 2
     folder = write_copydays(tmp_path / "copydays")
+    few = folder / "original"
     flags = ["--copydays", folder, "--json-out", answer, "--whitening", more]
     result = script("eval_copies", file, *flags)
     assert result.returncode == 0, result.stderr
@@ -255,8 +258,11 @@ def test_own_images_and_copydays_are_evaluated(script, tiny_run: Path, tmp_path:
         (("--data", more, "--distractors", more), "need other images for --distractors"),
         (("--distractors", more, "--whitening", more), "need other images for --whitening"),
         (("--whitening", tmp_path / "gone"), f"folder: {tmp_path}/gone; need --whitening"),
+        (("--whitening", few), "need more images for --whitening than"),
     ):
-        result = script("eval_copies", file, *flags)
+        with pytest.MonkeyPatch.context() as patch:  # found before any features are computed
+            patch.setattr(eval_copies, "extract", None)
+            result = script("eval_copies", file, *flags)
         assert result.returncode == 2 and said in result.stderr.replace(" or file", "")
         assert result.stderr.count("\n") == 1
 

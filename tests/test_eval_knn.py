@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from data import ImageDataset, permutation
 from eval_knn import knn_accuracy
+from harness import evaluation
 from harness.evaluation import extract_features
 
 
@@ -193,6 +194,9 @@ def test_data_of_another_kind_or_without_classes_is_refused(
         result = script("eval_knn", tiny_run / "ckpt.safetensors", flag, out)
         assert result.returncode == 2
         assert f"no such folder for the {said}" in result.stderr
+        result = script("eval_knn", tiny_run / "ckpt.safetensors", flag, tmp_path)
+        assert result.returncode == 2
+        assert f"need a file for the {said}, got the folder {tmp_path}" in result.stderr
     for data, said in (
         (tmp_path, "no class folders"),
         (tmp_path / "none", "NEW with their place, if the images were moved"),
@@ -200,6 +204,18 @@ def test_data_of_another_kind_or_without_classes_is_refused(
         result = script("eval_knn", tiny_run / "ckpt.safetensors", "--data", data)
         assert result.returncode == 2 and said in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_disk_that_is_full_costs_the_file_and_not_the_table(
+    tmp_path: Path, tiny_run: Path, script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluation, "write_whole", fail)
+    result = script("eval_knn", tiny_run, "--json-out", tmp_path / "out.json", "--ks", 3)
+    assert result.returncode != 0 and "No space left" in result.stderr
+    assert "weighted k-NN" in result.stdout and "RankMe" in result.stdout
 
 
 def test_few_labels_equal_brute_force(tmp_path: Path, tiny_run: Path, script) -> None:

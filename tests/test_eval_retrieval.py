@@ -250,7 +250,7 @@ def test_other_pickles_are_refused_in_one_line(landmarks: Path, tiny_run: Path, 
         (b"hello", "no ground truth"),
         (landmarks.read_bytes()[:-40], "no ground truth"),
         (pickle.dumps({"imlist": []}), "lacks 'qimlist'"),
-        (pickle.dumps(whole | {"gnd": whole["gnd"][:2]}), "an answer a query, got 2 and 3"),
+        (pickle.dumps(whole | {"gnd": whole["gnd"][:2]}), "an answer for each query, got 2 and 3"),
         (pickle.dumps(whole | {"gnd": [answer] * 3}), "need rows of its 12 images"),
         (pickle.dumps(whole | {"gnd": [answer | {"easy": ["a"]}] * 3}), "need rows of its"),
         (pickle.dumps(whole | {"imlist": ["gone"] * 12}), "12 of 15 images are not in"),
@@ -264,6 +264,7 @@ def test_other_pickles_are_refused_in_one_line(landmarks: Path, tiny_run: Path, 
         (("--gem-power", 0), "need --gem-power > 0"),
         (("--gem-power", "inf"), "need --gem-power > 0 and <= 16, got inf"),
         (("--image-size", 0), "need --image-size > 0"),
+        (("--image-size", 512), "--image-size is for --ground-truth"),
     ):
         result = script("eval_retrieval", tiny_run, *flags)
         assert result.returncode == 2 and said in result.stderr

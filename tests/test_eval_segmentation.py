@@ -215,6 +215,12 @@ def test_splits_are_found_named_listed_or_a_tenth(pairs: Path, tmp_path: Path) -
     train, test = read_splits(pairs / "train", None, notes)
     assert [int(pair.image.stem) for pair in test] == np.flatnonzero(held_out(8)).tolist()
     assert len(train) + len(test) == 8
+    beside = tmp_path / "beside"  # images to train on, and a folder of others to test on
+    shutil.copytree(pairs / "train", beside)
+    shutil.copytree(pairs / "val", beside / "test")
+    train, test = read_splits(beside, None, notes)
+    assert {pair.image.parent for pair in train} == {beside / "images"}
+    assert {pair.image.parent for pair in test} == {beside / "test" / "images"}
     voc = tmp_path / "VOC2012"
     shutil.copytree(pairs / "train" / "images", voc / "JPEGImages")
     shutil.copytree(pairs / "train" / "masks", voc / "SegmentationClass")
@@ -239,7 +245,16 @@ def test_wrong_input_is_one_line(pairs: Path, vit: Path, tmp_path: Path, script:
     shutil.copytree(pairs / "train", tmp_path / "void")
     for path in (tmp_path / "void" / "masks").iterdir():
         Image.new("L", (SIZE, SIZE), 255).save(path)
+    shutil.copytree(pairs / "train", tmp_path / "twice")
+    shutil.copy(tmp_path / "twice" / "images" / "3.jpg", tmp_path / "twice" / "images" / "3.png")
+    lists = tmp_path / "encoded" / "ImageSets" / "Segmentation"
+    shutil.copytree(pairs / "train", tmp_path / "encoded")
+    lists.mkdir(parents=True)
+    for name in ("train", "val"):
+        (lists / f"{name}.txt").write_text("0\n1\n", "utf-16")
     for flags, said in (
+        (("--data", tmp_path / "twice"), "need one image of each name in"),
+        (("--data", tmp_path / "encoded"), "train.txt is no list of names: need text in UTF-8"),
         (("--data", tmp_path / "alone"), "need folders images and masks"),
         (("--data", tmp_path / "apart"), "with a PNG of the same name"),
         (("--data", tmp_path / "small"), "need a mask of 48 x 48 px"),

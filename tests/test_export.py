@@ -362,10 +362,16 @@ def test_wrong_places_are_refused(tmp_path: Path, script: Callable) -> None:
     source = tmp_path / "ckpt.safetensors"
     save_checkpoint(source, build(SMALL), {})
     before = source.read_bytes()
-    for out in (source, tmp_path / "a.pth", tmp_path / "none" / "a.safetensors"):
+    (tmp_path / "folder.safetensors").mkdir()
+    for out, said in (
+        (source, f"need another file than {source}, which a run saved or the weights are from"),
+        (tmp_path / "a.pth", f"need a file that ends in .safetensors, got {tmp_path}/a.pth"),
+        (tmp_path / "none" / "a.safetensors", f"no such folder for the weights: {tmp_path}/none"),
+        (tmp_path / "folder.safetensors", "need a file that ends in .safetensors, got"),
+    ):
         result = script("export", source, out)
         assert result.returncode == 2
-        assert result.stderr.startswith("error: need a new file in .safetensors, in a folder")
+        assert result.stderr.startswith(f"error: {said}") and result.stderr.count("\n") == 1
     assert source.read_bytes() == before
     source = tmp_path / "ckpt-epoch-2.safetensors"
     source.write_bytes(before)
@@ -373,7 +379,7 @@ def test_wrong_places_are_refused(tmp_path: Path, script: Callable) -> None:
     for out in (tmp_path / "ckpt.safetensors", source):  # of one run
         result = script("export", tmp_path, out)
         assert result.returncode == 2
-        assert f"need a new file in .safetensors: {out} is what a run saved" in result.stderr
+        assert f"need another file than {out}, which a run saved" in result.stderr
         assert out.read_bytes() == before
     assert script("export", tmp_path / "b.pth", tmp_path / "a.safetensors").stderr == (
         f"error: no such checkpoint: {tmp_path / 'b.pth'}\n"

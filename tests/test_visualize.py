@@ -328,6 +328,10 @@ def test_wrong_input_is_one_line_and_code_2(
         ((vit, photo, "--query", tmp_path / "none.jpg"), "no such photo"),
         ((vit, photo, "--video", "gif"), "need a folder of frames"),
         ((vit, "patterns", "--video", "gif", "--kind", "crops"), "a video shows"),
+        (
+            (vit, "patterns", "--video", "gif", "--kind", "attention", "pca"),
+            "a video shows one --kind, got attention pca",
+        ),
         ((vit, photo, "--size", "0"), "need --size > 0, got 0"),
         ((vit, photo, "--mass", "1.5"), "need --mass > 0 and <= 1, got 1.5"),
         ((vit, half_split), f"need {half_split}/val to take that split, or --no-splits"),
