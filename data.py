@@ -31,7 +31,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from folders import Found, find_images, in_one_form, is_list, some_of
+from folders import EVALUATES_ON, NO_CLASSES, Found, find_images, in_one_form, is_list, some_of
 from multicrop import CropConfig, MultiCrop, hash_keys, uniforms
 from pixels import (
     ImageFacts,
@@ -470,8 +470,8 @@ def _found_set(
         require_source(val, "--val")
         of_val = find(val, known_classes=() if names is None else names.tolist())
         test = of_val.test or of_val.train
-        notes = [note for note in notes if not note.startswith("evaluates on ")]
-        notes += [f"evaluates on {val}", *(f"{val}: {note}" for note in of_val.notes)]
+        notes = [note for note in notes if not note.startswith(EVALUATES_ON)]
+        notes += [f"{EVALUATES_ON} {val}", *(f"{val}: {note}" for note in of_val.notes)]
     found = train
     if split == "test" and test is not None:
         found = test
@@ -583,7 +583,7 @@ def build_dataset(
     dataset.channels = channels
     if split != "train" and dataset.labels is None:
         source = val if split == "test" and val is not None else data
-        start = "no classes" if source == data else f"{val}: no classes"
+        start = NO_CLASSES if source == data else f"{val}: {NO_CLASSES}"
         why = next((note for note in dataset.notes if note.startswith(start)), "")
         why = why.removeprefix(f"{val}: ")
         reason = f"no class folders in the {split} images of {source}"

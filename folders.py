@@ -521,6 +521,10 @@ def _read_columns(data: Path, text: str) -> tuple[list[str], list[str] | None, l
 
 # ---------------------------------------------------------------- splits and classes
 
+# how notes begin by which data.py finds them
+NO_CLASSES = "no classes"
+EVALUATES_ON = "evaluates on"
+
 
 class Found(NamedTuple):
     """The images of a split, and the class of each where they have classes."""
@@ -638,7 +642,7 @@ def find_images(
     test_layout = _enter(splits[kind], take_splits=False, known_classes=known)
     test = _with_classes(test_layout, known)
     notes += [note for note in test_layout.notes if note not in notes]
-    notes += [f"trains on {names_of_splits['train']}", f"evaluates on {names_of_splits[kind]}"]
+    notes += [f"trains on {names_of_splits['train']}", f"{EVALUATES_ON} {names_of_splits[kind]}"]
     alone = set(layout.tops()) - {names_of_splits["train"], names_of_splits[kind]}
     notes += _left_alone(layout, alone)
     return FoundSplits(train, test, notes)
@@ -668,10 +672,10 @@ def _splits_of_list(listing: _Listing, known_classes: Collection[str]) -> FoundS
     kind = next((kind for kind in ("val", "test") if kind in found), None)
     notes = list(listing.notes)
     for used in ["train"] if kind is None else ["train", kind]:
-        layouts[used].note_unlabelled("no classes")
+        layouts[used].note_unlabelled(NO_CLASSES)
         notes += [note for note in layouts[used].notes if note not in notes]
     if kind is not None:
-        notes += ["trains on train", f"evaluates on {kind}"]
+        notes += ["trains on train", f"{EVALUATES_ON} {kind}"]
     if kind == "val" and "test" in found:
         notes.append(f"left alone: test ({number_of(len(found['test'].images), 'image')})")
     train = found["train"] if known_classes else _without_one_class(found["train"], notes)
@@ -720,7 +724,7 @@ def _enter(layout: _Layout, take_splits: bool, known_classes: Collection[str] = 
             entered.notes.pop()  # of folders in each other, the innermost says all
         entered.notes.append(f"entered {_shown(entered.place)}")
         if is_of_images:
-            entered.notes.append(f"no classes: all images lie in one folder, {folders[0]}")
+            entered.notes.append(f"{NO_CLASSES}: all images lie in one folder, {folders[0]}")
         layout = entered
 
 
@@ -807,12 +811,12 @@ def _with_classes(layout: _Layout, known_classes: Collection[str] = ()) -> Found
         if "" in folders:
             num_above = tops.count("")
             above = f"{number_of(num_above, 'image')} beside them"
-            layout.notes.append(f"no classes: {some_of(sorted(folders - {''}))} have {above}")
+            layout.notes.append(f"{NO_CLASSES}: {some_of(sorted(folders - {''}))} have {above}")
             return layout.found(None)
         if _is_of_camera(layout, folders):
-            layout.notes.append(f"no classes: {some_of(sorted(folders))} are a camera's folders")
+            layout.notes.append(f"{NO_CLASSES}: {some_of(sorted(folders))} are a camera's folders")
             return layout.found(None)
-    layout.note_unlabelled("no classes" if folders == {""} else "folders are taken for classes")
+    layout.note_unlabelled(NO_CLASSES if folders == {""} else "folders are taken for classes")
     classes = given or tops
     found = layout.found(None if folders == {""} and given is None else classes)
     return found if known_classes else _without_one_class(found, layout.notes)
@@ -822,5 +826,5 @@ def _without_one_class(found: Found, notes: list[str]) -> Found:
     """Return images without their class where all have the same, and note that."""
     if found.classes is None or len(set(found.classes.tolist())) > 1:
         return found
-    notes.append(f"no classes: all images are of one, {_shown(found.classes[0])}")
+    notes.append(f"{NO_CLASSES}: all images are of one, {_shown(found.classes[0])}")
     return found._replace(classes=None)

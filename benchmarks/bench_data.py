@@ -5,7 +5,8 @@
     python benchmarks/bench_data.py FOLDER --crops 32 16 4 --canvas 32    # of small images
 
 The host part is what a loader's worker does: decode and resize to the canvas here, decode and cut
-all crops there. The whole is decoding and multi-crop, 2 of 224 and 8 of 96 px without --crops.
+all crops there. The whole is decoding and multi-crop, 2 of 224 and 8 of 96 px without --crops; from
+memory it is what a run does after its first epoch, where memory holds all canvases.
 lightly and lightly-train are measured beside it where they are installed. The detail that a canvas
 keeps is the mean absolute Laplacian of its crops, by that of the same boxes of the images.
 """
@@ -34,6 +35,7 @@ from data import (
     to_canvas,
 )
 from harness.command import run_command
+from harness.decoded_once import DecodedOnce
 from harness.distributed import has_compiler
 from harness.flags import is_installed
 from harness.freed_memory import keep_freed_memory
@@ -177,6 +179,8 @@ def main() -> None:
     variants = {name: partial(cut_all, dataset) for name, dataset in theirs.items()}
     for size in options.canvas:
         variants[f"ours, canvas {size}"] = partial(crop_all, ours(size))
+        in_memory = DecodedOnce(ours(size), size, channels=3)
+        variants[f"ours, canvas {size}, from memory"] = partial(crop_all, in_memory)
     seconds = measure.in_turn(variants, options.rounds)
     title = f"decoding and multi-crop on {device.type}, images/s"
     report(title, seconds, options, machine, num)
