@@ -391,12 +391,14 @@ def epochs_that_fit(config: Config) -> int:
         sys.exit(128 + run.stop_signal)
     seconds_a_step, waited_a_step = run.agreement.gather(run.seconds_a_step(outcome.step))[0]
     minutes = config.optim.minutes
-    first_epoch = later_epoch = seconds_a_step * run.steps_per_epoch
+    seconds = 60 * minutes / run.steps_per_epoch  # for the first steps of all epochs, and so on
     speed = f"at {seconds_a_step:.3g} s a step"
-    if run.decodes_once:
-        later_epoch -= waited_a_step * run.steps_per_epoch
-        speed += f", then {seconds_a_step - waited_a_step:.3g} s from memory"
-    epochs = max(1, round(1 + (60 * minutes - first_epoch) / later_epoch))
+    num_epochs = seconds / seconds_a_step
+    if num_epochs > run.epochs_of_decoding:  # the others do not wait for data
+        seconds_from_memory = seconds_a_step - waited_a_step
+        num_epochs = (seconds - run.epochs_of_decoding * waited_a_step) / seconds_from_memory
+        speed += f", then {seconds_from_memory:.3g} s from memory"
+    epochs = max(1, round(num_epochs))
     text = f"{in_epochs(epochs)} of {run.steps_per_epoch:,} steps"
     run.accelerator.print(f"--minutes {minutes:g}: {text}, {speed}")
     return epochs

@@ -45,6 +45,7 @@ from harness.evaluation import (
     open_backbone,
     open_training_images,
     report,
+    write_results,
 )
 from harness.feature_maps import feature_map
 from harness.flags import check_ranges
@@ -341,8 +342,9 @@ def main() -> None:
     facts |= {"num_train": len(names), "num_test": 0, "features": embedded.features.shape[-1]}
     if options.near_duplicates is not None:
         results["near_duplicates"] = report_duplicates(extracted.features, names, options)
-    report(facts, None, results, evaluation.json_out)
+    report(facts, None)
     print(f"{printable_name(options.out)}: {images_per_second:,.1f} images/s")
+    write_results(evaluation.json_out, facts, results)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from harness.evaluation import (
     open_training_images,
     report,
     size_facts,
+    write_results,
 )
 from harness.feature_maps import sizes_named
 from harness.feature_quality import evenly
@@ -505,7 +506,8 @@ def main() -> None:
     facts, table, results = evaluate(options, accelerator)
     accelerator.end_training()
     if accelerator.is_main_process:
-        report(facts, table, results, options.evaluation.json_out)
+        report(facts, table)
+        write_results(options.evaluation.json_out, facts, results)
 
 
 if __name__ == "__main__":

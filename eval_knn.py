@@ -37,6 +37,7 @@ from harness.evaluation import (
     open_training_images,
     report,
     size_facts,
+    write_results,
 )
 from harness.feature_quality import evenly
 from harness.few_labels import (
@@ -172,7 +173,9 @@ def print_rank(network: FrozenBackbone, options: EvalConfig, accelerator: Accele
     )
     accelerator.end_training()
     if accelerator.is_main_process:
-        report(network.facts | size_facts(features), None, {}, options.json_out)
+        facts = network.facts | size_facts(features)
+        report(facts, None)
+        write_results(options.json_out, facts, {})
 
 
 # ---------------------------------------------------------------- main
@@ -193,9 +196,9 @@ def check_flags(options: KnnConfig) -> None:
 
 
 def table_of(accuracies: Accuracies, num_train: int, num_classes: int) -> Table:
-    """Return a table of knn_accuracy: a line for each k, of which one at most is above num_train.
+    """Return a table of knn_accuracy: a line for each k up to `num_train`, the number of images.
 
-    More neighbours than images are all of them.
+    If all are larger: for the smallest alone, which then takes all images.
     """
     table = Table("k", "top-1 %", title="weighted k-NN")
     if num_classes > 5:  # else any guess is among the five
@@ -238,7 +241,7 @@ def main() -> None:
     facts = network.facts | size_facts(train_features, test_features)
     num_classes = num_classes_of(train_labels, test_labels)
     table = table_of(accuracies, len(train_features), num_classes)
-    report(facts, table, results, evaluation.json_out)
+    report(facts, table)
     if few_labels.shots:
         table = table_of_shots(results["shots"], options.ks)
         table.caption = caption_of_shots(train_labels, few_labels)
@@ -246,6 +249,7 @@ def main() -> None:
     if options.features_out is not None:
         names = ("train_features", "train_labels", "test_features", "test_labels")
         save_tensors(options.features_out, dict(zip(names, compared, strict=True)), {})
+    write_results(evaluation.json_out, facts, results)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from harness.evaluation import (
     open_splits,
     report,
     size_facts,
+    write_results,
 )
 from harness.few_labels import (
     ShotsConfig,
@@ -161,8 +162,8 @@ def train_on_crops(
     processes, which share the images of a step.
     """
     device = accelerator.device
-    # A crop may show 0.08 of an image: canvases are larger than the crops, as 384 px is for 224,
-    # the usual ones, but not above 384 px, where that is no less than a crop.
+    # A crop may show as little as 0.08 of an image, so canvases are larger than crops: 384 px for
+    # 224, in that proportion for others, at most 384 or the crop's own size.
     canvas_size = max(size, min(384, round(size * 384 / 224)))
     images = dataset.as_canvases(canvas_size)
     memory = ImageMemory(is_wanted=True, num_workers=config.evaluation.num_workers)
@@ -459,7 +460,7 @@ def main() -> None:
     results |= evaluated.classes
     if evaluated.shots:
         results["shots"] = evaluated.shots
-    report(evaluated.facts, table, results, options.evaluation.json_out)
+    report(evaluated.facts, table)
     print(f"best: {accuracies[best][0]:.2f} % with {best:g}, chosen on the test images")
     if "chosen_lr" in evaluated.facts:
         chosen = evaluated.facts["chosen_lr"]
@@ -469,6 +470,7 @@ def main() -> None:
         table = table_of_shots(evaluated.shots)
         table.caption = evaluated.shots_caption
         Console().print(table)
+    write_results(options.evaluation.json_out, evaluated.facts, results)
 
 
 if __name__ == "__main__":

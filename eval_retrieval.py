@@ -45,6 +45,7 @@ from harness.evaluation import (
     report,
     say_notes,
     size_facts,
+    write_results,
 )
 from harness.feature_maps import feature_map, sizes_named
 from harness.flags import check_ranges
@@ -365,7 +366,8 @@ def main() -> None:
     settings = {"pooling": options.pooling, "multiscale": options.multiscale}
     if options.pooling == "gem":
         settings["gem_power"] = options.gem_power
-    report(facts | settings, table, results, options.evaluation.json_out)
+    report(facts, table)
+    write_results(options.evaluation.json_out, facts | settings, results)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from harness.evaluation import (
     open_for_maps,
     report,
     with_levels_of,
+    write_results,
 )
 from harness.feature_maps import (
     class_attention,
@@ -92,8 +93,8 @@ class SegmentationConfig:
     k: int = setting(20, above=0, most=1_000_000)
     # temperature of the votes
     temperature: float = setting(0.07, above=0, most=100)
-    # patches that are remembered, about: as many of each training image, at least one, drawn by
-    # chance
+    # patches that are remembered, about: equally many of each training image, at least one, drawn
+    # by chance
     memory_patches: int = setting(100_000, above=0, most=1_000_000_000)
     # fixes which patches are drawn
     draw_seed: int = setting(0, most=1 << 62)
@@ -412,7 +413,7 @@ def main() -> None:
     print(f"{evaluated.num_memory:,} patches remembered")
     scores = scores_of(evaluated.confusion)
     attention = judged_attention(evaluated.jaccards, network, options.mass)
-    facts = {
+    facts = network.facts | {
         "num_train": len(train),
         "num_test": len(test),
         "features": network.backbone.num_features,
@@ -422,8 +423,9 @@ def main() -> None:
         "memory_patches": evaluated.num_memory,
     }
     results = {"knn": scores, "attention": attention}
-    report(network.facts | facts, table_of(scores, options), results, options.maps.json_out)
+    report(facts, table_of(scores, options))
     say_attention(attention, network)
+    write_results(options.maps.json_out, facts, results)
 
 
 if __name__ == "__main__":

@@ -42,11 +42,11 @@ from harness.evaluation import (
     MapsConfig,
     Preparation,
     check_folder,
-    is_of_run,
     normalized,
     open_for_maps,
     report,
     with_levels_of,
+    write_results,
 )
 from harness.feature_maps import (
     PHOTO_SIDE,
@@ -334,8 +334,8 @@ def check_options(options: VideoConfig, videos: Sequence[Video]) -> None:
             raise ValueError(f"need a folder for --out, got the file {options.out}")
         if not options.out.parent.is_dir():
             raise ValueError(f"no such folder for the masks: {options.out.parent}")
-        if is_of_run(options.out):
-            raise ValueError(f"need another folder for the masks than {options.out}, of a run")
+        if not os.access(options.out if options.out.exists() else options.out.parent, os.W_OK):
+            raise ValueError(f"no masks can be written to {options.out}")
         for video in videos:
             if (options.out / video.name).exists():
                 raise ValueError(f"{options.out / video.name} exists: give another --out")
@@ -414,7 +414,8 @@ def evaluate(options: VideoConfig, accelerator: Accelerator) -> None:
         name: getattr(options, name)
         for name in ("num_frames", "neighbours", "radius", "temperature")
     }
-    report(network.facts | facts | settings, table, results, options.maps.json_out)
+    report(network.facts | facts, table)
+    write_results(options.maps.json_out, network.facts | facts | settings, results)
 
 
 def main() -> None:

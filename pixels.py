@@ -261,7 +261,8 @@ def _read_bands(content: bytes, channels: int) -> np.ndarray:
     if values.ndim == 3 and values.shape[-1] not in wanted and values.shape[0] in wanted:
         values = np.moveaxis(values, 0, -1)
     if values.ndim != 3 or values.shape[-1] not in wanted or not values.size:
-        raise ValueError(f"need an image (h, w, {channels}), got shape {values.shape}")
+        text = f"need an image (h, w, {channels}), got shape {values.shape}"
+        raise ValueError(f"{text}; --channels takes another number of bands")
     return _turned(values, orientation)
 
 
@@ -397,8 +398,6 @@ def _content_of(image: object) -> bytes:
 
 def _reason_of(error: Exception, name: str, content: bytes | None) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        if content is not None and content.startswith(TIFFS):
-            return "it is a TIFF that Pillow does not read; for several bands need --channels"
         return "it is no image that Pillow reads"
     return str(error).replace(repr(name), "").strip(" :") or type(error).__name__
 

@@ -1,4 +1,4 @@
-"""Images stay in memory once they are decoded, where all of them fit: a file is read once a run.
+"""Images stay in memory once they are decoded, where all of them fit: a file is read once per run.
 
 To decode a photograph of 12 megapixels takes a CPU longer than to train on it at 32 px, and a run
 shows it in each epoch. What comes out of decoding is small, and the same each time.
@@ -55,8 +55,10 @@ class DecodedOnce(Dataset):
             return Sample(image, torch.tensor((height, width)), label, epoch, index, index)
         sample = self.dataset[key]
         if sample.source == sample.index:
+            height, width = sample.size.tolist()
             self.images[row] = sample.image.permute(1, 2, 0)
-            self.facts[row] = torch.tensor([*sample.size.tolist(), sample.label, sample.index])
+            self.facts[row, 1:] = torch.tensor([width, sample.label, sample.index])
+            self.facts[row, 0] = height  # last: another worker may read the row meanwhile
         return sample
 
 

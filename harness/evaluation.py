@@ -1,7 +1,8 @@
 """Evaluations of a frozen backbone: open it, prepare images as it knows them, compute features.
 
 To add an evaluation: a script like eval_knn.py, whose main calls read_flags, open_backbone,
-open_splits, features_of_splits and report. Images that cannot be decoded have no row of features.
+open_splits, features_of_splits, report and write_results. Images that cannot be decoded have no row
+of features.
 
 Source: DINO, arXiv 2104.14294, appendix F. Axes: n images, d features, b batch.
 """
@@ -783,8 +784,8 @@ def size_facts(train: Tensor, test: Tensor | None = None) -> dict[str, object]:
     return facts | feature_quality(train)
 
 
-def report(facts: dict, table: Table | None, results: dict, json_out: Path | None) -> None:
-    """Print a line of facts and the table; then write facts and results to `json_out`."""
+def report(facts: dict, table: Table | None) -> None:
+    """Print a line of facts and the table."""
     console = Console()
     step = "" if facts["step"] is None else f" at step {facts['step']:,}"
     images = f"{facts['num_train']:,} images"
@@ -807,5 +808,12 @@ def report(facts: dict, table: Table | None, results: dict, json_out: Path | Non
         )
     if table is not None:
         console.print(table)
-    if json_out is not None:  # last, so that a full disk does not cost what was computed
+
+
+def write_results(json_out: Path | None, facts: dict, results: dict) -> None:
+    """Write facts and results to `json_out`, where it is given.
+
+    The last thing that a script does: a full disk then costs nothing that was computed.
+    """
+    if json_out is not None:
         write_whole(json_out, json.dumps(facts | results, indent=2) + "\n")

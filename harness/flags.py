@@ -457,7 +457,7 @@ def gain_of_bf16(model: ModelConfig, crop_size: int, num_crops: int) -> float:
     )
     if not crashes_in_channels_last(backbone):
         backbone = backbone.to(memory_format=torch.channels_last)
-    if products_are_faster():  # as in training
+    if products_are_faster():  # as in training, unless blocks are compiled
         multiply_for_weight_gradients(backbone)
     return bf16_gain(backbone, crop_size, num_crops)
 

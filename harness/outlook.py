@@ -50,8 +50,10 @@ def introduce(run: Run, monitor: Monitor, student: nn.Module, why_no_knn: str) -
     for note in run.dataset.notes:
         monitor.say(f"data: {note}")
     if run.decodes_once:
-        gib = run.images.num_bytes / 2**30
-        monitor.say(f"data: each image is decoded once, and kept: {gib:.2f} GiB of memory")
+        world = run.accelerator.num_processes
+        gib = run.images.num_bytes * world / 2**30
+        once = "decoded once" if world == 1 else "decoded once by each process"
+        monitor.say(f"data: each image is {once}, and kept: {gib:.2f} GiB of memory")
     if why_no_knn:
         monitor.say(f"no k-NN during training: {why_no_knn}")
     for line in advice_on_stopping(run, has_knn=not why_no_knn) + time_to_stop(run):

@@ -9,6 +9,7 @@ Run.prepare -> build the networks -> run.load -> run.open -> the loop asks what_
 """
 
 import json
+import math
 import re
 import secrets
 import shlex
@@ -223,8 +224,8 @@ class Due(NamedTuple):
 
 # names of a run's numbered copies, and of what a kill left: our temporary files and safetensors'
 NUMBERED_FILE = r"(state|ckpt)-(\d{8}|epoch-\d{4,})\.safetensors"
-# The names of a run's own files while they are written, by it and by safetensors: others, such as
-# features that embed.py writes to the same folder, are not its own.
+# The names of a run's own files while they are written; the last is how safetensors calls any file.
+# Others are left alone, such as a table of features that embed.py writes to the same folder.
 LEFT_BY_A_KILL = r"\.tmp-(config|log|curves|state|ckpt)[^/]*|\.tmp[A-Za-z0-9]{6}"
 
 
@@ -561,18 +562,23 @@ class Run:
         """Return how many passes over the data are done after a step."""
         return step / self.steps_per_epoch
 
+    @property
+    def epochs_of_decoding(self) -> float:
+        """Return in how many epochs of this start, about, a process waits for images to be decoded.
+
+        Where they are kept it is the first for one process. Each of several keeps those that it
+        has seen, which are others in each epoch: as many as processes take as long as all do.
+        """
+        return self.accelerator.num_processes if self.decodes_once else math.inf
+
     def seconds_left(self, step: int, seconds_a_step: float, waited_a_step: float) -> float:
         """Return how long the steps after `step` will take, by the mean of some before.
 
-        Of a step's time it waited `waited_a_step` for data, which is over after the first epoch of
-        this start where images are decoded once.
+        Of a step's time it waited `waited_a_step` for data, which is over once all are in memory.
         """
-        to_take = self.total_steps - step
-        if not self.decodes_once:
-            return to_take * seconds_a_step
-        to_decode = max(0, self.steps_before + self.steps_per_epoch - step)
-        from_memory = max(0, to_take - to_decode)
-        return to_take * seconds_a_step - from_memory * waited_a_step
+        first_from_memory = self.steps_before + self.epochs_of_decoding * self.steps_per_epoch
+        num_from_memory = max(0, self.total_steps - max(step, first_from_memory))
+        return (self.total_steps - step) * seconds_a_step - num_from_memory * waited_a_step
 
     def start_loading(self) -> None:
         """Start the workers that decode this process's batches, from the first step on."""

@@ -20,8 +20,10 @@ set -uo pipefail
 
 run=$1
 shift
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$run/config.yaml" ]; then
-    set --  # a requeued run has all its settings in its folder, with what --minutes came to
+job=${run%/}.job-$SLURM_JOB_ID # tells what this job's run wrote from what was there before
+if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then mkdir -p "$(dirname "$run")" && touch "$job"; fi
+if [ "$run/config.yaml" -nt "$job" ]; then
+    set -- # the run has all its settings in its folder, with what --minutes came to
     start=--resume
 elif [ -f "$run/config.yaml" ] && [[ " $* " != *" --overwrite "* ]]; then
     start=--resume
@@ -40,5 +42,5 @@ srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash
     exec python dino_train.py "$@"' _ "$start" "$run" "$@"
 code=$?
 # 128 + SIGUSR1: stopped and saved, not finished
-if [ "$code" -eq 138 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+if [ "$code" -eq 138 ]; then scontrol requeue "$SLURM_JOB_ID"; else rm -f "$job"; fi
 exit "$code"

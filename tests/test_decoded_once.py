@@ -4,6 +4,7 @@ import multiprocessing
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from conftest import read_log
 from torch.utils.data import DataLoader, Subset
 
 import data
-from data import ImageDataset, Sample, build_dataset, collate
+from data import ImageDataset, Sample, StepSampler, build_dataset, collate
 from harness import decoded_once, outlook
 from harness.decoded_once import DecodedOnce, ImageMemory
 from harness.run import Run
 
 SIDE = 12
+FORKS = multiprocessing.get_context().get_start_method() == "fork"
 
 
 @pytest.fixture
@@ -94,9 +96,19 @@ def test_unreadable_image_is_tried_again_and_its_stand_in_differs_by_epoch(
     assert 0 not in sources and len(sources) > 1
 
 
-@pytest.mark.skipif(
-    multiprocessing.get_context().get_start_method() != "fork", reason="workers are not forked"
-)
+def test_processes_decode_as_long_as_one_would_for_as_many_epochs(dataset: ImageDataset) -> None:
+    """Of 80 images each of two processes has seen a half after one epoch, 3/4 after two, ..."""
+    seen: set[int] = set()
+    num_decoded = 0
+    for epoch in range(12):
+        sampler = StepSampler(80, 4, 0, rank=0, world=2, steps=range(10 * epoch, 10 * epoch + 10))
+        for batch in sampler:
+            num_decoded += sum(index not in seen for _, index in batch)
+            seen |= {index for _, index in batch}
+    assert num_decoded == len(seen) == 80  # as two epochs of its 40 images
+
+
+@pytest.mark.skipif(not FORKS, reason="workers are not forked")
 def test_forked_workers_fill_the_table_of_all(dataset: ImageDataset, decoded: Counter) -> None:
     kept = DecodedOnce(dataset, SIDE, channels=3)
     for batch in DataLoader(kept, 8, num_workers=2, collate_fn=collate):
@@ -176,7 +188,13 @@ def _log(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in measured} for row in read_log(folder)]
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+WITH_WORKERS = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not FORKS, reason="workers are not forked"),
+]
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=WITH_WORKERS)])
 def test_run_is_the_same_and_decodes_each_image_once(
     num_workers: int, script, tiny_flags: list[str], tmp_path: Path, decoded: Counter
 ) -> None:
@@ -205,22 +223,25 @@ def data_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("decodes_once", "steps_before", "step", "expected"),
+    ("decodes_once", "world", "steps_before", "step", "expected"),
     [
-        (False, 0, 5, 25 * 3.0),
-        (True, 0, 5, 5 * 3.0 + 20 * 1.0),  # the rest of the first epoch, then two from memory
-        (True, 0, 10, 20 * 1.0),
-        (True, 0, 25, 5 * 1.0),
-        (True, 15, 16, 9 * 3.0 + 5 * 1.0),  # resumed: an epoch from there
-        (True, 25, 26, 4 * 3.0),  # it ends before all are decoded
-        (True, 0, 30, 0.0),
+        (False, 1, 0, 5, 25 * 3.0),
+        (True, 1, 0, 5, 5 * 3.0 + 20 * 1.0),  # the rest of the first epoch, then two from memory
+        (True, 1, 0, 10, 20 * 1.0),
+        (True, 1, 0, 25, 5 * 1.0),
+        (True, 1, 15, 16, 9 * 3.0 + 5 * 1.0),  # resumed: an epoch from there
+        (True, 1, 25, 26, 4 * 3.0),  # it ends before all are decoded
+        (True, 1, 0, 30, 0.0),
+        (True, 2, 0, 5, 15 * 3.0 + 10 * 1.0),
+        (True, 8, 0, 5, 25 * 3.0),
     ],
 )
-def test_time_to_go_counts_waiting_for_data_in_the_first_epoch_alone(
-    decodes_once: bool, steps_before: int, step: int, expected: float
+def test_time_to_go_counts_waiting_for_data_while_images_are_decoded(
+    decodes_once: bool, world: int, steps_before: int, step: int, expected: float
 ) -> None:
     """Of three epochs of 10 steps, of 3 s, two of which they wait for data."""
     run = Run.__new__(Run)
+    run.accelerator = SimpleNamespace(num_processes=world)
     run.images = DecodedOnce.__new__(DecodedOnce) if decodes_once else None
     run.steps_before, run.steps_per_epoch, run.total_steps = steps_before, 10, 30
     assert run.seconds_left(step, seconds_a_step=3.0, waited_a_step=2.0) == expected

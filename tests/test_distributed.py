@@ -416,24 +416,33 @@ if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.2; fi
 
 
 @pytest.mark.parametrize(
-    ("has_run", "num_restarts", "flags", "expected"),
+    ("written", "num_restarts", "flags", "expected"),
     [
-        (False, "0", "--minutes 9 --lr 1", "--output-dir run --minutes 9 --lr 1"),
-        (False, "1", "--minutes 9", "--output-dir run --minutes 9"),  # stopped before it wrote
-        (True, "0", "--lr 1", "--resume run --lr 1"),
-        (True, "0", "--lr 1 --overwrite", "--output-dir run --lr 1 --overwrite"),
-        (True, "2", "--minutes 9 --config x --overwrite", "--resume run"),
+        ("never", "0", "--minutes 9 --lr 1", "--output-dir run --minutes 9 --lr 1"),
+        ("never", "1", "--minutes 9", "--output-dir run --minutes 9"),
+        ("before", "0", "--lr 1", "--resume run --lr 1"),
+        ("before", "0", "--lr 1 --overwrite", "--output-dir run --lr 1 --overwrite"),
+        ("before", "1", "--lr 1 --overwrite", "--output-dir run --lr 1 --overwrite"),
+        ("by the job", "2", "--minutes 9 --config x --overwrite", "--resume run"),
     ],
 )
 def test_slurm_job_says_what_its_start_is(
-    has_run: bool, num_restarts: str, flags: str, expected: str, tmp_path: Path
+    written: str, num_restarts: str, flags: str, expected: str, tmp_path: Path
 ) -> None:
+    """A job may be requeued before its run has written anything, beside an older run's files."""
     for name, text in (("srun", '#!/bin/sh\necho "$@" > srun.txt\n'), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    if has_run:
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "config.yaml").touch()
+    config, mark = tmp_path / "run" / "config.yaml", tmp_path / "run.job-7"
+    if written != "never":
+        config.parent.mkdir()
+        config.touch()
+    if num_restarts != "0":  # the job's first start left it
+        mark.touch()
+    if written == "before":
+        os.utime(config, (1, 1))
+    if written == "by the job":
+        os.utime(mark, (1, 1))
     job = {
         "SLURM_CPUS_PER_TASK": "1",
         "SLURM_JOB_ID": "7",
@@ -443,6 +452,7 @@ def test_slurm_job_says_what_its_start_is(
     }
     command = ["bash", str(ROOT / "launch" / "slurm.sh"), "run", *flags.split()]
     subprocess.run(command, cwd=tmp_path, env=os.environ | job, check=True)
+    assert not mark.exists()  # the job is over
     words = (tmp_path / "srun.txt").read_text().split()
     assert " ".join(words[words.index("_") + 1 :]) == expected
 
@@ -484,6 +494,7 @@ def test_slurm_job_saves_at_the_warning_requeues_and_goes_on(
     assert again.returncode == 0, again.stdout
     assert "resumed run after step" in again.stdout
     assert (tmp_path / "scontrol.txt").read_text().count("requeue") == 1
+    assert not list(tmp_path.glob("run.job-*"))
     assert [line["step"] for line in read_log(tmp_path / "run")] == list(range(1, 21))
 
 

@@ -213,9 +213,16 @@ def test_disk_that_is_full_costs_the_file_and_not_the_table(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(evaluation, "write_whole", fail)
-    result = script("eval_knn", tiny_run, "--json-out", tmp_path / "out.json", "--ks", 3)
-    assert result.returncode != 0 and "No space left" in result.stderr
-    assert "weighted k-NN" in result.stdout and "RankMe" in result.stdout
+    features = tmp_path / "features.safetensors"
+    flags = ("--json-out", tmp_path / "out.json", "--shots", 1)
+    for name, more, said in (
+        ("eval_knn", ("--features-out", features), "weighted k-NN"),
+        ("eval_linear", ("--epochs", 1), "best: "),
+    ):
+        result = script(name, tiny_run, *flags, *more)
+        assert result.returncode != 0 and "No space left" in result.stderr
+        assert said in result.stdout and "few labels" in result.stdout
+    assert features.exists()
 
 
 def test_few_labels_equal_brute_force(tmp_path: Path, tiny_run: Path, script) -> None:

@@ -503,7 +503,7 @@ def test_file_of_other_channels_is_named_with_its_shape(tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(tmp_path / "a.png")
     cases = {
-        "a.npy": r"a\.npy: need an image \(h, w, 5\), got shape \(9, 7, 4\)",
+        "a.npy": r"a\.npy: need an image \(h, w, 5\), got shape \(9, 7, 4\); --channels takes",
         "a.png": r"a\.png: need an image \(h, w, 5\), got shape \(9, 7, 3\)",
         "text.npy": "need integers or floats, got <U1",
         "objects.npy": "Object arrays cannot be loaded",
