@@ -391,13 +391,15 @@ def epochs_that_fit(config: Config) -> int:
         sys.exit(128 + run.stop_signal)
     seconds_a_step, waited_a_step = run.agreement.gather(run.seconds_a_step(outcome.step))[0]
     minutes = config.optim.minutes
-    seconds = 60 * minutes / run.steps_per_epoch  # for the first steps of all epochs, and so on
     speed = f"at {seconds_a_step:.3g} s a step"
-    num_epochs = seconds / seconds_a_step
-    if num_epochs > run.epochs_of_decoding:  # the others do not wait for data
+    seconds_an_epoch = seconds_a_step * run.steps_per_epoch
+    num_epochs = 60 * minutes / seconds_an_epoch
+    num_decoding = run.epochs_of_decoding
+    if num_epochs > num_decoding:  # the epochs after these do not wait for data
         seconds_from_memory = seconds_a_step - waited_a_step
-        num_epochs = (seconds - run.epochs_of_decoding * waited_a_step) / seconds_from_memory
         speed += f", then {seconds_from_memory:.3g} s from memory"
+        seconds_left = 60 * minutes - num_decoding * seconds_an_epoch
+        num_epochs = num_decoding + seconds_left / (seconds_from_memory * run.steps_per_epoch)
     epochs = max(1, round(num_epochs))
     text = f"{in_epochs(epochs)} of {run.steps_per_epoch:,} steps"
     run.accelerator.print(f"--minutes {minutes:g}: {text}, {speed}")

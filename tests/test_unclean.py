@@ -246,14 +246,16 @@ def test_run_names_each_unreadable_file_once_and_counts_them(
 
 
 @pytest.mark.slow
-def test_file_that_vanishes_during_the_run_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_flags: list[str]
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_file_that_vanishes_during_the_run_is_replaced_unless_it_is_in_memory(
+    is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_flags: list[str]
 ) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(120):
         Image.fromarray(np.roll(colours(16, 16), i, axis=1)).save(folder / f"{i:03}.png")
     flags = [*tiny_flags, "--data", str(folder), *SMALL, "--batch-size", "40", "--epochs", "2"]
+    flags.append("--in-memory" if is_kept else "--no-in-memory")
     seen = []
 
     def remove_one(*args: object) -> float:
@@ -265,8 +267,13 @@ def test_file_that_vanishes_during_the_run_is_replaced(
     check = Monitor.check_finite
     monkeypatch.setattr(Monitor, "check_finite", remove_one)
     result = train(parse_config([*flags, "--output-dir", str(tmp_path / "run")]))
-    assert result["unreadable_images"] == 1
-    (reasons,) = [line["unreadable"] for line in read_log(tmp_path / "run") if "unreadable" in line]
+    assert len(seen) > 4 and not (folder / "007.png").exists()
+    assert result["unreadable_images"] == (0 if is_kept else 1)
+    lines = [line["unreadable"] for line in read_log(tmp_path / "run") if "unreadable" in line]
+    if is_kept:
+        assert not lines
+        return
+    (reasons,) = lines
     assert "007.png: " in reasons[0]
     assert "No such file" in reasons[0]
 
