@@ -332,7 +332,7 @@ def read_pixels(
         image = TF.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
     if isinstance(image, Tensor):
         return Pixels(_of_channels(image, channels), tuple(image.shape[1:]))
-    name, content = _name_of(image), None
+    name = _name_of(image)
     try:
         content = _content_of(image)
         if _is_of_bands(content, channels):
@@ -341,7 +341,7 @@ def read_pixels(
         with _opened(content) as opened:
             return _decode_opened(opened, content, levels, at_least, channels)
     except Exception as error:  # a broken file can make a decoder raise anything
-        raise ValueError(f"cannot decode {name}: {_reason_of(error, name, content)}") from error
+        raise ValueError(f"cannot decode {name}: {_reason_of(error, name)}") from error
 
 
 class ImageFacts(NamedTuple):
@@ -396,7 +396,7 @@ def _content_of(image: object) -> bytes:
     return path.read_bytes()
 
 
-def _reason_of(error: Exception, name: str, content: bytes | None) -> str:
+def _reason_of(error: Exception, name: str) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "it is no image that Pillow reads"
     return str(error).replace(repr(name), "").strip(" :") or type(error).__name__
