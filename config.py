@@ -65,9 +65,9 @@ class DataConfig:
     # workers that decode images, for each process of the run; None: its cores less one, from 1 to
     # 16, or 0 for `patterns`
     num_workers: int | None = setting(None, most=512, may_change=True)
-    # keep images in memory once they are decoded, where all of them take at most a quarter of it,
-    # for all processes of a machine together; workers can share them on Linux with Python < 3.14,
-    # elsewhere it needs --num-workers 0. --no-in-memory: decode them again in each epoch
+    # keep images in memory once they are decoded, where the processes of a machine together need at
+    # most a quarter of its memory for that. Where workers are not forked (macOS, Windows, Python
+    # 3.14) it takes --num-workers 0. --no-in-memory: decode them again in each epoch
     in_memory: bool = setting(True, may_change=True)
 
 
