@@ -430,20 +430,22 @@ def _train(config: Config, lock: FolderLock) -> dict:
     monitor.tracker.finish()
     run.accelerator.end_training()
     is_over = outcome.step >= run.total_steps
-    has_labels = run.dataset.labels is not None or config.data.knn_data is not None
     if isinstance(run, DryRun):
         run.report(monitor.console, outcome.step, outcome.crops, parts.multi_crop)
     elif not is_over:
         monitor.say_how_to_resume(outcome.step)
     if run.stop_signal and not is_over:
         sys.exit(128 + run.stop_signal)
+    has_labels = run.dataset.labels is not None or config.data.knn_data is not None
+    if knn.splits:  # k-NN has looked at what tests, too
+        has_labels = knn.has_classes
     return {
         "folder": str(run.folder),
         "checkpoint": str(run.checkpoint),
         "step": outcome.step,
         "loss": outcome.loss,
         "unreadable_images": len(run.unreadable),
-        "has_labels": knn.has_classes if knn.splits else has_labels,
+        "has_labels": has_labels,
         **outcome.metrics,
     }
 

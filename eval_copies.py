@@ -36,7 +36,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from config import setting
 from data import ImageDataset, Sample, require_source
-from folders import is_hidden, some_of
+from folders import images_in, some_of
 from harness.command import read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
@@ -236,11 +236,7 @@ def open_copydays(folder: Path) -> tuple[dict[str, ImageDataset], dict[str, np.n
     images: dict[str, ImageDataset] = {}
     groups: dict[str, np.ndarray] = {}
     for name, place in blocks.items():
-        paths = sorted(
-            path
-            for path in place.glob("*")
-            if path.suffix.lower() in image_suffixes() and not is_hidden(path.name)
-        )
+        paths = images_in(place, image_suffixes()) if place.is_dir() else []
         others = [path.name for path in paths if not path.stem[:4].isdecimal()]
         if others:
             raise ValueError(f"need names like 200001.jpg in {place}, got {some_of(others)}")

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from config import setting
 from data import held_out, permutation
-from folders import by_numbers, is_hidden, number_of, some_of
+from folders import images_in, number_of, some_of
 from harness.command import own_input, read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
@@ -121,12 +121,7 @@ def pairs_in(folder: Path, notes: list[str]) -> list[Pair]:
     )
     if images is None or masks is None:
         raise ValueError(f"need folders images and masks in {folder}")
-    suffixes = image_suffixes()
-    paths = [
-        path
-        for path in sorted(images.iterdir(), key=lambda path: by_numbers(path.name))
-        if path.suffix.lower() in suffixes and not is_hidden(path.name)
-    ]
+    paths = images_in(images, image_suffixes())
     masks_by_name = {path.stem: path for path in masks.iterdir() if path.suffix.lower() == ".png"}
     pairs = [Pair(path, masks_by_name[path.stem]) for path in paths if path.stem in masks_by_name]
     if not pairs:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import setting
-from folders import by_numbers, is_hidden
+from folders import images_in, is_hidden
 from harness.command import own_input, read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
@@ -135,15 +135,10 @@ def list_frames(folder: Path) -> list[Path]:
     """Return a folder's images, in the order of the numbers in their names."""
     if not folder.is_dir():
         raise ValueError(f"no such folder of frames: {folder}")
-    suffixes = image_suffixes()
-    frames = [
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in suffixes and not is_hidden(path.name)
-    ]
+    frames = images_in(folder, image_suffixes())
     if len(frames) < 2:
         raise ValueError(f"need >= 2 frames in {folder}, got {len(frames)}")
-    return sorted(frames, key=lambda path: by_numbers(path.name))
+    return frames
 
 
 def read_own(folder: Path, mask: Path) -> list[Video]:

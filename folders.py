@@ -92,6 +92,16 @@ def by_numbers(name: str) -> str:
     return re.sub(r"\d+", lambda number: number[0].zfill(20), name)
 
 
+def images_in(folder: Path, image_suffixes: Collection[str]) -> list[Path]:
+    """Return the images that lie in a folder itself, in the order of the numbers in their names."""
+    images = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in image_suffixes and not is_hidden(path.name)
+    ]
+    return sorted(images, key=lambda path: by_numbers(path.name))
+
+
 def number_of(num: int, word: str) -> str:
     """Return `1 image` or `1,200 images`."""
     return f"{num:,} {word}" if num == 1 else f"{num:,} {word}s"

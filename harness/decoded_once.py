@@ -38,11 +38,14 @@ class DecodedOnce(Dataset):
 
     def __init__(self, dataset: Dataset, side: int, channels: int) -> None:
         self.dataset = dataset
-        self.num_bytes = bytes_of(dataset, side, channels)
         # with the channels last, as decoders and `collate` have them
         self.images = _shared_zeros(len(dataset), side, side, channels, dtype=torch.uint8)
         # height, width, label and index of each sample; a height of 0: it is not kept yet
         self.facts = _shared_zeros(len(dataset), 4, dtype=torch.int64)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.images.nbytes
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -62,11 +65,6 @@ class DecodedOnce(Dataset):
         return sample
 
 
-def bytes_of(dataset: Dataset, side: int, channels: int) -> int:
-    """Return what the images of a data set take as squares of `side` pixels."""
-    return len(dataset) * side**2 * channels
-
-
 class ImageMemory:
     """What this process may keep of decoded images, and what it has given away."""
 
@@ -79,12 +77,12 @@ class ImageMemory:
 
     def keep(self, dataset: Dataset, side: int, channels: int) -> Dataset:
         """Return the data set, whose images are kept once they are decoded if they fit."""
-        num_bytes = bytes_of(dataset, side, channels)
+        num_bytes = len(dataset) * side**2 * channels
         if num_bytes > self.bytes_left or _is_decoded(dataset):
             return dataset
         with contextlib.suppress(OSError):  # a system may promise no memory in advance
             kept = DecodedOnce(dataset, side, channels)
-            self.bytes_left -= num_bytes
+            self.bytes_left -= kept.num_bytes
             return kept
         return dataset
 

@@ -136,11 +136,12 @@ class OnlineKnn:
     def evaluate(self, step: int, model: nn.Module, monitor: Monitor) -> dict:
         """Measure the teacher after a step, log and print it, and return the run's metrics."""
         copy_buffers_of_main(model)
-        (features, labels), *test = self._features(model)
+        splits = self._features(model)
+        features, labels = splits[0]
         figure = "knn_top1" if self.has_classes else "rankme"
         measured: dict[str, float] = {}
         if self.has_classes:
-            test_features, test_labels = test[0]
+            test_features, test_labels = splits[1]
             compared = (features, labels, test_features, test_labels)
             measured["knn_top1"] = self.knn_accuracy(*compared, ks=(20,))[20][0]
             if self.probe_interval and self._is_time(step, self.probe_interval):

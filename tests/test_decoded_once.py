@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import read_log
+from conftest import MEASURED, read_log
+from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Subset
 
 import data
@@ -69,8 +71,6 @@ def test_part_of_a_data_set_keeps_its_own_indices(dataset: ImageDataset) -> None
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_that_are_not_square_keep_their_true_size(channels: int, tmp_path: Path) -> None:
-    from PIL import Image
-
     for name, size in (("wide", (40, 20)), ("high", (20, 50))):
         Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
     dataset = build_dataset(str(tmp_path), canvas_size=SIDE, channels=channels)
@@ -184,8 +184,7 @@ def test_images_that_are_drawn_are_in_memory_already(monkeypatch: pytest.MonkeyP
 
 
 def _log(folder: Path) -> list[dict]:
-    measured = ("images_per_second", "data_wait", "peak_memory_gib")
-    return [{k: v for k, v in row.items() if k not in measured} for row in read_log(folder)]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_log(folder)]
 
 
 WITH_WORKERS = [
@@ -212,14 +211,9 @@ def test_run_is_the_same_and_decodes_each_image_once(
     assert "is decoded once" not in result.stdout
     assert _log(tmp_path / "kept") == _log(tmp_path / "plain")
     kept, plain = (tmp_path / name / "ckpt.safetensors" for name in ("kept", "plain"))
-    for name, tensor in data_of(kept).items():
-        assert torch.equal(tensor, data_of(plain)[name]), name
-
-
-def data_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(checkpoint)
+    expected = load_file(plain)
+    for name, tensor in load_file(kept).items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize(
