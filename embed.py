@@ -339,7 +339,7 @@ def main() -> None:
     )
     write_features(options.out, embedded)
     results: dict[str, object] = {"out": str(options.out), "images_per_second": images_per_second}
-    facts |= {"num_train": len(names), "num_test": 0, "features": embedded.features.shape[-1]}
+    facts |= {"num_images": len(names), "features": embedded.features.shape[-1]}
     if options.near_duplicates is not None:
         results["near_duplicates"] = report_duplicates(extracted.features, names, options)
     report(facts, None)

@@ -65,6 +65,7 @@ from tar_shards import as_bytes
 COUNTED = 20  # images that a query finds, as the published protocol has it
 SMALLEST_SHARE = 1e-5  # of the largest eigenvalue: smaller ones are whitened as if they were this
 WHITENING_IMAGES = 20_000  # that whitening is learned from at most: as many as published
+ROWS = 65_536  # of features that are whitened at once
 LARGEST = 1024  # pixels, shorter side of what copies are made of: larger photographs are reduced
 
 
@@ -80,7 +81,8 @@ class CopiesConfig:
     whitening: str | None = None
     # folder of the published copies: original/, strong/, jpegqual/15/ ..., crops/10/ ...
     copydays: Path | None = None
-    # pixels, side of the squares that images are squashed to [paper: 320]; None: as in training
+    # pixels, side of the squares that images are squashed to [paper: 320]; None: the evaluations'
+    # crop
     image_size: int | None = setting(None, above=0, most=4096)
     # fixes where copies are cropped, and what is written on them
     seed: int = setting(0, most=1 << 62)
@@ -114,7 +116,11 @@ def blur(image: Tensor, draws: Sequence[float], percent: float) -> Tensor:
     """Blur by a standard deviation of so many percent of the shorter side."""
     sigma = percent / 100 * min(image.shape[1:])
     radius = min(math.ceil(3 * sigma), min(image.shape[1:]) - 1)
-    return TF.gaussian_blur(image, 2 * radius + 1, sigma)
+    width = 2 * radius + 1
+    # rows, then columns: torchvision's kernel of both takes `width` times as long
+    rows = TF.gaussian_blur(image.float(), [width, 1], sigma)
+    blurred = TF.gaussian_blur(rows, [1, width], sigma)
+    return blurred.round().to(torch.uint8)
 
 
 def rotate(image: Tensor, draws: Sequence[float], degrees: int) -> Tensor:
@@ -275,8 +281,8 @@ def copy_features(backbone: nn.Module) -> Callable[[Tensor], Tensor]:
 class Whitening:
     """What makes all directions of some features equally strong: (features - mean) @ axes."""
 
-    mean: Tensor  # (d,)
-    axes: Tensor  # (d, d)
+    mean: Tensor  # (d,) float64, on the CPU
+    axes: Tensor  # (d, d) float64, on the CPU
 
     @staticmethod
     def require_enough(num_images: int, num_features: int) -> None:
@@ -289,13 +295,18 @@ class Whitening:
     def learn(cls, features: Tensor) -> "Whitening":
         """Learn from features (n, d). As published, the mean stays in what the axes are made of."""
         cls.require_enough(*features.shape)
-        features = features.double()
+        features = features.cpu().double()  # Apple's GPUs have no float64
         values, vectors = torch.linalg.eigh(features.T @ features / len(features))
         values = values.clamp(min=SMALLEST_SHARE * values.max().item())
         return cls(features.mean(dim=0), vectors / values.sqrt())
 
     def __call__(self, features: Tensor) -> Tensor:
-        return (features.double() - self.mean) @ self.axes
+        """Return features (n, d) whitened, float32, on their device."""
+        whitened = torch.empty_like(features, dtype=torch.float32)
+        for start in range(0, len(features), ROWS):  # all at once in float64 may not fit
+            some = features[start : start + ROWS].cpu().double()
+            whitened[start : start + ROWS] = (some - self.mean) @ self.axes
+        return whitened
 
 
 def copy_scores(
@@ -356,16 +367,19 @@ class Extractor:
             self._forward, images, self.accelerator, evaluation.batch_size, evaluation.num_workers
         )
 
-    def require_images_for_whitening(self) -> None:
-        """Raise ValueError where --whitening has too few, before features are computed."""
-        if self.options.whitening is None:
-            return
-        with self.accelerator.local_main_process_first():  # which may have to download
-            images = open_split(self._preparation_of(self.options.whitening), "train")
+    def require_more_images(self) -> None:
+        """Raise ValueError for --distractors or --whitening without images, or with too few.
+
+        Called before features are computed, which takes the time.
+        """
         num_features = self.network.backbone.output_dim
         if is_vit(self.network.backbone):
             num_features *= 2  # class token and patch tokens
-        Whitening.require_enough(min(len(images), WHITENING_IMAGES), num_features)
+        for flag, place in more_images(self.options).items():
+            with self.accelerator.local_main_process_first():  # which may have to download
+                images = open_split(self._preparation_of(place), "train")
+            if flag == "--whitening":
+                Whitening.require_enough(min(len(images), WHITENING_IMAGES), num_features)
 
     def _preparation_of(self, data: str) -> Preparation:
         return replace(
@@ -428,7 +442,7 @@ def evaluate(options: CopiesConfig, accelerator: Accelerator) -> tuple[dict, Tab
     network = open_backbone(evaluation, accelerator)
     check_places(options, network.preparation.data)
     extractor = Extractor(network, options, accelerator)
-    extractor.require_images_for_whitening()
+    extractor.require_more_images()
     known = made_copies if options.copydays is None else published_copies
     database, copies = known(extractor)
     features, groups = database.features, database.rows
@@ -439,10 +453,10 @@ def evaluate(options: CopiesConfig, accelerator: Accelerator) -> tuple[dict, Tab
     whiten = torch.nn.Identity()
     if options.whitening is not None:
         whiten = Whitening.learn(extractor.features_at(options.whitening, WHITENING_IMAGES))
-    searched = F.normalize(whiten(features).float(), dim=1)
+    searched = F.normalize(whiten(features), dim=1)
     scores: dict[str, dict] = {}
     for name, of_copy in copies.items():
-        queries = F.normalize(whiten(of_copy.features).float(), dim=1)
+        queries = F.normalize(whiten(of_copy.features), dim=1)
         scores[name] = copy_scores(queries, of_copy.rows, searched, groups)
     table = Table("copies", "mAP %", "recall at 1 %", title=f"found among {len(features):,} images")
     for name, of_name in scores.items():
@@ -470,8 +484,15 @@ def check_flags(options: CopiesConfig) -> None:
     check_ranges(options)
     if options.copydays is not None and options.evaluation.data is not None:
         raise ValueError("--copydays brings its images: not with --data")
+    if options.copydays is not None:
+        for name in ("num_queries", "seed"):
+            if getattr(options, name) != getattr(CopiesConfig, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is for copies that are made here: not with --copydays")
     if options.evaluation.val is not None:
         raise ValueError("copies are made of --data and need no --val")
+    if not options.evaluation.splits:
+        raise ValueError("copies are made of all images of --data: not with --no-splits")
     for flag, place in more_images(options).items():
         require_source(place, flag)
 
@@ -485,14 +506,22 @@ def more_images(options: CopiesConfig) -> dict[str, str]:
 def check_places(options: CopiesConfig, data: str) -> None:
     """Raise ValueError where images that must be others are those of `data`, or of another flag.
 
-    Among distractors, an image of `data` would be a copy that counts as wrong.
+    Among distractors, an image of `data` would be a copy that counts as wrong. So would those of a
+    folder within another.
     """
-    places = {os.path.abspath(data)}
+    others = [data]
     for flag, place in more_images(options).items():
-        if os.path.abspath(place) in places:
-            text = f"need other images for {flag} than those that are searched"
-            raise ValueError(f"{text}, got {place} for both")
-        places.add(os.path.abspath(place))
+        for other in others:
+            if is_within(place, other) or is_within(other, place):
+                text = f"need other images for {flag} than those that are searched"
+                given = f"{place} for both" if place == other else f"{place} beside {other}"
+                raise ValueError(f"{text}, got {given}")
+        others.append(place)
+
+
+def is_within(place: str, folder: str) -> bool:
+    """Tell whether a path is another one or lies in it, links being followed."""
+    return Path(os.path.realpath(place)).is_relative_to(os.path.realpath(folder))
 
 
 def main() -> None:

@@ -31,7 +31,6 @@ from harness.evaluation import (
     FrozenBackbone,
     check_folder,
     features_of_splits,
-    num_classes_of,
     open_backbone,
     open_splits,
     open_training_images,
@@ -47,6 +46,7 @@ from harness.few_labels import (
     mean_and_spread,
 )
 from harness.flags import check_ranges
+from harness.linear_probe import num_classes_of
 from models import save_tensors
 
 # similarities of one chunk: 64 MiB suit a CPU's caches, 1 GiB a GPU
@@ -246,10 +246,10 @@ def main() -> None:
         table = table_of_shots(results["shots"], options.ks)
         table.caption = caption_of_shots(train_labels, few_labels)
         Console().print(table)
+    write_results(evaluation.json_out, facts, results)  # first: a full disk has room for it
     if options.features_out is not None:
         names = ("train_features", "train_labels", "test_features", "test_labels")
         save_tensors(options.features_out, dict(zip(names, compared, strict=True)), {})
-    write_results(evaluation.json_out, facts, results)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ from harness.evaluation import (
     features_of_splits,
     is_vit,
     layer_features,
-    num_classes_of,
     open_backbone,
     open_splits,
     report,
@@ -53,6 +52,7 @@ from harness.few_labels import (
     mean_and_spread,
 )
 from harness.flags import check_ranges
+from harness.linear_probe import num_classes_of
 from multicrop import boxes_on_canvas, draw_boxes, hash_keys, resized_crops, uniforms
 
 CROP_SCALE = (0.08, 1.0)  # shares of the area that --augment cuts
@@ -120,14 +120,19 @@ class Probes:
 
 
 def train_probes(
-    features: Tensor, labels: Tensor, num_classes: int, lrs: Tensor, config: LinearConfig
+    features: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    num_classes: int,
+    lrs: Tensor,
+    config: LinearConfig,
 ) -> Probes:
-    """Train probes on features (n, d) and labels (n,) that are computed already."""
+    """Train probes on some rows (m,) of features (n, d) and labels (n,) that are computed."""
     probes = Probes(features, num_classes, lrs, config.seed)
     for epoch in range(config.epochs):
-        order = permutation(len(labels), config.seed, epoch)
-        for rows in order.to(labels.device).split(config.probe_batch_size):
-            probes.step(features[rows], labels[rows], epoch / config.epochs)
+        order = permutation(len(rows), config.seed, epoch).to(rows.device)
+        for of_batch in rows[order].split(config.probe_batch_size):
+            probes.step(features[of_batch], labels[of_batch], epoch / config.epochs)
     return probes
 
 
@@ -137,7 +142,8 @@ def random_crops(batch: Sample, size: int, seed: int, device: torch.device) -> T
     Crops are bicubic, the original's bilinear. They depend on seed, epoch and image alone.
     """
     images, sizes, epoch, index = (
-        part.to(device) for part in (batch.image, batch.size, batch.epoch, batch.index)
+        part.to(device, non_blocking=True)
+        for part in (batch.image, batch.size, batch.epoch, batch.index)
     )
     draws = uniforms(hash_keys(seed, epoch, index), 23)
     boxes = draw_boxes(draws[:, :22], sizes, CROP_SCALE)
@@ -181,6 +187,7 @@ def train_on_crops(
         batch_sampler=sampler(range(total_steps)),
         num_workers=config.evaluation.num_workers,
         collate_fn=collate,
+        pin_memory=device.type == "cuda",
     )
     lrs = torch.tensor(config.lrs, device=device) * each * world / 256
     probes = None
@@ -211,12 +218,16 @@ def check_probes(config: LinearConfig) -> None:
 
 
 def fit_probes(
-    train_features: Tensor, train_labels: Tensor, test_labels: Tensor, config: LinearConfig
+    features: Tensor, labels: Tensor, rows: Tensor, num_classes: int, config: LinearConfig
 ) -> Probes:
-    """Train a probe for each of the config's rates, scaled by the batch, on given features."""
-    num_classes = num_classes_of(train_labels, test_labels)
-    lrs = torch.tensor(config.lrs, device=train_features.device) * config.probe_batch_size / 256
-    return train_probes(train_features, train_labels, num_classes, lrs, config)
+    """Train a probe for each of the config's rates, scaled by the batch, on rows of features."""
+    # of fewer images than a batch, too: few images are few steps, which want the large rates
+    lrs = torch.tensor(config.lrs, device=features.device) * config.probe_batch_size / 256
+    return train_probes(features, labels, rows, num_classes, lrs, config)
+
+
+def all_rows(labels: Tensor) -> Tensor:
+    return torch.arange(len(labels), device=labels.device)
 
 
 def linear_accuracy(
@@ -228,7 +239,9 @@ def linear_accuracy(
 ) -> Accuracies:
     """Return the accuracies on the test features (m, d), of a probe for each learning rate."""
     check_probes(config)
-    probes = fit_probes(train_features, train_labels, test_labels, config)
+    num_classes = num_classes_of(train_labels, test_labels)
+    rows = all_rows(train_labels)
+    probes = fit_probes(train_features, train_labels, rows, num_classes, config)
     return accuracies_of(probes, test_features, test_labels, config.lrs)
 
 
@@ -344,7 +357,9 @@ def chosen_lr(features: Tensor, labels: Tensor, config: LinearConfig) -> float:
     """
     order = permutation(len(features), config.seed).to(features.device)
     held_out, rest = order.tensor_split([max(1, len(order) // 10)])
-    probes = fit_probes(features[rest], labels[rest], labels, config)
+    num_classes = num_classes_of(labels, labels)
+    # rows, not their features, which would be copied
+    probes = fit_probes(features, labels, rest, num_classes, config)
     return best_of(accuracies_of(probes, features[held_out], labels[held_out], config.lrs))
 
 
@@ -411,7 +426,9 @@ def evaluate(options: LinearConfig, accelerator: Accelerator) -> Evaluated:
         of_train, of_test = center_crop_features([train_images, test_images])
         train_features, train_labels = of_train
         test_features, test_labels = of_test
-        probes = fit_probes(train_features, train_labels, test_labels, options)
+        num_classes = num_classes_of(train_labels, test_labels)
+        rows = all_rows(train_labels)
+        probes = fit_probes(train_features, train_labels, rows, num_classes, options)
         facts = size_facts(train_features, test_features)
         if len(options.lrs) > 1 and len(train_features) > 1:
             facts["chosen_lr"] = chosen_lr(train_features, train_labels, options)

@@ -14,6 +14,7 @@ Axes: n images, m queries, d features, b batch.
 
 import pickle
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from torchvision.transforms.v2 import functional as TF
 from config import setting
 from data import ImageDataset
 from folders import some_of
-from harness.command import read_flags, run_command
+from harness.command import own_input, read_flags, run_command
 from harness.distributed import make_accelerator
 from harness.evaluation import (
     EvalConfig,
@@ -92,16 +93,22 @@ def retrieval_scores(features: Tensor, labels: Tensor, ks: Sequence[int] = KS) -
     """Return mAP and recall at ks in %, each of n images being searched among all others.
 
     Features are (n, d), labels (n,) int64. Recall at k is the share of the queries that have one of
-    their class among the first k. Images that are alone in their class are no queries.
+    their class among the first k. Images that are alone in their class are no queries. Of images
+    that are equally similar those of other classes come first, so that a network that sees no
+    difference finds nothing; so it is with features that are not finite.
     """
     features = F.normalize(features.float(), dim=1)
     precisions: list[float] = []
     first_places: list[int] = []
     for rows in torch.arange(len(features)).split(max(1, ENTRIES // len(features))):
         similarity = features[rows] @ features.T
+        similarity = similarity.nan_to_num(nan=-2)  # less than any cosine
+        is_same_class = labels == labels[rows][:, None]
+        a_little_less = similarity.nextafter(torch.full_like(similarity, -torch.inf))
+        similarity = torch.where(is_same_class, a_little_less, similarity)
         similarity[torch.arange(len(rows)), rows] = -torch.inf  # the query itself comes last
         order = similarity.argsort(dim=1, descending=True, stable=True)[:, :-1]
-        is_positive = (labels[order] == labels[rows][:, None]).cpu().numpy()
+        is_positive = is_same_class.gather(1, order).cpu().numpy()
         for of_query in is_positive:
             places = np.flatnonzero(of_query)
             if len(places):
@@ -289,7 +296,9 @@ def features_of_images(
 
     def forward(pixels: Tensor) -> Tensor:
         normalised = normalized(pixels, network.preparation)
-        with sizes_named(network.facts["arch"], normalised):
+        # images of --ground-truth differ in size: one process alone may have one that is too small
+        said_by_all = nullcontext() if options.ground_truth is None else own_input()
+        with said_by_all, sizes_named(network.facts["arch"], normalised):
             return features_of(normalised)
 
     workers = options.evaluation.num_workers

@@ -160,12 +160,19 @@ class Seen(NamedTuple):
     mask: np.ndarray  # (h, w) uint8, as large as the file's image
 
 
-def see(pair: Pair, network: FrozenBackbone, size: int) -> Seen:
-    """Read an image as the network sees it, and its mask. ValueError where their sizes differ."""
+def see(pair: Pair, network: FrozenBackbone, size: int, faults: list[str]) -> Seen | None:
+    """Read an image as the network sees it, and its mask.
+
+    None where one of them cannot be read, or their sizes differ: why is added to `faults`.
+    """
     preparation = network.preparation
-    image = decode(os.fsencode(pair.image), preparation.levels, preparation.channels)
-    mask = read_mask(pair.mask)
-    require_same_size(mask, pair.mask, image)
+    try:
+        image = decode(os.fsencode(pair.image), preparation.levels, preparation.channels)
+        mask = read_mask(pair.mask)
+        require_same_size(mask, pair.mask, image)
+    except (OSError, ValueError) as error:
+        faults.append(str(error))
+        return None
     resized = resize_to_patches(image, size, network.backbone)
     device = next(network.backbone.parameters()).device
     return Seen(normalized(resized[None].to(device), preparation), mask)
@@ -187,15 +194,19 @@ def remember(
     network: FrozenBackbone,
     size: int,
     seed: int,
+    faults: list[str],
 ) -> tuple[Tensor, Tensor]:
     """Return features (n, d) and classes (n,) of patches, at most `budget` of each numbered pair.
 
-    Patches none of whose pixels is judged are left out. Both are on the CPU.
+    Patches none of whose pixels is judged are left out, and so are pairs that cannot be used: why
+    is added to `faults`. Both are on the CPU.
     """
     features_of_images: list[Tensor] = []
     classes_of_images: list[Tensor] = []
     for row, pair in pairs:
-        seen = see(pair, network, size)
+        seen = see(pair, network, size, faults)
+        if seen is None:
+            continue
         features, shape = patches_of(seen.pixels, network)
         classes = majority_on_grid(seen.mask, shape).flatten()
         judged = (classes != VOID).nonzero()[:, 0]
@@ -231,9 +242,11 @@ def patch_votes(
 
 def enlarged_classes(shares: Tensor, shape: tuple[int, int], mask_shape: Sequence[int]) -> Tensor:
     """Return the class (h, w) of each pixel of a mask, by the shares (p, c) of a map's patches."""
-    maps = rearrange(shares, "(h w) c -> 1 c h w", h=shape[0])
+    # of all classes, 255 perhaps, a large photograph's would fill gigabytes
+    with_votes = shares.any(dim=0).nonzero()[:, 0]
+    maps = rearrange(shares[:, with_votes], "(h w) c -> 1 c h w", h=shape[0])
     enlarged = F.interpolate(maps, size=tuple(mask_shape), mode="bilinear", align_corners=False)
-    return enlarged[0].argmax(dim=0)
+    return with_votes[enlarged[0].argmax(dim=0)]
 
 
 def confusion_of(true: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
@@ -294,6 +307,25 @@ class Evaluated(NamedTuple):
     confusion: np.ndarray  # (c, c)
     jaccards: list[tuple[float, float]]  # one an image with an object
     num_memory: int
+    num_train: int  # images that could be used
+    num_test: int
+
+
+def joined(parts: Iterable[list]) -> list:
+    return [each for part in parts for each in part]
+
+
+def number_used(num_images: int, faults: list[str], accelerator: Accelerator) -> int:
+    """Return how many images could be used, and say once how many could not.
+
+    Raises ValueError where none could.
+    """
+    if len(faults) == num_images:
+        raise ValueError(faults[0])
+    if faults:
+        what = f"{number_of(len(faults), 'image')} with masks, the first because: {faults[0]}"
+        accelerator.print(f"warning: left out, {printable_name(what)}")
+    return num_images - len(faults)
 
 
 def _with_progress(items: list, text: str, accelerator: Accelerator) -> Iterable:
@@ -313,19 +345,26 @@ def evaluate(
     rank, world = accelerator.process_index, accelerator.num_processes
     budget = max(1, options.memory_patches // len(train))
     own_train = _with_progress(list(enumerate(train))[rank::world], "memory", accelerator)
+    faults: list[str] = []
     with own_input():
-        own_memory = remember(own_train, budget, network, size, options.draw_seed)
-    parts = gather_object([own_memory])
-    memory, classes = (torch.cat(x).to(accelerator.device) for x in zip(*parts, strict=True))
+        own_memory = remember(own_train, budget, network, size, options.draw_seed, faults)
+    parts = gather_object([(*own_memory, faults)])
+    features_of_parts, classes_of_parts, faults_of_parts = zip(*parts, strict=True)
+    memory = torch.cat(features_of_parts).to(accelerator.device)
+    classes = torch.cat(classes_of_parts).to(accelerator.device)
+    num_train = number_used(len(train), joined(faults_of_parts), accelerator)
     if not len(memory):
         raise ValueError(f"no pixel of the masks in {options.data} is judged: all are {VOID}")
     has_attention = not why_no_class_attention(network.backbone)
     num_classes = VOID  # any number a mask may have
     confusion = np.zeros((num_classes, num_classes), np.int64)
     jaccards: list[tuple[float, float]] = []
+    faults = []
     for pair in _with_progress(test[rank::world], "test", accelerator):
+        seen = see(pair, network, size, faults)
+        if seen is None:
+            continue
         with own_input():
-            seen = see(pair, network, size)
             patches, shape = patches_of(seen.pixels, network)
         votes = patch_votes(
             patches, memory, classes, int(classes.max()) + 1, options.k, options.temperature
@@ -335,11 +374,13 @@ def evaluate(
         if has_attention and ((seen.mask > 0) & (seen.mask != VOID)).any():
             attention = attention_of(seen.pixels, network)
             jaccards.append(attention_jaccards(attention, seen.mask, options.mass))
-    parts = gather_object([(confusion, jaccards)])
-    of_all = sum(of_process for of_process, _ in parts)
+    parts = gather_object([(confusion, jaccards, faults)])
+    confusions, jaccards_of_parts, faults_of_parts = zip(*parts, strict=True)
+    num_test = number_used(len(test), joined(faults_of_parts), accelerator)
+    of_all = sum(confusions)
     if not of_all.any():
         raise ValueError(f"the test masks have no pixel that is judged: all are {VOID}")
-    return Evaluated(of_all, [each for _, of_process in parts for each in of_process], len(memory))
+    return Evaluated(of_all, joined(jaccards_of_parts), len(memory), num_train, num_test)
 
 
 def table_of(scores: dict[str, object], options: SegmentationConfig) -> Table:
@@ -409,8 +450,8 @@ def main() -> None:
     scores = scores_of(evaluated.confusion)
     attention = judged_attention(evaluated.jaccards, network, options.mass)
     facts = network.facts | {
-        "num_train": len(train),
-        "num_test": len(test),
+        "num_train": evaluated.num_train,
+        "num_test": evaluated.num_test,
         "features": network.backbone.num_features,
         "size": size,
         "k": options.k,

@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +59,7 @@ from harness.masks import (
     VOID,
     boundary_f_measure,
     jaccard,
+    mask_shape,
     one_hot_on_grid,
     read_mask,
     read_names,
@@ -265,23 +266,30 @@ def statistics_of(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def judge(masks: Sequence[np.ndarray], video: Video) -> dict[str, dict]:
-    """Return J and F of each object, by its number, over all but the first and the last frame."""
-    places = [place for place in video.true_masks if 0 < place < len(video.frames) - 1]
-    first_mask = masks[0]
-    objects = np.unique(first_mask[(first_mask > 0) & (first_mask != VOID)]).tolist()
-    values = {number: {"J": [], "F": []} for number in objects}
-    for place in places:
+def judged_places(video: Video) -> list[int]:
+    """Return the places of the frames that count: with a true mask, neither first nor last."""
+    return [place for place in video.true_masks if 0 < place < len(video.frames) - 1]
+
+
+def judge(masks: Iterable[np.ndarray], video: Video) -> dict[str, dict]:
+    """Return J and F of each object, by its number, over all but the first and the last frame.
+
+    Takes all masks, one at a time, those of videos that have no true masks, too.
+    """
+    values: dict[int, dict[str, list[float]]] = {}
+    places = set(judged_places(video))
+    for place, mask in enumerate(masks):
+        if place == 0:
+            objects = np.unique(mask[(mask > 0) & (mask != VOID)]).tolist()
+        if place not in places:
+            continue
         true = read_mask(video.true_masks[place])
-        if true.shape != first_mask.shape:
-            raise ValueError(f"need all masks as large as the first, got {video.true_masks[place]}")
-        predicted = np.where(true == VOID, VOID, masks[place])
+        predicted = np.where(true == VOID, VOID, mask)
         for number in objects:
             pair = predicted == number, true == number
-            values[number]["J"].append(jaccard(*pair))
-            values[number]["F"].append(boundary_f_measure(*pair))
-    if not places:
-        return {}
+            of_object = values.setdefault(number, {"J": [], "F": []})
+            of_object["J"].append(jaccard(*pair))
+            of_object["F"].append(boundary_f_measure(*pair))
     return {
         str(number): {score: statistics_of(of_score) for score, of_score in of_object.items()}
         for number, of_object in values.items()
@@ -324,6 +332,8 @@ def check_options(options: VideoConfig, videos: Sequence[Video]) -> None:
     check_folder(options.maps.json_out, "results")
     if options.mask is not None and options.out is None:
         raise ValueError("a video of your own has no true masks to score: need --out")
+    if options.out is None and not any(judged_places(video) for video in videos):
+        raise ValueError(f"no frame of {options.data} has a true mask to score: need --out")
     if options.out is not None:
         if options.out.exists() and not options.out.is_dir():
             raise ValueError(f"need a folder for --out, got the file {options.out}")
@@ -336,16 +346,23 @@ def check_options(options: VideoConfig, videos: Sequence[Video]) -> None:
                 raise ValueError(f"{options.out / video.name} exists: give another --out")
 
 
-def check_first_mask(video: Video, preparation: Preparation) -> None:
-    """Raise ValueError where the first mask is empty, or not as large as the first frame."""
+def check_masks(video: Video, preparation: Preparation) -> None:
+    """Raise ValueError for a first mask that is empty, or not as large as the first frame.
+
+    And for true masks that are of another size, or none: found late, they would cost what was
+    computed.
+    """
     mask = read_mask(video.first_mask)
     require_same_size(mask, video.first_mask, read_frame(video.frames[0], preparation))
     if not ((mask > 0) & (mask != VOID)).any():
         raise ValueError(f"need an object, a number from 1 to 254, in {video.first_mask}")
+    for path in video.true_masks.values():
+        if mask_shape(path) != mask.shape:
+            raise ValueError(f"need all masks as large as the first, got {path}")
 
 
-def write_masks(out: Path, video: Video, masks: Sequence[np.ndarray]) -> None:
-    """Write a video's masks into its folder in `out`, all or none."""
+def written(masks: Iterable[np.ndarray], out: Path, video: Video) -> Iterator[np.ndarray]:
+    """Yield a video's masks, each once it is written. Its folder in `out` gets all or none."""
     out.mkdir(exist_ok=True)
     palette = read_palette(video.first_mask)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out) as staging:
@@ -353,6 +370,7 @@ def write_masks(out: Path, video: Video, masks: Sequence[np.ndarray]) -> None:
         folder.mkdir()
         for frame, mask in zip(video.frames, masks, strict=True):
             save_mask(folder / f"{frame.stem}.png", mask, palette)
+            yield mask
         folder.rename(out / video.name)
 
 
@@ -363,12 +381,12 @@ def follow_all(
     scores: dict[str, dict] = {}
     for video in videos:
         start = time.monotonic()
-        masks = list(follow(video, network, size, options))
-        seconds = time.monotonic() - start
+        masks = follow(video, network, size, options)
         if options.out is not None:
-            write_masks(options.out, video, masks)
-        objects = judge(masks, video) if video.true_masks else {}
-        text = f"{len(masks)} frames, {len(masks) / seconds:.1f} a second"
+            masks = written(masks, options.out, video)
+        objects = judge(masks, video)
+        num_frames, seconds = len(video.frames), time.monotonic() - start
+        text = f"{num_frames} frames, {num_frames / seconds:.1f} a second"
         if objects:
             scores[video.name] = objects
             text += f", J&F {means_over_objects(list(objects.values()))['J&F']:.1f} %"
@@ -385,7 +403,7 @@ def evaluate(options: VideoConfig, accelerator: Accelerator) -> None:
     frames = [frame for video in videos for frame in video.frames]
     network = with_levels_of(network, frames, accelerator)
     for video in videos:
-        check_first_mask(video, network.preparation)
+        check_masks(video, network.preparation)
     # a process takes every world-th video
     own_videos = videos[accelerator.process_index :: accelerator.num_processes]
     with own_input():
@@ -404,7 +422,7 @@ def evaluate(options: VideoConfig, accelerator: Accelerator) -> None:
         results |= means_over_objects([x for objects in scores.values() for x in objects.values()])
         table = table_of(scores, results)
     num_frames = sum(len(video.frames) for video in videos)
-    facts = {"num_train": num_frames, "num_test": 0, "features": network.backbone.num_features}
+    facts = {"num_images": num_frames, "features": network.backbone.num_features}
     settings = {
         name: getattr(options, name)
         for name in ("num_frames", "neighbours", "radius", "temperature")

@@ -640,6 +640,9 @@ def main() -> None:
     folder = options.output_dir or pictures / name
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"need a folder for --output-dir, got {folder}")
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"no pictures can be written to {folder}: give another --output-dir")
     write_pictures(folder, draw_pictures(options))
     if options.output_dir:
         write_index(folder, [folder])

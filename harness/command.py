@@ -57,7 +57,8 @@ def read_flags(
 
 
 LESS_MEMORY = (
-    "need smaller images, or a smaller --batch-size (in training with more --accumulation-steps)"
+    "need smaller images or batches: a smaller --size or --batch-size, "
+    "in training with more --accumulation-steps"
 )
 
 

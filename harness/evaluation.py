@@ -8,6 +8,7 @@ Source: DINO, arXiv 2104.14294, appendix F. Axes: n images, d features, b batch.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -173,7 +174,10 @@ class Preparation:
 
     @classmethod
     def of_timm(cls, timms: dict, config: ModelConfig) -> "Preparation":
-        """Return what a configuration of timm's says, and the paper's where it does not."""
+        """Return what a configuration of timm's says, and the paper's where it does not.
+
+        Its `interpolation` is not read: images are resized by bicubic interpolation here.
+        """
         if config.channels != 3 and not {"mean", "std"} <= timms.keys():
             text = (
                 f"need a file that says mean and standard deviation of {config.channels} channels"
@@ -184,7 +188,7 @@ class Preparation:
         return cls(
             data=None,
             size=size,
-            resize=round(size / share),
+            resize=math.floor(size / share),  # as timm rounds it
             mean=tuple(timms.get("mean", IMAGENET_DEFAULT_MEAN)),
             std=tuple(timms.get("std", IMAGENET_DEFAULT_STD)),
             channels=config.channels,
@@ -679,16 +683,22 @@ def extract(
         collate_fn=collate,
         pin_memory=device.type == "cuda",
     )
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    # filled batch by batch: to join all of them at the end would take twice the memory
+    filled: tuple[Tensor, ...] = ()
+    start = 0
     for batch in _with_progress(iterate(loader), len(rows), accelerator):
         features = forward(batch.image.to(device, non_blocking=True)).to(dtype)
         is_read = batch.source == batch.index
         facts = (x.to(device) for x in (batch.label, batch.index, is_read))
-        parts.append((features, *facts))
-    of_ranks = gather(tuple(torch.cat(part) for part in zip(*parts, strict=True)))
-    features, labels, indices, is_read = (
-        rearrange(x, "(w i) ... -> (i w) ...", w=world)[: last + 1] for x in of_ranks
-    )
+        of_ranks = gather((features, *facts))
+        in_order = [rearrange(x, "(w b) ... -> (b w) ...", w=world) for x in of_ranks]
+        if not filled:
+            filled = tuple(x.new_empty(world * len(rows), *x.shape[1:]) for x in in_order)
+        end = start + len(in_order[0])
+        for whole, part in zip(filled, in_order, strict=True):
+            whole[start:end] = part
+        start = end
+    features, labels, indices, is_read = (whole[: last + 1] for whole in filled)
     if is_read.all():  # no copy then of what may be large
         return Extracted(features, labels, indices)
     num = int((~is_read).sum())
@@ -706,11 +716,6 @@ def extract_features(
     """Return features (n, d) float32 and labels (n,) of all images, as `extract` does."""
     extracted = extract(forward, dataset, accelerator, batch_size, num_workers)
     return extracted.features, extracted.labels
-
-
-def num_classes_of(train_labels: Tensor, test_labels: Tensor) -> int:
-    """Return how many classes labels from 0 on tell of; NumPy's arrays will do, too."""
-    return int(max(train_labels.max(), test_labels.max())) + 1
 
 
 def features_of_splits(
@@ -777,19 +782,22 @@ def layer_features(
 # ---------------------------------------------------------------- report
 
 
-def size_facts(train: Tensor, test: Tensor | None = None) -> dict[str, object]:
-    """Count features of images, (n, d) and (m, d), and say how good the first are."""
-    num_test = 0 if test is None else len(test)
-    facts = {"num_train": len(train), "num_test": num_test, "features": train.shape[1]}
-    return facts | feature_quality(train)
+def size_facts(features: Tensor, test_features: Tensor | None = None) -> dict[str, object]:
+    """Count the features (n, d) of images, or of train and test images; say how good they are."""
+    if test_features is None:
+        counts = {"num_images": len(features)}
+    else:
+        counts = {"num_train": len(features), "num_test": len(test_features)}
+    return counts | {"features": features.shape[1]} | feature_quality(features)
 
 
 def report(facts: dict, table: Table | None) -> None:
     """Print a line of facts and the table."""
     console = Console()
     step = "" if facts["step"] is None else f" at step {facts['step']:,}"
-    images = f"{facts['num_train']:,} images"
-    if facts["num_test"]:
+    if "num_images" in facts:
+        images = f"{facts['num_images']:,} images"
+    else:
         images = f"{facts['num_train']:,} train, {facts['num_test']:,} test images"
     console.print(
         f"[bold]{facts['arch']}[/] {facts['network']}{step}: {facts['features']} features; "

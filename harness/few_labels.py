@@ -31,8 +31,12 @@ def draw_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
     the fewer.
     """
     order = permutation(len(labels), seed, draw).to(labels.device)
-    taken = [order[labels[order] == label][:shots] for label in labels.unique()]
-    return torch.cat(taken).sort().values
+    classes, by_class = labels[order].sort(stable=True)  # by class, each in the order drawn
+    _, sizes = classes.unique_consecutive(return_counts=True)
+    starts = sizes.cumsum(0) - sizes
+    place_in_class = torch.arange(len(labels), device=labels.device)
+    place_in_class -= starts.repeat_interleave(sizes)
+    return order[by_class[place_in_class < shots]].sort().values
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, object]:

@@ -16,6 +16,11 @@ WEIGHT_PENALTY = 1e-3  # times half of the weights' squares, added to the mean c
 MOST_ITERATIONS = 200
 
 
+def num_classes_of(train_labels: Tensor, test_labels: Tensor) -> int:
+    """Return how many classes labels from 0 on tell of; NumPy's arrays will do, too."""
+    return int(max(train_labels.max(), test_labels.max())) + 1
+
+
 class LogisticRegression:
     """A linear classifier of standardised features: weight (c, d + 1), whose last column is added.
 
@@ -70,7 +75,7 @@ def probe_accuracy(
     """
     if not train_features.isfinite().all():
         return math.nan
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    num_classes = num_classes_of(train_labels, test_labels)
     probe = LogisticRegression(train_features, train_labels, num_classes)
     num_right = int((probe.predict(test_features) == test_labels).sum())
     return 100 * num_right / len(test_labels)

@@ -7,7 +7,8 @@ PASCAL VOC. Axes: h w image.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +28,33 @@ ONE_NUMBER = ("1", "L", "P")  # Pillow's modes with one number of at most 8 bits
 # ---------------------------------------------------------------- files
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Read the numbers (h, w) uint8 of a mask. Raises ValueError where the file holds none."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open a mask, of which Pillow reads the header alone. ValueError where it is none."""
     try:
         with Image.open(path) as image:
             if image.mode not in ONE_NUMBER:
                 text = "need a mask with one number a pixel, palettised or grey"
                 raise ValueError(f"{text}, got {path} of mode {image.mode}")
-            return np.array(image, dtype=np.uint8)
+            yield image
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no image that Pillow reads") from error
     except (OSError, SyntaxError, EOFError) as error:
         if getattr(error, "filename", None):  # of a file that cannot be opened
             raise
         raise ValueError(f"cannot decode {path}: {error}") from error  # Pillow's, of damaged files
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Read the numbers (h, w) uint8 of a mask. Raises ValueError where the file holds none."""
+    with _opened(path) as image:
+        return np.array(image, dtype=np.uint8)
+
+
+def mask_shape(path: Path) -> tuple[int, int]:
+    """Read a mask's height and width from its header. Raises ValueError where it is no mask."""
+    with _opened(path) as image:
+        return image.height, image.width
 
 
 def read_names(path: Path) -> list[str]:

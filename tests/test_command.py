@@ -315,7 +315,7 @@ def test_want_of_memory_is_one_line(capsys: pytest.CaptureFixture) -> None:
             run_command(main)
         assert stop.value.code == 1
         text = capsys.readouterr().err
-        assert text.count("\n") == 1 and "need smaller images, or a smaller --batch-size" in text
+        assert text.count("\n") == 1 and "need smaller images or batches" in text
 
 
 def test_full_shared_memory_is_named(capsys: pytest.CaptureFixture) -> None:

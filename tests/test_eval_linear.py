@@ -34,7 +34,7 @@ def test_probe_equals_torch_sgd_on_a_linear_layer() -> None:
     features, labels = torch.randn(40, 6).double(), torch.randint(3, (40,))
     lrs = torch.tensor([0.05, 0.5, 2.0], dtype=torch.float64)
     settings = config(epochs=4, probe_batch_size=40, seed=3)
-    probes = train_probes(features, labels, 3, lrs, settings)
+    probes = train_probes(features, labels, torch.arange(40), 3, lrs, settings)
     for i, lr in enumerate(lrs.tolist()):
         layer = nn.Linear(6, 3).double()
         with torch.no_grad():

@@ -73,6 +73,16 @@ def test_perfect_and_worst_rankings_have_known_areas() -> None:
     assert scores["map"] == pytest.approx(100) and scores["recall"]["1"] == 100
 
 
+@pytest.mark.parametrize("value", [1.0, torch.nan])
+def test_a_network_that_sees_no_difference_finds_nothing(value: float) -> None:
+    """Whatever the order of the images: all of other classes come first."""
+    labels = torch.arange(4).repeat_interleave(5)
+    scores = retrieval_scores(torch.full((20, 3), value), labels, ks=(1, 15, 16))
+    last = np.arange(15, 19)
+    assert scores["map"] == pytest.approx(100 * average_precision(last, 4))
+    assert scores["recall"] == {"1": 0, "15": 0, "16": 100}
+
+
 def test_nothing_to_be_found_is_said() -> None:
     with pytest.raises(ValueError, match="no class has two images"):
         retrieval_scores(torch.randn(4, 3), torch.arange(4))
@@ -91,7 +101,7 @@ def test_images_are_the_test_split_or_all(
         result = script("eval_retrieval", tiny_run, "--data", data, "--json-out", out)
         assert result.returncode == 0, result.stderr
         report = json.loads(out.read_text())
-        assert report["num_train"] == report["retrieval"]["queries"] == num
+        assert report["num_images"] == report["retrieval"]["queries"] == num
         assert f"{report['retrieval']['map']:.2f}" in result.stdout
         assert list(report["retrieval"]["recall"]) == ["1", "5", "10"]
 

@@ -136,6 +136,10 @@ def test_classes_are_enlarged_between_the_patches_centers() -> None:
     # both have a half at 5/6 of the way from one center, 1.5, to the other, 5.5
     shares = torch.tensor([[1.0, 0.0], [0.4, 0.6]])
     assert enlarged_classes(shares, (1, 2), (1, 8)).tolist() == [[0] * 5 + [1] * 3]
+    # classes without a vote change nothing
+    of_many = torch.zeros(2, 255)
+    of_many[:, [7, 254]] = shares
+    assert enlarged_classes(of_many, (1, 2), (1, 8)).tolist() == [[7] * 5 + [254] * 3]
 
 
 def test_attention_is_compared_with_all_that_is_no_background() -> None:
@@ -200,6 +204,21 @@ def test_network_without_class_token_says_so(
     assert "no attention to judge: test_resnet has no class token" in printed
     assert "jaccard_best_head" not in results["attention"]
     assert 0 < results["knn"]["mean_iou"] < 100
+
+
+def test_what_cannot_be_used_is_left_out_and_named(
+    pairs: Path, tiny_run: Path, tmp_path: Path, evaluate: Callable
+) -> None:
+    shutil.copytree(pairs, tmp_path / "pairs")
+    cut_off = tmp_path / "pairs" / "train" / "images" / "2.jpg"
+    cut_off.write_bytes(cut_off.read_bytes()[:200])
+    small = tmp_path / "pairs" / "val" / "masks" / "1.png"
+    Image.new("L", (8, 8), 1).save(small)
+    results, printed = evaluate(tiny_run, tmp_path / "pairs")
+    assert (results["num_train"], results["num_test"]) == (7, 3)
+    printed = " ".join(printed.split())
+    assert f"left out, 1 image with masks, the first because: cannot decode {cut_off}" in printed
+    assert f"need a mask of 48 x 48 px, as its image, got {small} of 8 x 8" in printed
 
 
 def names(pairs: list) -> list[str]:

@@ -300,6 +300,13 @@ def test_wrong_input_is_one_line(
     Image.open(twice / "00001.jpg").save(twice / "00001.png")
     mixed, first = tmp_path / "mixed", davis / "Annotations/480p/one/00000.png"
     shutil.copytree(frames, mixed)
+    unequal, unscored = tmp_path / "unequal", tmp_path / "unscored"
+    for copy in (unequal, unscored):
+        shutil.copytree(davis, copy)
+    shutil.copy(small, unequal / "Annotations/480p/one/00002.png")
+    for path in (unscored / "Annotations").rglob("*.png"):  # as in a challenge's videos
+        if path.stem != "00000":
+            path.unlink()
     Image.new("RGB", (2 * SIZE, SIZE)).save(mixed / "00001.jpg")
     for flags, said in (
         (("--data", tmp_path), "need DAVIS's folders"),
@@ -316,6 +323,8 @@ def test_wrong_input_is_one_line(
         (("--data", davis, "--out", followed[0]), "exists: give another --out"),
         (("--data", davis, "--out", tmp_path / "no" / "out"), "no such folder for the masks"),
         (("--data", davis, "--temperature", 0), "need --temperature > 0"),
+        (("--data", unequal, "--out", out), "need all masks as large as the first, got"),
+        (("--data", unscored), "has a true mask to score: need --out"),
         (("--data", mixed, "--mask", first, "--out", out), f"got another in {mixed}/00001.jpg"),
     ):
         result = script("eval_video", vit, *flags)

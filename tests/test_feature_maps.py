@@ -15,12 +15,27 @@ from harness.feature_maps import (
     mass_mask,
     patch_map,
     resize_to_patches,
+    sizes_named,
     usual_side,
     why_no_class_attention,
 )
 from models import get_backbone
 
 pytestmark = pytest.mark.slow  # seconds as a whole
+
+
+def test_a_wrong_size_is_named_and_what_the_machine_lacks_is_not_taken_for_one() -> None:
+    images = torch.zeros(1, 3, 30, 40)
+    said = "no features of net at 30 x 40 px: too small"
+    with pytest.raises(ValueError, match=said), sizes_named("net", images):
+        raise RuntimeError("too small")
+    for error in (
+        torch.OutOfMemoryError("no memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    ):
+        with pytest.raises(type(error), match=str(error)), sizes_named("net", images):
+            raise error
 
 
 SMALL = {"depth": 2, "num_classes": 0}

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -341,5 +342,9 @@ def test_wrong_input_is_one_line_and_code_2(
         assert result.stderr.startswith("error: ") and said in result.stderr
         assert result.stderr.count("\n") == 1
         assert not out.exists()
+    with pytest.MonkeyPatch.context() as patch:  # the superuser may write anywhere
+        patch.setattr(os, "access", lambda path, mode: path != tmp_path)
+        result = script("visualize", vit, photo, "--output-dir", out)
+    assert result.returncode == 2 and f"no pictures can be written to {out}" in result.stderr
     images = open_images(str(half_split), take_splits=False)
     assert images.classes == ["cats", "val"]
