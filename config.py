@@ -187,7 +187,7 @@ class RunConfig:
     # epochs between evaluations of the teacher by k-NN, RankMe and its components' share of
     # variance (without classes by the last two), also before and after the run; 0: never
     knn_every: int = setting(10, most=1_000_000, may_change=True)
-    # training images that this k-NN remembers, at most
+    # training images that the k-NN of --knn-every remembers, at most
     knn_images: int = setting(50_000, above=0, most=1_000_000_000, may_change=True)
     # epochs between linear probes of the teacher, on the features that k-NN compares, also before
     # and after the run; a multiple of --knn-every; 0: none. One takes 4 s on a CPU core for 50,000

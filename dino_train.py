@@ -359,8 +359,9 @@ def train(config: Config) -> dict:
     classes knn_top1 and maybe probe_top1; if it was evaluated before the first step, too,
     knn_top1_untrained or, without classes, rankme_untrained, and worse_since, the step since which
     it has been below that. Raises ValueError for settings that make no sense, before anything is
-    written; FloatingPointError for a loss that is not finite, RunError for a full disk or too many
-    unreadable images, and RuntimeError for a worker that died, with the last good checkpoint kept.
+    written; FloatingPointError for a loss that is not finite; RunError for a full disk, too many
+    unreadable images or, with --stop-on-collapse, a collapse; and RuntimeError for a worker that
+    died. The last good checkpoint is kept.
     A run that is stopped by a signal exits with 128 + the signal's number.
     """
     with FolderLock() as lock:
@@ -414,7 +415,7 @@ def _train(config: Config, lock: FolderLock) -> dict:
     knn = OnlineKnn(run, knn_accuracy)
     parts = build_parts(run)
     monitor = Monitor(run)
-    introduce(run, monitor, parts.system.student, knn.why_not)
+    introduce(run, monitor, parts.system.student, knn.why_not, knn.num_compared)
     run.accelerator.wait_for_everyone()  # all have seen that the folder is free, or what is in it
 
     stops_cleanly = stop_requests(config.run.stop_minutes, run.kept)  # at a signal, from here on

@@ -37,12 +37,14 @@ def bf16_gain(backbone: nn.Module, image_size: int, batch_size: int) -> float:
             if seconds > 0.1 or num_images == batch_size:
                 break
             num_images = min(2 * num_images, batch_size)
-        _seconds_of_step(backbone, images, uses_bf16=True)  # the first one builds kernels
+        first = _seconds_of_step(backbone, images, uses_bf16=True)  # which builds kernels, too
         in_float32: list[float] = []
         in_bf16: list[float] = []
         while len(in_bf16) < 2 or sum(in_float32) + sum(in_bf16) < LEAST_MEASURED:
             in_float32.append(_seconds_of_step(backbone, images, uses_bf16=False))
             in_bf16.append(_seconds_of_step(backbone, images, uses_bf16=True))
+    if not all(math.isfinite(seconds) for seconds in [first, *in_float32, *in_bf16]):
+        return 0.0  # once is enough: what memory held before comes and goes
     return min(in_float32) / min(in_bf16)
 
 

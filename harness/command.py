@@ -240,7 +240,8 @@ class _Watch:
                 content = self.numbers.recv(1)
             except TimeoutError:
                 name = signal.Signals(first).name
-                self._end(first, f"the step did not end within {self.minutes:g} min of {name}")
+                text = f"what was under way did not end within {self.minutes:g} min of {name}"
+                self._end(first, text)
             number = content[0]
             if number == 0:
                 return
@@ -340,7 +341,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows syncs what is open for writing alone
             os.fsync(file.fileno())  # a power cut could otherwise leave the name without content
         replace_file(temporary, path)
     except OSError as error:

@@ -446,15 +446,20 @@ def fastest_on_gpu() -> str:
     return "no" if is_set("ACCELERATE_USE_FSDP") else "fp16"
 
 
-@functools.cache  # so that the two runs of --minutes in one process have one answer
-def gain_of_bf16(model: ModelConfig, crop_size: int, num_crops: int) -> float:
-    """Measure how many times as fast as in float32 a network trains in bf16 on this CPU."""
-    backbone = get_backbone(
+def backbone_of(model: ModelConfig) -> nn.Module:
+    """Build a run's backbone to measure or to try it, with random weights."""
+    return get_backbone(
         model.arch,
         patch_size=model.patch_size,
         image_size=model.image_size,
         channels=model.channels,
     )
+
+
+@functools.cache  # so that the two runs of --minutes in one process have one answer
+def gain_of_bf16(model: ModelConfig, crop_size: int, num_crops: int) -> float:
+    """Measure how many times as fast as in float32 a network trains in bf16 on this CPU."""
+    backbone = backbone_of(model)
     if not crashes_in_channels_last(backbone):
         backbone = backbone.to(memory_format=torch.channels_last)
     if products_are_faster():  # as in training, unless blocks are compiled
@@ -526,12 +531,7 @@ def _with_mean_and_std(crops: CropConfig, dataset: ImageDataset) -> CropConfig:
 
 def _num_backbone_parameters(model: ModelConfig) -> int:
     with torch.device("meta"):
-        backbone = get_backbone(
-            model.arch,
-            patch_size=model.patch_size,
-            image_size=model.image_size,
-            channels=model.channels,
-        )
+        backbone = backbone_of(model)
     return sum(parameter.numel() for parameter in backbone.parameters())
 
 
@@ -592,12 +592,7 @@ def _require_that_it_takes(
     if own_size != size:
         another_size += f", such as its own {own_size}"
     try:
-        backbone = get_backbone(
-            model.arch,
-            patch_size=model.patch_size,
-            image_size=model.image_size,
-            channels=model.channels,
-        ).train()  # in which BatchNorm refuses what it cannot normalise
+        backbone = backbone_of(model).train()  # in which BatchNorm refuses what it cannot normalise
     except Exception as error:  # a network can raise anything for a size that it was not made for
         given = f"images of {model.image_size} px"
         reason = _reason(error)

@@ -62,7 +62,7 @@ class Collapse:
     since: int
 
     def __str__(self) -> str:
-        text = f"the teacher is {self.kind} since step {self.since:,}"
+        text = f"the teacher has been {self.kind} since step {self.since:,}"
         return f"collapse: {text}; {REMEDIES[self.kind]}"
 
 
@@ -130,7 +130,7 @@ class Monitor:
         self.tracker = Tracker(run, self.say)
         self.progress = _progress(self.console)
         self.bar = self.progress.add_task(
-            "starting", total=run.total_steps, completed=run.steps_before
+            "starting", total=run.last_step, completed=run.steps_before
         )
         self.losses: dict[int, Tensor] = {}  # by step, not yet read from the device
         # of this start: its number, when it ended, and how long data had been waited for by then
@@ -219,6 +219,8 @@ class Monitor:
     def _tell_time(self, step: int, loss: float, speed: float) -> None:
         """Say once how long the run will take; without a terminal, once an epoch how it stands."""
         run = self.run
+        if run.config.run.dry_run:  # which ends in a moment, and says so
+            return
         first, when, waited = self.first_step
         if step == first:
             return

@@ -120,6 +120,11 @@ class OnlineKnn:
     def has_classes(self) -> bool:
         return len(self.splits) == 2
 
+    @property
+    def num_compared(self) -> int | None:
+        """Return how many images k-NN compares with, None where there is no k-NN."""
+        return len(self.splits[0]) if self.has_classes else None
+
     def is_due(self, step: int) -> bool:
         return bool(self.splits) and self._is_time(step, self.interval)
 

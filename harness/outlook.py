@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from config import Config
 from data import ImageDataset, batch_factors
@@ -44,8 +45,17 @@ def ema_half_life(momentum: float) -> float:
 # ---------------------------------------------------------------- header
 
 
-def introduce(run: Run, monitor: Monitor, student: nn.Module, why_no_knn: str) -> None:
-    """Say what is about to be trained, what is likely not meant, and where it goes on."""
+def introduce(
+    run: Run,
+    monitor: Monitor,
+    student: nn.Module,
+    why_no_knn: str,
+    num_knn_images: int | None,
+) -> None:
+    """Say what is about to be trained, what is likely not meant, and where it goes on.
+
+    `num_knn_images` are those that k-NN compares with, None where there is no k-NN.
+    """
     monitor.console.print(header(run, student))
     for note in run.dataset.notes:
         monitor.say(f"data: {note}")
@@ -58,7 +68,7 @@ def introduce(run: Run, monitor: Monitor, student: nn.Module, why_no_knn: str) -
         monitor.say(f"no k-NN during training: {why_no_knn}")
     for line in advice_on_stopping(run, has_knn=not why_no_knn) + time_to_stop(run):
         monitor.say(line)
-    for warning in unlikely_settings(run, student):
+    for warning in unlikely_settings(run, student, num_knn_images):
         monitor.say(f"warning: {warning}")
     if run.is_resumed:
         text = f"after step {run.steps_before:,} of {run.total_steps:,}"
@@ -86,12 +96,16 @@ def time_to_stop(run: Run) -> list[str]:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or run.config.run.dry_run:
         return []
-    seconds = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
     needed = math.ceil(60 * run.config.run.stop_minutes) or 600
+    more = f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={needed} before it is launched"
+    if TorchVersion(torch.__version__) >= "2.12":
+        seconds = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+    else:
+        seconds = 30
+        more = f"take torch 2.12 or newer, and {more}"
     if seconds >= needed:
         return []
     text = f"a run that is stopped has {seconds} s to save: then its launcher kills it"
-    more = f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={needed} before it is launched"
     return [f"{text}; for more time, {more}"]
 
 
@@ -261,7 +275,7 @@ def _teacher_of(run: Run) -> str:
 # ---------------------------------------------------------------- warnings
 
 
-def unlikely_settings(run: Run, student: nn.Module) -> list[str]:
+def unlikely_settings(run: Run, student: nn.Module, num_knn_images: int | None = None) -> list[str]:
     """Return a line for each setting that is likely not meant so."""
     config = run.config
     num_images, epochs = len(run.dataset), config.optim.epochs
@@ -277,9 +291,10 @@ def unlikely_settings(run: Run, student: nn.Module) -> list[str]:
     if output_dim > num_images:
         given = f"--projection-output-dim {output_dim}"
         lines.append(f"{given} is more prototypes than the {num_images:,} images")
-    if config.run.knn_every and min(config.run.knn_images, num_images) < 20:
-        flag = "--knn-images" if config.run.knn_images < 20 else "--data"
-        lines.append(f"k-NN asks 20 neighbours, {flag} leaves it fewer images")
+    if num_knn_images is not None and num_knn_images < 20:
+        is_capped = config.run.knn_images < 20
+        why = "--knn-images leaves it" if is_capped else "to compare with there are"
+        lines.append(f"k-NN asks 20 neighbours, {why} {num_knn_images}")
     warm_ups = {
         "--warmup-epochs": config.optim.warmup_epochs,
         "--warmup-teacher-temp-epochs": config.teacher.warmup_teacher_temp_epochs,
@@ -295,8 +310,8 @@ def unlikely_settings(run: Run, student: nn.Module) -> list[str]:
     lines += _frozen_backbone(config)
     if run.accelerator.num_processes > 1 and _has_plain_batch_norm(student):
         is_on_gpus = run.accelerator.device.type == "cuda"
-        reason = "--no-sync-bn" if is_on_gpus else "only GPUs share them"
-        lines.append(f"BatchNorm sees {config.optim.batch_size} images at a time: {reason}")
+        reason = "since --no-sync-bn was given" if is_on_gpus else "as only GPUs share them"
+        lines.append(f"BatchNorm sees {config.optim.batch_size} images at a time, {reason}")
     if run.accelerator.device.type == "cpu" and run.accelerator.is_main_process:  # which says it
         lines += _too_much_for_a_cpu(run)
     if config.run.compile and not has_compiler():
@@ -309,8 +324,8 @@ def _frozen_backbone(config: Config) -> list[str]:
     frozen = config.optim.freeze_backbone_epochs
     given = f"--freeze-backbone-epochs {frozen}"
     if frozen >= config.optim.epochs:
-        run = f"the run of {in_epochs(config.optim.epochs)}"
-        return [f"{given} covers {run}: the backbone stays as it is, and so do k-NN and RankMe"]
+        stays = "the backbone stays as it is, and so do k-NN and RankMe"
+        return [f"{given} covers the run of {in_epochs(config.optim.epochs)}: {stays}"]
     if frozen and not config.run.init_from and not config.model.pretrained:
         return [f"{given} freezes random weights: need --init-from, or 0"]
     return []
@@ -366,9 +381,12 @@ class DryRun(Run):
     ) -> None:
         super().__init__(config, accelerator, dataset, lock)
         # what workers made ahead during the warm-up is used up before the clock starts
-        self.steady_step = WARM_UP_STEPS + BATCHES_AHEAD * self.config.data.num_workers
+        num_ahead = BATCHES_AHEAD * self.config.data.num_workers
+        num_ahead = math.ceil(num_ahead / self.config.optim.accumulation_steps)
+        self.steady_step = WARM_UP_STEPS + num_ahead
         self.last_step = min(self.total_steps, self.steady_step + TIMED_STEPS)
         self._start_clock(after_step=0)
+        self.ended = self.began
 
     def open(self) -> None:
         """Create nothing."""
@@ -408,16 +426,19 @@ class DryRun(Run):
         due = super().what_is_due(step, stop_signals, failure, knn_is_due)
         is_long = step > WARM_UP_STEPS and time.monotonic() - self.began > TIMED_SECONDS
         (is_over,) = self.agreement.largest(step == self.last_step or is_long)
-        return due._replace(evaluates=False, saves=False, ends=due.ends or bool(is_over))
+        due = due._replace(evaluates=False, saves=False, ends=due.ends or bool(is_over))
+        if due.ends:  # here, since the workers may take seconds to end
+            self._wait_for_device()
+            self.ended = time.monotonic()
+        return due
 
     def seconds_a_step(self, step: int) -> tuple[float, float]:
         """Return how long a step took since the clock started, and how long it waited for data.
 
         `step` is the last one.
         """
-        self._wait_for_device()
         num_steps = step - self.began_after
-        seconds = time.monotonic() - self.began
+        seconds = self.ended - self.began
         return seconds / num_steps, (self.waited - self.waited_before) / num_steps
 
     def report(
@@ -434,8 +455,9 @@ class DryRun(Run):
         device = self.accelerator.device
         memory_of = "device" if device.type == "cuda" else "process"
         console.print(f"dry run: nothing but {file.name} was written", markup=False)
+        at_speed = f"{three_digits(speed)} images/s, {seconds_a_step:.3g} s a step"
         rows = {
-            "speed": f"{speed:.3g} images/s, {seconds_a_step:.3g} s a step, over {num_steps}",
+            "speed": f"{at_speed}, over {num_steps}",
             "waiting": f"{waited_a_step / seconds_a_step:.0%} of the time, for data",
             "memory": f"{peak_memory(device):.2f} GiB at most, of the {memory_of}",
             "whole run": f"{whole_run} for {self.total_steps:,} steps, without k-NN and saving",

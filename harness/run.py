@@ -152,8 +152,7 @@ def _is_of_a_run(metadata: object) -> bool:
         return False
     if not isinstance(metadata.get("tracker_id", ""), str):
         return False
-    figures = [value for name, value in metadata["metrics"].items() if name != "collapse"]
-    if not all(type(value) in (int, float) for value in figures):
+    if not all(type(value) in (int, float) for value in metadata["metrics"].values()):
         return False
     if collapse is not None and not (
         isinstance(collapse, dict) and {"kind", "since"} == set(collapse)
@@ -190,12 +189,10 @@ class SavedRun:
         if not _is_of_a_run(metadata):
             text = f"cannot resume {state_file.parent}: {state_file} is damaged"
             raise ValueError(f"{text}, or another version of this code saved it")
-        metrics = dict(metadata["metrics"])
-        older_place = metrics.pop("collapse", None)  # earlier versions kept it among the metrics
         return cls(
             step=metadata["step"],
-            metrics=metrics,
-            collapse=metadata.get("collapse", older_place),
+            metrics=metadata["metrics"],
+            collapse=metadata.get("collapse"),
             unreadable=tuple(metadata.get("unreadable", ())),
             config=metadata["config"],
             world=metadata["world"],
@@ -222,10 +219,11 @@ class Due(NamedTuple):
     ends: bool
 
 
-# names of a run's numbered copies, and of what a kill left: our temporary files and safetensors'
+# names of a run's numbered copies
 NUMBERED_FILE = r"(state|ckpt)-(\d{8}|epoch-\d{4,})\.safetensors"
-# The names of a run's own files while they are written; the last is how safetensors calls any file.
-# Others are left alone, such as a table of features that embed.py writes to the same folder.
+# Names of a run's own files while they are written, which a kill leaves; the last is how
+# safetensors calls any file. Others are left alone, such as a table of features that embed.py
+# writes to the same folder.
 LEFT_BY_A_KILL = r"\.tmp-(config|log|curves|state|ckpt)[^/]*|\.tmp[A-Za-z0-9]{6}"
 
 
@@ -295,7 +293,13 @@ class Run:
         self.images_per_step = config.optim.images_per_step(world)  # of all processes
         self.steps_per_epoch = self._sampler(range(0)).steps_per_epoch
         self.total_steps = config.optim.epochs * self.steps_per_epoch
+        self.last_step = self.total_steps  # that this start takes, if nothing stops it
         self.steps_before = self.saved.step  # which were done before this start
+        if self.steps_before > self.total_steps:
+            done = f"{self.folder} has made {self.steps_before:,} steps"
+            fewest = math.ceil(self.steps_before / self.steps_per_epoch)
+            given = f"--epochs {config.optim.epochs}, which is {self.total_steps:,}"
+            raise ValueError(f"{done}: need --epochs of at least {fewest}, got {given}")
         self.tracker_id = self.saved.tracker_id  # kept without W&B, too: a later start may have it
         if config.run.log_with == "wandb" and not self.tracker_id:
             self.tracker_id = secrets.token_hex(4)
@@ -316,14 +320,17 @@ class Run:
         """
         check_values(config)
         processes = join_processes()
+        # a run follows the first steps that --minutes times: it takes the index that they leave
+        writes_index = not config.run.dry_run or config.optim.minutes is not None
         with processes.local_main_process_first():  # which may have to download or to scan
             dataset = build_dataset(
                 config.data.data,
-                index_folder=None if config.run.dry_run else cache_folder(),
+                index_folder=cache_folder() if writes_index else None,
                 val=config.data.val,
                 take_splits=config.data.splits,
                 channels=config.model.channels,
             )
+        dataset.seed = config.run.seed
         try:
             survey = dataset.survey()
         except ValueError as error:
@@ -331,7 +338,6 @@ class Run:
         dataset.notes += survey.notes()
         config = finish(config, dataset, survey, processes.num_processes)
         accelerator = make_accelerator(config.run.mixed_precision, config.run.log_with)
-        dataset.seed = config.run.seed
         dataset = dataset.as_canvases(config.data.canvas_size)
         return cls(config, accelerator, dataset, lock)
 
@@ -388,6 +394,8 @@ class Run:
         """Return the files that --overwrite deletes. ValueError where it was not given."""
         files = [self.config_file, self.log_file, self.checkpoint, self.state_file]
         taken = [file for file in files if file.exists()]
+        if config.run.dry_run and config.optim.minutes is None:
+            return []  # it writes one picture, under an unused name
         if config.run.overwrite:
             return taken + self._files(NUMBERED_FILE)
         if taken and not config.run.resume:
@@ -475,9 +483,10 @@ class Run:
                 raise ValueError(f"{text}{what_is_left(self.state_file)}") from error
 
     def open(self) -> None:
-        """Create the folder; the log's lines after the saved step are cut.
+        """Create and lock the folder, and write its first files.
 
-        A collective. Raises ValueError in all processes where it cannot be written.
+        What --overwrite names is deleted, and what a kill left; the log's lines after the saved
+        step are cut. A collective. Raises ValueError in all processes where it cannot be written.
         """
         self._create_folder()
         self._own_folder()
@@ -743,12 +752,13 @@ class Run:
         return bool(self.agreement.largest(is_lacking)[0])
 
     def is_evaluated_anew(self, metrics: dict) -> bool:
-        """Tell whether a resumed run's state lacks the evaluation that its last stop put off.
+        """Tell whether a resumed run's state lacks its last step's evaluation.
 
-        Unless it is saved soon, a kill would have it logged twice.
+        Which its stop put off, or which other images have changed. Unless it is saved soon, a kill
+        would have it logged twice.
         """
-        step_before, step = self.saved.metrics.get("knn_step"), metrics.get("knn_step")
-        return self.is_resumed and step == self.steps_before and step != step_before
+        is_new = metrics is not self.saved.metrics
+        return self.is_resumed and is_new and metrics.get("knn_step") == self.steps_before
 
     def kept(self) -> str:
         """Return what the run still has when it fails, in words."""

@@ -47,6 +47,20 @@ def test_gain_is_the_ratio_of_the_fastest_steps(monkeypatch: pytest.MonkeyPatch)
     assert set(batches) == {4}
 
 
+@pytest.mark.parametrize("step_of_bf16", [0, 1, 2])
+def test_one_gradient_that_is_not_finite_is_enough_to_refuse_bf16(
+    step_of_bf16: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step, too, though its time does not count: such faults come and go."""
+    in_bf16 = [0.1, 0.1, 0.1]
+    in_bf16[step_of_bf16] = torch.inf
+    seconds = {False: iter([0.5] * 9), True: iter(in_bf16)}
+    monkeypatch.setattr(
+        bf16_on_cpu, "_seconds_of_step", lambda *_, uses_bf16: next(seconds[uses_bf16])
+    )
+    assert bf16_gain(get_backbone("resnet10_half"), 16, batch_size=4) == 0
+
+
 def test_steps_that_are_too_short_to_measure_take_more_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -209,7 +209,7 @@ def test_stalled_run_ends_after_so_many_minutes(started: dict) -> None:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM
-    assert err == "error: the step did not end within 0.02 min of SIGTERM; ckpt is kept\n"
+    assert err == "error: what was under way did not end within 0.02 min of SIGTERM; ckpt is kept\n"
 
 
 @pytest.mark.slow

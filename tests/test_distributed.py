@@ -130,7 +130,7 @@ def test_two_identical_runs_of_two_processes_are_bit_identical(
         flags = [*tiny_flags, "--batch-size", "4", "--log-every", "1"]
         answer = launch([*flags, "--output-dir", tmp_path / name], world=2)
         assert answer.codes == [0, 0], answer.text
-    assert "warning: BatchNorm sees 4 images at a time: only GPUs share them" in answer.text
+    assert "warning: BatchNorm sees 4 images at a time, as only GPUs share them" in answer.text
     one, other = (load_file(tmp_path / name / "state.safetensors") for name in "ab")
     assert all(torch.equal(one[key], other[key]) for key in one)
     logs = [read_log(tmp_path / name) for name in "ab"]

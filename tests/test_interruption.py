@@ -369,6 +369,11 @@ def test_resume_names_all_that_differs_and_takes_over_what_is_harmless(
     assert "--batch-size 4: it has 8" in refused.stderr
     assert "epochs" not in refused.stderr
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    fewer = script("dino_train", "--resume", folder, "--epochs", 1)
+    assert fewer.returncode == 2 and fewer.stderr.count("\n") == 1
+    said = "has made 20 steps: need --epochs of at least 2, got --epochs 1, which is 10"
+    assert said in fewer.stderr
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
     flags = ("--epochs", 3, "--save-every", 7, "--num-workers", 1)
     taken = script("dino_train", "--resume", folder, *flags)
     assert taken.returncode == 0, taken.stderr

@@ -1,6 +1,7 @@
 """What a run measures of its teacher, against the checkpoint read by other means."""
 
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -128,6 +129,23 @@ def test_untrained_is_what_was_measured_before_the_first_step_alone(
     flags = ["--epochs", 2, "--knn-data", image_folder]  # of which it was the tenth before
     changed = script("dino_train", "--resume", tmp_path / "others", *flags)
     assert "% trained, the teacher's" in changed.stdout and "% untrained" not in changed.stdout
+
+
+@pytest.mark.slow
+def test_finished_run_saves_what_it_measures_on_other_images(
+    tmp_path: Path, tiny_run: Path, image_folder: Path, script
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    flags = ["--resume", folder, "--val", image_folder]
+    assert script("dino_train", *flags).returncode == 0
+    _, metadata = load_checkpoint(folder / "ckpt.safetensors")
+    last = read_log(folder)[-1]
+    assert metadata["config"]["data"]["val"] == str(image_folder)
+    assert metadata["metrics"]["knn_top1"] == last["knn_top1"] and last["step"] == 20
+    log = (folder / "log.jsonl").read_text()
+    assert script("dino_train", *flags).returncode == 0  # it knows already
+    assert (folder / "log.jsonl").read_text() == log
 
 
 def test_knn_data_that_cannot_be_used_is_one_line(tmp_path: Path, tiny_flags, script) -> None:

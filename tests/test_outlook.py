@@ -3,10 +3,13 @@
 import io
 import math
 import re
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import MEASURED, read_log, stop_at
 from PIL import Image
 from rich.console import Console
@@ -142,6 +145,7 @@ def test_dry_run_writes_its_crops_alone_and_changes_nothing(
     assert result.returncode == 0, result.stderr
     for text in ("images/s", "for data", "GiB at most", "for 20 steps", str(folder / "crops.png")):
         assert text in " ".join(result.stdout.split())
+    assert " to go" not in result.stdout
     assert [path.name for path in folder.iterdir()] == ["crops.png"]
     Image.open(folder / "crops.png").verify()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -160,11 +164,21 @@ def test_dry_run_of_a_short_run_times_its_steps_alone(
         run.began -= 1000
         return build_parts(run)
 
+    timed: list[float] = []
+    stop_loading = Run.stop_loading
+
+    def stop_slowly(run: Run) -> None:
+        timed.append(run.seconds_a_step(2)[0])
+        time.sleep(0.5)
+        stop_loading(run)
+
     monkeypatch.setattr(dino_train, "build_parts", build_as_if_slowly)
+    monkeypatch.setattr(Run, "stop_loading", stop_slowly)
     flags = ["--batch-size", 40, "--epochs", 1, "--dry-run", "--output-dir", tmp_path / "run"]
     said = " ".join(script("dino_train", *tiny_flags, *flags).stdout.split())
     seconds_a_step = re.search(r"images/s, (\S+) s a step, over 2", said)
     assert float(seconds_a_step[1]) < 100, said
+    assert seconds_a_step[1] == f"{timed[0]:.3g}"  # the end of the workers is no step's time
 
 
 @pytest.mark.slow
@@ -189,6 +203,19 @@ def test_dry_run_leaves_a_run_alone(tiny_run: Path, script) -> None:
     assert result.returncode == 2 and "--dry-run" in result.stderr
     assert result.stderr.count("\n") == 1
     assert before == {path.name: path.stat().st_mtime_ns for path in tiny_run.iterdir()}
+
+
+@pytest.mark.slow
+def test_dry_run_may_draw_its_crops_into_the_folder_of_a_run(
+    tiny_run: Path, tiny_flags, tmp_path: Path, script
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = script("dino_train", *tiny_flags, "--dry-run", "--output-dir", folder)
+    assert result.returncode == 0, result.stderr
+    (folder / "crops.png").unlink()
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_collapse_is_judged_by_entropy_and_kl() -> None:
@@ -287,19 +314,26 @@ def test_curves_are_drawn_and_no_failure_of_theirs_ends_a_run(
 
 
 @pytest.mark.parametrize(
-    ("minutes", "seconds", "said"),
+    ("version", "minutes", "seconds", "said"),
     [
-        (5, None, "has 30 s to save: then its launcher kills it; for more time, export TORCH_"),
-        (5, None, "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 before it is launched"),
-        (5, "299", "has 299 s to save"),
-        (5, "300", ""),
-        (0, "60", "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 before"),
-        (0, "3600", ""),
+        ("2.12.0", 5, None, "has 30 s to save: then its launcher kills it; for more time, export"),
+        ("2.12.0", 5, None, "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 before it is launched"),
+        ("2.14.1+cpu", 5, "299", "has 299 s to save"),
+        ("2.12.0", 5, "300", ""),
+        ("2.12.0", 0, "60", "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 before"),
+        ("2.12.0", 0, "3600", ""),
+        ("2.11.0+cu128", 5, "300", "has 30 s to save"),
+        ("2.11.0", 5, None, "for more time, take torch 2.12 or newer, and export TORCH_"),
     ],
 )
 def test_launcher_that_would_kill_a_run_while_it_saves_is_named(
-    minutes: float, seconds: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+    version: str,
+    minutes: float,
+    seconds: str | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     if seconds is not None:
