@@ -528,7 +528,7 @@ def require_source(data: str, flag: str) -> None:
     if takes_names and data in NAMED_SETS:
         return
     path = Path(data)
-    if path.is_dir() or is_list(path) or (path.suffix == ".tar" and path.is_file()):
+    if path.is_dir() or is_list(path) or (path.suffix.lower() == ".tar" and path.is_file()):
         return
     if path.is_absolute() and not path.exists():  # as runs and checkpoints keep it
         text = f"need {flag} NEW with their place, if the images were moved"
@@ -586,7 +586,9 @@ def build_dataset(
         start = NO_CLASSES if source == data else f"{val}: {NO_CLASSES}"
         why = next((note for note in dataset.notes if note.startswith(start)), "")
         why = why.removeprefix(f"{val}: ")
-        reason = f"no class folders in the {split} images of {source}"
+        reason = f"no class folders in the images of {source}"
+        if is_list(Path(source)):
+            reason = f"{source} names no classes, as a .csv does in a column `label`"
         if why:
             reason = f"{source} has {why}"
         raise ValueError(f"{reason}: k-NN and probes need labels")
@@ -605,7 +607,7 @@ class Cropper:
     """
 
     def __init__(self, multi_crop: MultiCrop, seed: int, device: torch.device) -> None:
-        self.multi_crop = multi_crop
+        self.multi_crop = multi_crop.to(device)
         self.seed = seed
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -12,7 +12,7 @@ Start here; every flag stands below, by concern:
     --arch NAME        the network: dino_vits16, resnet50, resnet10_half (small), any of timm's
     --config NAME      a recipe of recipes/, a file like these, or a run's folder; flags override it
     --epochs N         passes over the images
-    --minutes N        as many epochs as fit into that time on this machine
+    --minutes N        about as many epochs as fit into that time on this machine
     --batch-size N     images in a micro-batch of each process
     --output-dir PATH  folder for the run's files; without it, a new one in runs/
     --resume FOLDER    go on with a run that was stopped or killed

@@ -11,8 +11,8 @@ A .safetensors holds all there is to know. To read it:
     names = tensors["names"].numpy().tobytes().decode(errors="surrogateescape").split("\\0")
 
 A .csv or .parquet has a line per image: name, label, class, f0, f1 ... A .npy holds features alone.
-These three have a .json beside them, with the rest. All are written whole or not at all. Of data
-with splits those to train on are taken: --no-splits takes all.
+These three have a .json beside them, with the rest. Each file is written whole or not at all. Of
+data with splits those to train on are taken: --no-splits takes all.
 Axes: n images, d features, p patches, b batch.
 """
 

@@ -44,7 +44,7 @@ from harness.weights import (
     sizes_of,
     weights_of,
 )
-from models import RESNETS, TIMM_NAMES, save_tensors
+from models import ALL_RESNETS, TIMM_NAMES, save_tensors
 
 SUFFIXES = {"backbone": ".safetensors", "onnx": ".onnx", "original": ".pth"}
 LARGEST_ONNX = 2**31 - 2**20  # bytes of weights that fit into one file of protobuf
@@ -130,7 +130,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def _has_stem_for_small_images(arch: str | None, backbone: Tensors) -> bool:
     """Tell whether a backbone is a ResNet with the 3x3 stem that is not timm's or torchvision's."""
     stem = backbone.get("conv1.weight")
-    is_resnet = arch in (*RESNETS, "resnet10_half", None)
+    is_resnet = arch in (*ALL_RESNETS, None)
     return is_resnet and stem is not None and stem.shape[-1] == 3
 
 

@@ -14,6 +14,7 @@ files and what systems leave behind. Needs tar_shards.py beside it, and NumPy. A
 import contextlib
 import csv
 import hashlib
+import io
 import os
 import re
 import time
@@ -59,8 +60,10 @@ ANNOTATION_FOLDERS = {
     "segmentationobject",
     "segmentations",
 }
-# 100APPLE, 101CANON: the cameras' standard, DCF, has numbers from 100
-CAMERA_FOLDER = re.compile(r"[1-9]\d{2}[A-Z0-9_]{5}")
+# 100APPLE, 101CANON: the cameras' standard, DCF, has numbers from 100 and five characters; where
+# these are digits alone, they are a date: 10160425 is of April 25. Other numbers are classes.
+CAMERA_FOLDER = re.compile(r"[1-9]\d{2}(?=\d*[A-Z_])[A-Z0-9_]{5}")
+CAMERA_FOLDER_BY_DATE = re.compile(r"[1-9]\d{2}\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
 # pictures that this project draws; their first bytes say so
 DRAWN = re.compile(r"((attention|crops|curves|neighbours|pca|scatter).*|\d{6})\.(png|gif)")
 DRAWN_MARK = b"drawn by DINO"
@@ -400,12 +403,12 @@ def _list_source(
     splits = _splits_by_names(root, tars) if take_splits else {}
     folders = [_folder_of_tar(tar, splits.get(tar, ""), take_splits) for tar in tars]
     names = [
-        folders[number] + name.replace(".tar/", "/")
+        folders[number] + re.sub(r"\.tar/", "/", name, flags=re.IGNORECASE)
         for number, name in zip(found["tar"].tolist(), names, strict=True)
     ]
     members = {key: found[key] for key in ("names", "tar", "offsets", "sizes")}
     members["tars"] = as_bytes(str(Path(root, tar)) for tar in tars)
-    given = [os.fsdecode(label) for label in found["given_classes"].tolist()]
+    given = [in_one_form(os.fsdecode(label)) for label in found["given_classes"].tolist()]
     seen = [not any(is_hidden(part) for part in name.split("/")) for name in names]
     rows = np.flatnonzero(seen)
     names, given = [names[row] for row in rows], [given[row] for row in rows]
@@ -420,7 +423,7 @@ def _folder_of_tar(tar: str, split: str, take_splits: bool) -> str:
     `split` is what its name says beside that of other tars, "" for nothing.
     """
     folder, name = os.path.split(tar)
-    stem = name.removesuffix(".tar")
+    stem = os.path.splitext(name)[0]
     if take_splits and stem.lower() in SPLIT_NAMES:
         split = stem
     return "".join(f"{part}/" for part in (folder, split) if part)
@@ -432,7 +435,7 @@ def _splits_by_names(root: str, tars: list[str]) -> dict[str, str]:
     {} where a tar or a folder is called like a split itself, and where the names do not hold both
     `train` and another split. Raises ValueError where they do and some hold none, or two.
     """
-    parts = [part for tar in tars for part in tar.removesuffix(".tar").split("/")]
+    parts = [part for tar in tars for part in os.path.splitext(tar)[0].split("/")]
     if any(part.lower() in SPLIT_NAMES for part in parts):
         return {}
     kinds: dict[str, set[str]] = {}
@@ -473,7 +476,8 @@ def _read_list(data: Path) -> _Listing:
         raise ValueError(text) from error
     labels = splits = None
     if data.suffix.lower() == ".txt":
-        names = [line.strip() for line in text.splitlines() if line.strip()]
+        # not splitlines(), which would cut a name at U+2028, too
+        names = [line.strip() for line in text.split("\n") if line.strip()]
     else:
         names, labels, splits = _read_columns(data, text)
     paths = [os.path.join(os.path.abspath(data.parent), name) for name in names]
@@ -504,7 +508,8 @@ def _read_columns(data: Path, text: str) -> tuple[list[str], list[str] | None, l
     """Return a table's paths, labels and splits; None for a column that it does not have."""
     first_line = text.split("\n", 1)[0]
     delimiter = max("\t;,", key=first_line.count)
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, strict=True)
+    table = io.StringIO(text, newline="")  # which leaves a name with a line break whole
+    reader = csv.DictReader(table, delimiter=delimiter, strict=True)
     try:
         header, rows = list(reader.fieldnames or []), list(reader)
     except csv.Error as error:  # such as a quotation mark without another
@@ -748,7 +753,8 @@ def _annotations_among(folders: Collection[str]) -> set[str]:
 def _is_of_camera(layout: _Layout, folders: Collection[str]) -> bool:
     """Tell whether folders are those in which a camera or a phone puts what it takes."""
     is_in_dcim = os.path.basename(layout.path).lower() == "dcim"
-    return is_in_dcim or all(CAMERA_FOLDER.fullmatch(name) for name in folders)
+    kinds = (CAMERA_FOLDER, CAMERA_FOLDER_BY_DATE)
+    return is_in_dcim or all(any(kind.fullmatch(name) for kind in kinds) for name in folders)
 
 
 def _splits_of(layout: _Layout) -> dict[str, str]:
@@ -824,7 +830,8 @@ def _with_classes(layout: _Layout, known_classes: Collection[str] = ()) -> Found
             layout.notes.append(f"{NO_CLASSES}: {some_of(sorted(folders - {''}))} have {above}")
             return layout.found(None)
         if _is_of_camera(layout, folders):
-            layout.notes.append(f"{NO_CLASSES}: {some_of(sorted(folders))} are a camera's folders")
+            what = f"{some_of(sorted(folders))} are a camera's folders"
+            layout.notes.append(f"{NO_CLASSES}: {what}; a .csv may name them as classes")
             return layout.found(None)
     layout.note_unlabelled(NO_CLASSES if folders == {""} else "folders are taken for classes")
     classes = given or tops

@@ -45,7 +45,7 @@ class _AllPairsCrossEntropy(torch.autograd.Function):
         num_teachers = len(teacher)
         num_pairs = num_teachers * (num_views - 1)
         dtype = torch.promote_types(student.dtype, torch.float32)
-        # float16 could not hold the gradient times a loss scale
+        # float16 would round the gradient, which is not yet scaled, to 0
         grad_dtype = dtype if student.dtype == torch.float16 else student.dtype
         grad = None
         if ctx.needs_input_grad[0]:

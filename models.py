@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # of torchvision
+ALL_RESNETS = (*RESNETS, "resnet10_half")
 TIMM_NAMES = {
     "dino_vits8": "vit_small_patch8_224.dino",
     "dino_vits16": "vit_small_patch16_224.dino",
@@ -113,7 +114,7 @@ def _build_resnet(name: str, pretrained: bool, image_size: int | None, channels:
         net.num_features = net.fc.in_features
         net.fc = nn.Identity()
         if channels != 3:
-            _change_stem(net, channels)
+            _change_stem(net, channels, pretrained)
             net.timm_options = {"in_chans": channels}
     if is_small:  # the ImageNet stem would leave 1 x 1 pixel of 32 x 32 for the last stage
         stride = 1 if image_size <= 32 else 2
@@ -123,11 +124,14 @@ def _build_resnet(name: str, pretrained: bool, image_size: int | None, channels:
     return net
 
 
-def _change_stem(net: nn.Module, channels: int) -> None:
-    """Let a torchvision ResNet take so many channels, with its weights adapted as timm does."""
+def _change_stem(net: nn.Module, channels: int, pretrained: bool) -> None:
+    """Let a torchvision ResNet take so many channels; published weights are adapted as in timm."""
     of_rgb = net.conv1.weight.detach()
     net.conv1 = nn.Conv2d(channels, net.bn1.num_features, 7, 2, padding=3, bias=False)
-    net.conv1.weight = nn.Parameter(adapt_input_conv(channels, of_rgb))
+    if pretrained:
+        net.conv1.weight = nn.Parameter(adapt_input_conv(channels, of_rgb))
+    else:  # random ones would be the same for every third band
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _fail_soon_offline() -> None:
@@ -170,15 +174,13 @@ def _build_timm(
     sizes: dict[str, object] = {} if image_size is None else {"img_size": image_size}
     # timm has two ways to make a network of patches take images of any size. Those that know
     # neither are made for one size, or are convolutional and know no size at all.
-    for of_size in (sizes | {"dynamic_img_size": True}, sizes | {"strict_img_size": False}, sizes):
+    of_any_size = (sizes | {"dynamic_img_size": True}, sizes | {"strict_img_size": False})
+    for of_size in (*of_any_size, sizes, {}):
         net = _create_timm(name, pretrained, given | of_size)
         if net is not None:
             return net
-    net = _create_timm(name, pretrained, given)
-    if net is None:
-        options = ", ".join(f"{option}={value}" for option, value in given.items())
-        raise ValueError(f"{name} has no such option: {options}")
-    return net
+    options = ", ".join(f"{option}={value}" for option, value in given.items())
+    raise ValueError(f"{name} has no such option: {options}")
 
 
 def interpolate_as_original(pos_embed: Tensor, height: int, width: int) -> Tensor:
@@ -226,11 +228,20 @@ def _patch_size_of(net: nn.Module) -> int:
     return stride[0] if isinstance(stride, tuple) else stride
 
 
+def is_known_backbone(name: str) -> bool:
+    """Tell whether `get_backbone` builds a network of that name."""
+    if "." in name:  # timm's, with the name of its weights
+        return timm.models.is_model_pretrained(name)
+    return name in ALL_RESNETS or name in TIMM_NAMES or timm.is_model(name)
+
+
 def _close_names(name: str) -> list[str]:
     """Return up to six architectures whose names begin alike or are spelled alike."""
+    if timm.is_model(name):  # of which there are no such weights
+        return timm.list_pretrained(f"{name.split('.')[0]}.*")[:6]
     published = [own for own, of_timm in TIMM_NAMES.items() if of_timm.startswith(name)]
     # a dict, since torchvision and timm have names in common
-    known = dict.fromkeys([*RESNETS, "resnet10_half", *TIMM_NAMES, *timm.list_models()])
+    known = dict.fromkeys([*ALL_RESNETS, *TIMM_NAMES, *timm.list_models()])
     longer = sorted((other for other in known if other.startswith(name)), key=len)
     alike = difflib.get_close_matches(name, known, n=6, cutoff=0.5)
     return list(dict.fromkeys([*published, *longer[:4], *alike]))[:6]
@@ -259,8 +270,8 @@ def get_backbone(
     To add a backbone: a branch here and its name among the known. It must have `.num_features` and
     build on the meta device. (Any module with `.output_dim` goes into a DinoModel without that.)
     """
-    is_resnet = name in RESNETS or name == "resnet10_half"
-    if not is_resnet and name not in TIMM_NAMES and not timm.is_model(name):
+    is_resnet = name in ALL_RESNETS
+    if not is_known_backbone(name):
         close = ", ".join(_close_names(name)) or "none"
         raise ValueError(f"unknown arch {name!r}; close matches: {close}")
     if is_resnet and (drop_path_rate or patch_size):

@@ -1,6 +1,6 @@
 """Multi-crop: uint8 images in, augmented float crops out, in batches on whatever device they are.
 
-    multi_crop = MultiCrop(CropConfig())
+    multi_crop = MultiCrop(CropConfig()).to(images_uint8.device)
     keys = hash_keys(seed, epoch, index)            # (b,) int64, what fixes a sample's randomness
     crops = multi_crop(images_uint8, sizes, keys)   # 2 of (b, 3, 224, 224), then 8 of 96 px
 
@@ -121,9 +121,10 @@ class CropConfig:
 def resolve_crop_sizes(config: CropConfig, image_size: int, patch_size: int = 1) -> CropConfig:
     """Return the config with its crop sizes filled in, for images of `image_size` pixels.
 
-    `image_size` is the shorter side. Photographs get the paper's 224 and 96, small images their
-    own size and half of it, each rounded up to whole patches; crops below 64 px are not blurred
-    unless the config says so. Raises ValueError for a size below 8 px or no multiple of the patch;
+    `image_size` is the shorter side. Photographs, from 192 px on, get the paper's 224 and 96;
+    smaller images their own size, rounded down to a multiple of 8 from 32 px on and at least 16,
+    and half of it. Each is rounded up to whole patches. Crops below 64 px are not blurred unless
+    the config says so. Raises ValueError for a size below 8 px or no multiple of the patch;
     the local size counts only where there are local crops.
     """
 

@@ -50,6 +50,10 @@ class Lars(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:  # it computes the gradients
+            with torch.enable_grad():
+                loss = closure()
         group = self.param_groups[0]
         decay = group["weight_decay"]
         params = [param for param in group["params"] if param.grad is not None]
@@ -61,7 +65,7 @@ class Lars(torch.optim.SGD):
         has_both = (param_norms > 0) & (grad_norms > 0)
         scale_each(grads, torch.where(has_both, 0.001 * param_norms / grad_norms, 1.0))
         group["weight_decay"] = 0.0  # it is in the gradients already
-        loss = super().step(closure)
+        super().step()
         group["weight_decay"] = decay
         return loss
 
@@ -109,4 +113,6 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> None:
     torch's clip_grad_norm_ has one norm over all of them instead. A collective for shards.
     """
     grads = [param.grad for param in params if param.grad is not None]
+    if not grads:
+        return
     scale_each(grads, (max_norm / (tensor_norms(grads) + 1e-6)).clamp(max=1.0))

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -89,7 +89,7 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
 
 def _raw_mode(image: Image.Image) -> str:
     """Return how a file stores its pixels, in Pillow's words: `RGB;16B` is 16 bits a channel."""
-    if not image.tile:
+    if not getattr(image, "tile", None):  # one that was made in memory
         return ""
     args = image.tile[0][3]
     first = args[0] if isinstance(args, tuple) and args else args
@@ -100,6 +100,8 @@ def _is_deep(image: Image.Image) -> bool:
     """Tell whether an opened image has more than 8 bits a channel."""
     raw_mode = _raw_mode(image)
     is_rgb565 = raw_mode == "BGR;16"  # 16 bits for all three colours
+    if image.mode == "CMYK":  # which Pillow makes RGB of, at 8 bits
+        return False
     return image.mode.startswith(("I", "F")) or (";16" in raw_mode and not is_rgb565)
 
 
@@ -251,8 +253,13 @@ def _read_bands(content: bytes, channels: int) -> np.ndarray:
     else:
         with _opened(content) as opened:
             _require_few(opened.width * opened.height)
-            values = _deep_channels(opened, content) if _is_deep(opened) else np.asarray(opened)
             orientation = _orientation_of(opened)
+            if _is_deep(opened):
+                values = _deep_channels(opened, content)
+            elif opened.mode in ("P", "PA"):
+                values = np.asarray(opened.convert("RGBA"))  # not the palette's numbers
+            else:
+                values = np.asarray(opened)
     if values.dtype.kind not in "uif":
         raise ValueError(f"need integers or floats, got {values.dtype}")
     if values.ndim == 2:
@@ -273,7 +280,12 @@ def _read_bands_of_tiff(content: bytes) -> tuple[np.ndarray, int]:
         first = file.series[0]
         _require_few_numbers(first.size)
         tag = file.pages[0].tags.get(ORIENTATION)
-        return first.asarray().squeeze(), 1 if tag is None else int(tag.value)
+        values = first.asarray()
+        if values.ndim > 3:
+            values = values.squeeze()
+        if values.ndim == 4:  # pages of several bands each
+            values = values[0]
+        return values, 1 if tag is None else int(tag.value)
 
 
 def _decode_bands(content: bytes, levels: Levels | None, channels: int) -> Tensor:
@@ -305,16 +317,24 @@ class Pixels(NamedTuple):
 
 
 def decode(image: object, levels: Levels | None = None, channels: int = 3) -> Tensor:
-    """Return (channels, h, w) uint8 of a path (bytes), of what has read(), or of a Pillow image.
+    """Return (channels, h, w) uint8 of a path, of what has read(), or of a Pillow image of 8 bits.
 
     8 bits stay as they are. More, and floats, are mapped by `levels`: what becomes black and what
     white; None: the image's own 0.1 and 99.9 percentile. 3 channels are RGB, 1 is grey; other
     numbers are the bands of a TIFF, of a .npy (h, w, c) or (c, h, w), or of a picture with
-    transparency. A pair (Pillow image, label) is taken for its image; a uint8 tensor (c, h, w) for
-    one. Raises ValueError with the name where a file cannot be decoded, has other channels, is no
-    regular file, or has more than 64 megapixels (a JPEG: 179).
+    transparency. A path is bytes, text or a Path. A pair (Pillow image, label) is taken for its
+    image; a uint8 tensor (c, h, w) for one. Raises ValueError with the name where a file cannot be
+    decoded, has other channels, is no regular file, or has more than 64 megapixels (a JPEG: 179).
     """
     return read_pixels(image, levels, channels=channels).image
+
+
+def _of_pillow(image: Image.Image, channels: int) -> Tensor:
+    if _is_deep(image):
+        text = "need a Pillow image of 8 bits a channel"
+        raise ValueError(f"{text}, got one of mode {image.mode}: decode its file instead")
+    upright = ImageOps.exif_transpose(image)
+    return TF.pil_to_tensor(upright.convert({1: "L", 4: "RGBA"}.get(channels, "RGB")))
 
 
 def read_pixels(
@@ -328,8 +348,10 @@ def read_pixels(
     """
     if isinstance(image, tuple):
         image = image[0]
+    if isinstance(image, str | os.PathLike):
+        image = os.fsencode(image)
     if isinstance(image, Image.Image):
-        image = TF.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
+        image = _of_pillow(image, channels)
     if isinstance(image, Tensor):
         return Pixels(_of_channels(image, channels), tuple(image.shape[1:]))
     name = _name_of(image)
@@ -431,7 +453,7 @@ def _decode_opened(
         values = _to_8_bits(_deep_values(image, content), levels)
         pixels = TF.pil_to_tensor(Image.fromarray(values).convert(mode))
     else:
-        pixels = _turned_in(mode, image)
+        pixels = _upright(image, mode)
     return Pixels(pixels, tuple(pixels.shape[1:]))
 
 
@@ -441,17 +463,17 @@ def _decode_jpeg(
     quarter = tuple(side // 4 for side in image.size)
     if at_least and min(quarter) >= 2 * at_least:
         image.draft(mode, (2 * at_least, 2 * at_least))  # by the cosine transform: much less work
-        return _turned_in(mode, image)
+        return _upright(image, mode)
     if image.mode in ("RGB", "L"):
         # torchvision's decoder is faster; where it fails, or is not there, Pillow's decides
         with contextlib.suppress(RuntimeError, AttributeError):
             encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             colours = "GRAY" if mode == "L" else "RGB"
             return _turned_tensor(torchvision.io.decode_jpeg(encoded, colours), orientation)
-    return _turned_in(mode, image)
+    return _upright(image, mode)
 
 
-def _turned_in(mode: str, image: Image.Image) -> Tensor:
+def _upright(image: Image.Image, mode: str) -> Tensor:
     pixels = TF.pil_to_tensor(image.convert(mode))
     return _turned_tensor(pixels, _orientation_of(image))
 

@@ -141,7 +141,7 @@ def _images(
     if depth > DEEPEST:
         tar = path if len(path) < 200 else f"{path[:200]}..."
         raise ValueError(f"{tar} holds tars in each other: need at most {DEEPEST}")
-    images: list[tuple[PurePosixPath, tarfile.TarInfo]] = []
+    images: list[tuple[PurePosixPath, _Member]] = []
     classes: dict[PurePosixPath, str] = {}  # what KEY.cls says of KEY
     for member in _members(file, path, end):
         # tar -P keeps the / at the beginning, and ..
@@ -149,38 +149,48 @@ def _images(
         name = PurePosixPath(*(part for part in parts if part not in ("/", "..")))
         if name.name.startswith("."):
             continue
-        if member.issym() or member.islnk():
-            if name.suffix.lower() in suffixes:
+        suffix = name.suffix.lower()
+        if member.is_link:
+            if suffix in suffixes:
                 others.links.append(str(name))
-        elif name.suffix == ".tar":
-            file.seek(member.offset_data)
-            inner_end = member.offset_data + member.size
+        elif suffix == ".tar":
+            file.seek(member.offset)
+            inner_end = member.offset + member.size
             inner_path = f"{path}:{name}"
             for image in _images(file, inner_path, inner_end, suffixes, others, depth + 1):
                 yield image._replace(name=f"{name}/{image.name}")
-        elif name.suffix == ".cls":
+        elif suffix == ".cls":
             if member.size > LONGEST_CLASS:
                 given = f"{name} has {member.size:,} bytes"
                 raise ValueError(f"{path}: need a class of at most {LONGEST_CLASS:,}, {given}")
-            file.seek(member.offset_data)
+            file.seek(member.offset)
             classes[name.with_suffix("")] = os.fsdecode(file.read(member.size)).strip()
-        elif name.suffix.lower() in suffixes:
+        elif suffix in suffixes:
             images.append((name, member))
         else:
-            others.suffixes.append(name.suffix.lower())
+            others.suffixes.append(suffix)
     for name, member in images:
         given = classes.get(name.with_suffix(""), "")
-        yield _Image(str(name), member.offset_data, member.size, given)
+        yield _Image(str(name), member.offset, member.size, given)
 
 
-def _members(file: BufferedReader, path: str, end: int) -> list[tarfile.TarInfo]:
+class _Member(NamedTuple):
+    """What is kept of a header: tarfile's own takes ten times the memory."""
+
+    name: str
+    offset: int
+    size: int
+    is_link: bool  # to what is not in the tar
+
+
+def _members(file: BufferedReader, path: str, end: int) -> list[_Member]:
     """Return the files and links of a tar that ends at byte `end`.
 
     A hard link to a file before it is returned as that file by its other name. ValueError where it
     is no whole tar.
     """
-    members: list[tarfile.TarInfo] = []
-    files: dict[str, tarfile.TarInfo] = {}
+    members: list[_Member] = []
+    files: dict[str, _Member] = {}
     last = "its beginning"
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -192,14 +202,15 @@ def _members(file: BufferedReader, path: str, end: int) -> list[tarfile.TarInfo]
                     raise tarfile.ReadError("it is cut off")
                 tar.members = []  # or all headers stay in memory
                 if member.isfile():
-                    files[member.name] = member
+                    found = _Member(member.name, member.offset_data, member.size, is_link=False)
+                    files[member.name] = found
                 elif member.islnk() and member.linkname in files:
-                    first = files[member.linkname]
-                    member.offset_data, member.size = first.offset_data, first.size
-                    member.type = tarfile.REGTYPE
-                elif not (member.issym() or member.islnk()):
+                    found = files[member.linkname]._replace(name=member.name)
+                elif member.issym() or member.islnk():
+                    found = _Member(member.name, member.offset_data, member.size, is_link=True)
+                else:
                     continue  # a folder, a pipe or a device
-                members.append(member)
+                members.append(found)
             file.seek(tar.offset)
             # tarfile ends quietly at a header that is broken
             if tar.offset < end and any(file.read(tarfile.BLOCKSIZE)):

@@ -219,7 +219,7 @@ class Observer:
 def open_images(source: str, channels: int = 3, take_splits: bool = True) -> ImageDataset:
     """Open a photo, a folder or a data set by name. ValueError where there are no images."""
     path = Path(source)
-    if path.is_file() and path.suffix != ".tar" and not is_list(path):
+    if path.is_file() and path.suffix.lower() != ".tar" and not is_list(path):
         photo = ImageDataset([os.fsencode(path)], None)
         photo.channels = channels
         return photo

@@ -35,12 +35,14 @@ from harness.foreign import (
     peel,
 )
 from models import (
+    ALL_RESNETS,
     RESNETS,
     TIMM_NAMES,
     DinoModel,
     ModelConfig,
     PrototypeLayer,
     get_backbone,
+    is_known_backbone,
     load_tensors,
 )
 
@@ -139,6 +141,9 @@ def as_file(source: str | Path, role: Role = "teacher") -> Path | None:
             return file
     if path.is_file():
         return path
+    if path.is_dir() and not is_known_backbone(str(source)):
+        names = " or ".join(file.name for file in (*in_folder, path / "model.safetensors"))
+        raise FileNotFoundError(f"no checkpoint in the folder {path}: need {names}")
     if path.suffix in SUFFIXES or len(path.parts) > 1:
         raise FileNotFoundError(f"no such checkpoint: {path}")
     return None
@@ -315,8 +320,10 @@ def sizes_of(backbone: Tensors) -> dict[str, int]:
     if embed is None or positions is None or embed.ndim != 4 or positions.ndim != 3:
         return {}
     patch_size = embed.shape[-1]
-    # a class token, or none, or a few more tokens than that do not reach the next square
-    return {"patch_size": patch_size, "image_size": patch_size * math.isqrt(positions.shape[1])}
+    # positions are those of the patches, a square, and of a class token and maybe some registers:
+    # the square below is the patches', since so few more do not make the next one
+    side = math.isqrt(positions.shape[1])
+    return {"patch_size": patch_size, "image_size": patch_size * side}
 
 
 # by width and number of blocks: the original's, DeiT's and MAE's; DINOv2's; DINOv3's
@@ -354,7 +361,7 @@ def _candidates(backbone: Tensors) -> list[str]:
     """Return the architectures that a backbone may be, by width and depth, likely ones first."""
     embed = backbone.get("patch_embed.proj.weight")
     if embed is None or embed.ndim != 4:
-        return [*RESNETS, "resnet10_half"]
+        return list(ALL_RESNETS)
     depth = len({key.split(".")[1] for key in backbone if key.startswith("blocks.")})
     suffix = str(embed.shape[-1])  # names that end in the patch size come first
     archs = VITS.get((embed.shape[0], depth), ())
@@ -365,7 +372,7 @@ def _candidates(backbone: Tensors) -> list[str]:
 def _config_with(arch: str, backbone: Tensors) -> ModelConfig:
     """Return an architecture with the sizes that a backbone's tensors tell."""
     stem = backbone.get("conv1.weight")
-    is_resnet = arch in RESNETS or arch == "resnet10_half"
+    is_resnet = arch in ALL_RESNETS
     if is_resnet:
         is_small = stem is not None and stem.ndim == 4 and stem.shape[-1] == 3
         size = 32 if is_small else None

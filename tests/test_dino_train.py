@@ -1,4 +1,3 @@
-import json
 import math
 import os
 import re
@@ -19,7 +18,6 @@ import yaml
 from accelerate import Accelerator
 from conftest import ROOT, read_log, stop_at
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -29,7 +27,6 @@ from config import Config
 from data import MultiCrop, StepSampler, build_dataset, hash_keys
 from dino_train import (
     build_optimizer,
-    clip_gradients,
     cosine_schedule,
     schedules,
     train,
@@ -40,7 +37,7 @@ from harness.flags import check_values, default_precision, finish, parse_config
 from harness.outlook import DryRun
 from harness.run import Run, TrainingState
 from losses import DinoLoss
-from models import DinoModel, DinoProjectionHead, load_checkpoint
+from models import DinoModel, load_checkpoint
 
 
 @pytest.fixture
@@ -90,61 +87,9 @@ def test_learning_rate_is_scaled_by_the_whole_batch() -> None:
     warm = schedules(config, 10 * 7 - 1, 7, 1024)
     assert warm.lr == pytest.approx(5e-4 * 4)
     assert schedules(config, 0, 7, 1024).lr == 0
-    assert (warm.weight_decay, warm.teacher_momentum) != (0.04, 0.996)
+    assert warm.weight_decay > 0.04
+    assert warm.teacher_momentum > 0.996
     assert schedules(config, 699, 7, 1024).teacher_momentum == pytest.approx(1, abs=1e-7)
-
-
-def test_weight_decay_groups_equal_the_originals() -> None:
-    with safe_open(ROOT / "tests" / "parity.safetensors", "pt") as file:
-        groups = json.loads(file.metadata()["param_groups"])
-    head = DinoProjectionHead(24, 16, 8, 40, norm_last_layer=False)
-    names = {param: name for name, param in head.named_parameters()}
-    renamed = {"last_layer.weight_v": "last_layer.weight", "last_layer.weight_g": "last_layer.gain"}
-    optimizer = build_optimizer(head, "adamw")
-    for group, key in zip(optimizer.param_groups, ("regularized", "not_regularized"), strict=True):
-        expected = {renamed.get(name, name) for name in groups[key]}
-        assert {names[param] for param in group["params"]} == expected
-    assert optimizer.param_groups[1]["weight_decay"] == 0
-
-
-@pytest.mark.parametrize("case", ["resnet_recipe", "large_decay"])
-def test_lars_equals_the_original_over_steps(case: str, parity: dict) -> None:
-    lr, weight_decay = parity[f"lars.{case}.args"].tolist()
-    holder = nn.ParameterList(parity[f"lars.{case}.initial.{i}"].clone() for i in range(3))
-    optimizer = build_optimizer(holder, "lars")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
-    for step in range(len(parity[f"lars.{case}.grads.0"])):
-        for i, param in enumerate(holder):
-            param.grad = parity[f"lars.{case}.grads.{i}"][step].clone()
-        optimizer.step()
-    for i, param in enumerate(holder):
-        final = parity[f"lars.{case}.final.{i}"]
-        torch.testing.assert_close(param.detach(), final, rtol=1e-6, atol=1e-7)
-
-
-def test_lars_leaves_a_gradient_alone_where_a_norm_is_zero() -> None:
-    holder = nn.ParameterList([torch.zeros(2, 2), torch.ones(2, 2)])
-    optimizer = build_optimizer(holder, "lars")
-    optimizer.param_groups[0] |= {"lr": 1.0, "weight_decay": 0.0}
-    holder[0].grad, holder[1].grad = torch.full((2, 2), 3.0), torch.zeros(2, 2)
-    optimizer.step()
-    assert (holder[0] == -3).all()
-    assert (holder[1] == 1).all()
-
-
-def test_clipping_equals_the_original_for_each_parameter(parity: dict) -> None:
-    grads = [parity[f"clip.grads.{i}"] for i in range(3)]
-    params = [nn.Parameter(torch.zeros_like(grad)) for grad in grads] + [
-        nn.Parameter(torch.ones(2))
-    ]
-    for param, grad in zip(params, grads, strict=False):
-        param.grad = grad.clone()
-    clip_gradients(params, 0.5)
-    for i in range(3):
-        torch.testing.assert_close(params[i].grad, parity[f"clip.clipped.{i}"])
-    assert params[3].grad is None
 
 
 # ---------------------------------------------------------------- the loop
@@ -733,16 +678,6 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, tiny) -> No
 
 
 @pytest.mark.slow
-def test_log_cut_off_by_a_kill_does_not_hinder_resuming(tmp_path: Path, tiny) -> None:
-    folder = tmp_path / "run"
-    train(tiny(folder, "--knn-every", 0))
-    with open(folder / "log.jsonl", "a") as file:
-        file.write('{"step": 21, "lo')
-    train(parse_config(["--resume", str(folder), "--epochs", "3"]))
-    assert [line["step"] for line in read_log(folder)] == [10, 20, 30]
-
-
-@pytest.mark.slow
 def test_unfinished_files_of_others_stay_and_hinder_no_resuming(tmp_path: Path, tiny) -> None:
     """A run that goes on clears away what its own kill left, and nothing of embed or visualize."""
     folder = tmp_path / "run"
@@ -768,7 +703,7 @@ def test_train_folder_with_classes_and_flat_val_trains_without_knn(
     flags = ("--data", tmp_path / "set", "--output-dir", tmp_path / "[odd] name")
     result = script("dino_train", *tiny_flags, *flags)
     assert result.returncode == 0, result.stderr
-    assert "no k-NN during training: no class folders in the test images" in result.stdout
+    assert "no k-NN during training: no class folders in the images of" in result.stdout
     # eval_knn.py would be refused, for the same reason
     assert f"visualize.py '{tmp_path}/[odd] name/ckpt.safetensors'" in result.stdout
     assert "eval_knn" not in result.stdout

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-import optimizers
 from data import CropConfig, MultiCrop, StepSampler, build_dataset, hash_keys
 from dino_train import train
 from harness import distributed
@@ -36,7 +35,7 @@ Launch = Callable[..., Answer]
 
 @pytest.fixture(scope="session")
 def one_process(tmp_path_factory: pytest.TempPathFactory, vit_flags: list[str]) -> Path:
-    """12 steps of 8 images in one process."""
+    """20 steps of 8 images in one process."""
     folder = tmp_path_factory.mktemp("one") / "run"
     flags = ("--batch-size", "8", "--log-every", "1", "--output-dir", str(folder))
     train(parse_config([*vit_flags, *flags]))
@@ -231,12 +230,6 @@ def test_steps_that_loss_scaling_skips_change_nothing(
 def test_blocks_are_what_a_network_repeats(arch: str, kind: str, num: int) -> None:
     blocks = distributed.repeated_blocks(get_backbone(arch))
     assert [type(block).__name__ for block in blocks] == [kind] * num
-
-
-def test_norms_are_each_tensors_own() -> None:
-    tensors = [torch.randn(3, 4), torch.zeros(2), torch.randn(5)]
-    expected = torch.stack([tensor.norm() for tensor in tensors])
-    torch.testing.assert_close(optimizers.tensor_norms(tensors), expected)
 
 
 @pytest.mark.slow

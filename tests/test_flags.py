@@ -12,9 +12,15 @@ import torch
 import dino_train
 from config import Config
 from data import build_dataset
+from embed import EmbedConfig
+from eval_copies import CopiesConfig
 from eval_knn import KnnConfig
 from eval_linear import LinearConfig
-from harness.evaluation import EvalConfig
+from eval_retrieval import RetrievalConfig
+from eval_segmentation import SegmentationConfig
+from eval_video import VideoConfig
+from harness.evaluation import EvalConfig, MapsConfig
+from harness.few_labels import ShotsConfig
 from harness.flags import (
     QUICKSTART,
     check_values,
@@ -59,13 +65,25 @@ def test_number_that_means_nothing_is_refused(flags: list[str], said: str) -> No
     assert "\n" not in str(raised.value)
 
 
-# what has no upper end that means something: any path's, memory's or image's own
+# what has no upper end that means something, and a cosine, which embed.py checks
 UNBOUNDED = {"levels", "projection_hidden_dim", "projection_bottleneck_dim"}
-UNBOUNDED |= {"projection_output_dim"}
+UNBOUNDED |= {"projection_output_dim", "near_duplicates"}
 
 
 def test_every_number_has_an_upper_end() -> None:
-    for kind in (KnnConfig, LinearConfig, EvalConfig, VisualizeConfig):
+    for kind in (
+        KnnConfig,
+        LinearConfig,
+        EvalConfig,
+        MapsConfig,
+        ShotsConfig,
+        RetrievalConfig,
+        CopiesConfig,
+        VideoConfig,
+        SegmentationConfig,
+        EmbedConfig,
+        VisualizeConfig,
+    ):
         require_upper_ends(kind)
     for section in dataclasses.fields(Config):
         require_upper_ends(section.default_factory)

@@ -175,7 +175,7 @@ def test_val_of_another_folder(tmp_path: Path) -> None:
 def test_val_without_classes_is_what_is_blamed(tmp_path: Path) -> None:
     write(tmp_path, "pets/train/cat/4", "pets/train/dog/4", "pets/val/cat/1", "flat/3")
     pets, flat = str(tmp_path / "pets"), str(tmp_path / "flat")
-    with pytest.raises(ValueError, match=f"no class folders in the test images of {flat}: k-NN"):
+    with pytest.raises(ValueError, match=f"no class folders in the images of {flat}: k-NN"):
         build_dataset(pets, "test", val=flat)
     notes = build_dataset(pets, val=flat).notes
     assert [note for note in notes if "evaluates" in note] == [f"evaluates on {flat}"]
@@ -235,17 +235,25 @@ def test_annotations_beside_images_are_no_class(tmp_path: Path) -> None:
     assert "left out, no images: 1 .txt" in found.notes
 
 
-@pytest.mark.parametrize("files", [("DCIM/Camera/3", "DCIM/Shots/2"), ("100APPLE/3", "101APPLE/2")])
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("DCIM/Camera/3", "DCIM/Shots/2"),
+        ("100APPLE/3", "101APPLE/2"),
+        ("10160425/3", "10260501/2"),  # numbers and dates
+    ],
+)
 def test_folders_of_a_camera_are_no_classes(files: tuple[str, ...], tmp_path: Path) -> None:
     found = find(write(tmp_path, *files))
     assert (len(found.train.images), classes(found)) == (5, None)
-    assert any(note.endswith("are a camera's folders") for note in found.notes)
+    assert any("are a camera's folders; a .csv may name them" in note for note in found.notes)
 
 
-def test_folders_of_eight_digits_are_classes(tmp_path: Path) -> None:
-    """A camera's folders have numbers from 100."""
-    found = find(write(tmp_path, "00000000/3", "00000001/2"))
-    assert classes(found) == {"00000000": 3, "00000001": 2}
+@pytest.mark.parametrize("names", [("00000000", "00000001"), ("10000001", "10000002")])
+def test_folders_of_eight_digits_are_classes(names: tuple[str, str], tmp_path: Path) -> None:
+    """A camera's folders have numbers from 100, and a date behind them."""
+    found = find(write(tmp_path, *(f"{name}/2" for name in names)))
+    assert classes(found) == dict.fromkeys(names, 2)
 
 
 def test_class_names_are_compared_in_one_unicode_form(tmp_path: Path) -> None:
@@ -457,6 +465,18 @@ def test_unlabelled_lines_of_one_split_leave_the_others_their_classes(tmp_path: 
     found = find(tmp_path / "list.csv")
     assert found.train.classes is None
     assert "no classes: 1 of 2 images have no label" in found.notes
+
+
+def test_list_takes_names_as_they_are(tmp_path: Path) -> None:
+    """With what Python's splitlines takes for the end of a line."""
+    names = ["a\u2028b.png", "c\x0bd.png", "e\x85f.png"]
+    for name in [*names, "g\nh.png"]:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "list.txt").write_text("\n".join(names) + "\n", "utf-8")
+    assert find_images(tmp_path / "list.txt", [".png"]).notes == []
+    quoted = "".join(f'"{name}",cat\n' for name in [*names, "g\nh.png"])
+    (tmp_path / "list.csv").write_text(f"path,label\n{quoted}", "utf-8")
+    assert len(find_images(tmp_path / "list.csv", [".png"]).train.images) == 4
 
 
 def test_list_of_one_known_class_keeps_it(tmp_path: Path) -> None:

@@ -115,6 +115,13 @@ def test_small_images_are_not_reduced_to_a_point(image_size: int, last_side: int
     assert seen == [last_side]
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet10_half"])
+def test_random_kernels_of_many_bands_are_all_different(name: str) -> None:
+    first = next(m for m in get_backbone(name, channels=13).modules() if isinstance(m, nn.Conv2d))
+    kernels = first.weight.detach().transpose(0, 1).flatten(1)
+    assert len(kernels) == 13 and torch.pdist(kernels).min() > 0.1 * kernels[0].norm()
+
+
 def test_unknown_arch_names_close_matches() -> None:
     with pytest.raises(ValueError, match="unknown arch 'vit_small'") as raised:
         get_backbone("vit_small")
@@ -124,6 +131,8 @@ def test_unknown_arch_names_close_matches() -> None:
         get_backbone("resnet51")
     with pytest.raises(ValueError, match="dino_vits16"):
         get_backbone("dino_vits17")
+    with pytest.raises(ValueError, match=r"matches: .*vit_small_patch16_224\.dino(,|$)"):
+        get_backbone("vit_small_patch16_224.dinno")
 
 
 @pytest.mark.parametrize(
@@ -203,23 +212,6 @@ def test_model_can_be_deep_copied_and_pickled_after_a_step() -> None:
 
 
 # ---------------------------------------------------------------- model
-
-
-def test_examples_of_the_readme_build() -> None:
-    backbone = get_backbone("resnet18", pretrained=False)
-    assert backbone.output_dim == 512
-    head = DinoProjectionHead(
-        input_dim=512, hidden_dim=1024, bottleneck_dim=256, output_dim=4096, use_weight_norm=True
-    )
-    model = DinoModel(backbone, head)
-    assert model.backbone is backbone
-    assert model.projection_head is head
-    model = DinoModel(get_backbone("resnet18"), DinoProjectionHead(input_dim=512, output_dim=2048))
-    images = torch.randn(2, 3, 64, 64)
-    assert model(images).shape == (2, 2048)
-    features, projections = model(images, return_backbone_features=True)
-    assert features.shape == (2, 512)
-    assert projections.shape == (2, 2048)
 
 
 def test_from_config_takes_a_config_or_what_holds_one() -> None:
@@ -454,10 +446,10 @@ def test_grey_stem_sees_in_grey_what_the_rgb_stem_saw_in_three_equal_channels() 
     """Published weights are summed for one channel, as timm does."""
     rgb = get_backbone("resnet18").eval()
     grey = copy.deepcopy(rgb)
-    models._change_stem(grey, 1)
+    models._change_stem(grey, 1, pretrained=True)
     images = torch.rand(2, 1, 64, 64)
     torch.testing.assert_close(
         grey(images), rgb(images.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4
     )
-    models._change_stem(rgb, 6)
+    models._change_stem(rgb, 6, pretrained=True)
     assert rgb.conv1.weight.shape == (64, 6, 7, 7)

@@ -169,7 +169,7 @@ def test_metadata_of_the_wrong_type_is_one_line(name: str, tiny_run: Path, tmp_p
             else:
                 train(parse_config(["--resume", str(run)]))
         except (ValueError, OSError) as error:
-            assert str(error).splitlines(), names
+            assert len(str(error).splitlines()) == 1, names
 
 
 def test_damaged_state_is_one_line_and_ends_with_code_2(tiny_run: Path, tmp_path: Path) -> None:

@@ -140,6 +140,55 @@ def test_colour_tiff_of_16_bits_is_read_or_says_what_it_needs(tmp_path: Path) ->
     assert np.abs(image.astype(int) - expected(np.moveaxis(values, -1, 0), 0, 4095)).max() <= 1
 
 
+def test_cmyk_of_16_bits_has_the_colours_of_8(tmp_path: Path) -> None:
+    """Pillow writes 8 bits alone: the depth, the length and the values are changed behind it."""
+    values = np.random.default_rng(0).integers(0, 256, (6, 8, 4), dtype=np.uint8)
+    shallow, deep = tmp_path / "8.tif", tmp_path / "16.tif"
+    write_tiff(shallow, values)
+    write_tiff(deep, values.astype(np.uint16) * 257)
+    for path, bits in ((shallow, 8), (deep, 16)):
+        content = bytearray(path.read_bytes())
+        start = struct.unpack_from("<I", content, 4)[0] + 2
+        for entry in range(start, len(content) - 4, 12):
+            tag = struct.unpack_from("<H", content, entry)[0]
+            if tag == 258:  # four depths, which stand behind
+                struct.pack_into("<II", content, entry + 4, 4, len(content))
+            if tag == 262:  # separated colours
+                struct.pack_into("<H", content, entry + 8, 5)
+        path.write_bytes(content + struct.pack("<4H", *[bits] * 4))
+    assert Image.open(shallow).mode == Image.open(deep).mode == "CMYK"
+    rgb = np.asarray(Image.open(shallow).convert("RGB"))
+    for path in (shallow, deep):
+        np.testing.assert_array_equal(decode(bytes_of(path)).permute(1, 2, 0).numpy(), rgb)
+
+
+def test_paths_of_any_kind_and_pillows_images_are_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    image = photo(5, 9).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((5, 9)))
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned
+    image.save(path, exif=exif)
+    for channels in (1, 3, 4):
+        expected = decode(bytes_of(path), channels=channels)
+        assert expected.shape == (channels, 5, 9)
+        for given in (path, str(path), Image.open(path)):
+            assert torch.equal(decode(given, channels=channels), expected)
+    write_png16(path, np.zeros((4, 4, 1), np.uint16))
+    with pytest.raises(ValueError, match="need a Pillow image of 8 bits a channel, got one of mod"):
+        decode(Image.open(path))
+
+
+def test_palette_with_transparency_has_four_channels(tmp_path: Path) -> None:
+    image = Image.new("P", (3, 2))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png", transparency=bytes([255, 7]))
+    decoded = decode(bytes_of(tmp_path / "a.png"), channels=4)
+    assert decoded[:, 0, 0].tolist() == [10, 20, 30, 255]
+    assert decoded[:, 0, 1].tolist() == [40, 50, 60, 7]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_deep_images_are_turned_as_exif_says(orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()

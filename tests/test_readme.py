@@ -20,6 +20,7 @@ import eval_video
 import export
 import visualize
 from harness.command import read_flags
+from harness.evaluation import normalized, open_network
 from harness.flags import check_values, parse_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,6 +85,25 @@ def test_code_runs_as_it_is_pasted(
     exec(compile(code, "README.md", "exec"), {})
 
 
+def test_pasted_code_prepares_images_as_the_evaluations_do(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = (code for code in CODE if "load_checkpoint" in code)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "NAME").symlink_to(tiny_run)
+    names: dict[str, object] = {}
+    exec(compile(code, "docs/code.md", "exec"), names)
+    network = open_network(tiny_run)
+    backbone, preparation = network.model.backbone.eval(), network.preparation
+    assert names["size"] == preparation.size
+    assert names["data"]["eval_resize"] == preparation.resize
+    with torch.no_grad():
+        expected = backbone(normalized((255 * names["images"]).byte(), preparation))
+    # whose images are rounded to 255 steps here
+    torch.testing.assert_close(names["features"], expected, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize(("name", "flags"), COMMANDS, ids=[" ".join(each) for each in COMMANDS])
 def test_command_line_is_understood(name: str, flags: str) -> None:
     words = [word for word in shlex.split(flags) if word != "..."]
@@ -98,15 +118,20 @@ def test_command_line_is_understood(name: str, flags: str) -> None:
     READERS[name](words)
 
 
-def test_links_lead_to_files() -> None:
+def anchors_of(page: Path) -> set[str]:
+    """Return what GitHub makes of a page's headings: `## Files, and more` is #files-and-more."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    num_anchors = 0
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / link).exists(), (page.name, link)
-
-
-def test_contents_lead_to_headings() -> None:
-    text = (ROOT / "README.md").read_text()
-    headings = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
-    anchors = {heading.lower().replace(" ", "-") for heading in headings}
-    links = re.findall(r"\]\(#([\w-]+)\)", text)
-    assert len(links) >= 8 and set(links) <= anchors
+        for link in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), (page.name, link)
+            if anchor:
+                num_anchors += 1
+                assert anchor in anchors_of(target), (page.name, link)
+    assert num_anchors >= 15

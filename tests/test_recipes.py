@@ -1,6 +1,8 @@
 """Each recipe loads and trains, and the published ones hold the published numbers."""
 
 import functools
+import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from harness.flags import parse_config
 from harness.outlook import ema_half_life
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-# processes, images a step, epochs, peak lr, its end, decay at both ends, temperature at both ends
-# and its warm-up, clip, frozen epochs, local crops: the original's published arguments
+# The original's published arguments. Processes, images a step, epochs, peak lr, its end, decay at
+# both ends, temperature at both ends and its warm-up, clip, frozen epochs, local crops.
 PUBLISHED = {
     "vits16_100ep": (8, 512, 100, 1e-3, 1e-6, 0.04, 0.4, 0.04, 0.04, 0, 3, 1, 8),
     "vits16_300ep": (16, 1024, 300, 2e-3, 1e-6, 0.04, 0.4, 0.04, 0.07, 30, 3, 1, 8),
@@ -27,6 +29,41 @@ PUBLISHED = {
 }
 
 
+VITS_ARGUMENTS = {
+    "model.drop_path_rate": 0.1,
+    "model.original_pos_embed": True,
+    "model.projection_hidden_dim": 2048,
+    "model.projection_bottleneck_dim": 256,
+    "model.projection_output_dim": 65536,
+    "model.use_bn": False,
+    "optim.optimizer": "adamw",
+    "teacher.student_temp": 0.1,
+    "teacher.center_momentum": 0.9,
+}
+RESNETS_ARGUMENTS = VITS_ARGUMENTS | {
+    "model.arch": "resnet50",
+    "model.drop_path_rate": None,  # ResNets have none
+    "model.original_pos_embed": False,
+    "model.norm_last_layer": True,
+    "crops.global_crop_scale": (0.14, 1.0),
+    "crops.local_crop_scale": (0.05, 0.14),
+}
+SCALES_OF_8 = {"crops.global_crop_scale": (0.4, 1.0), "crops.local_crop_scale": (0.05, 0.4)}
+SCALES_OF_10 = {"crops.global_crop_scale": (0.25, 1.0), "crops.local_crop_scale": (0.05, 0.25)}
+FREE, FIXED = {"model.norm_last_layer": False}, {"model.norm_last_layer": True}
+OTHER_ARGUMENTS = {
+    "vits16_100ep": VITS_ARGUMENTS | SCALES_OF_8 | FIXED | {"model.arch": "dino_vits16"},
+    "vits16_300ep": VITS_ARGUMENTS | SCALES_OF_8 | FREE | {"model.arch": "dino_vits16"},
+    "vits16_800ep": VITS_ARGUMENTS | SCALES_OF_10 | FREE | {"model.arch": "dino_vits16"},
+    "vits8_800ep": VITS_ARGUMENTS | SCALES_OF_8 | FREE | {"model.arch": "dino_vits8"},
+    "vitb16_400ep": VITS_ARGUMENTS | SCALES_OF_10 | FIXED | {"model.arch": "dino_vitb16"},
+    "vitb8_300ep": VITS_ARGUMENTS | SCALES_OF_10 | FIXED | {"model.arch": "dino_vitb8"},
+    "resnet50_100ep": RESNETS_ARGUMENTS | {"optim.optimizer": "sgd"},
+    "resnet50_800ep": RESNETS_ARGUMENTS
+    | {"optim.optimizer": "lars", "model.use_bn": True, "model.projection_output_dim": 60000},
+}
+
+
 @functools.cache
 def load(path: Path, *flags: str) -> Config:
     return parse_config(["--config", str(path), "--data", "images", *flags])
@@ -35,12 +72,18 @@ def load(path: Path, *flags: str) -> Config:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_says_how_to_run_it_and_what_to_expect(path: Path) -> None:
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    for word in ("command", "hardware"):
-        assert any(
-            line.startswith(f"#   {word}") or line.startswith(f"# {word}") for line in header
-        )
+    assert any(re.match("# +hardware ", line) for line in header)
     assert any("accuracy" in line or "result" in line for line in header)
-    load(path)
+    text = re.sub(r"\\\n# +", "", path.read_text())  # a command that goes on in the next line
+    (command,) = re.findall(r"^# +command +.*dino_train\.py(.*)$", text, flags=re.MULTILINE)
+    config = parse_config(shlex.split(command))
+    expected = load(path, "--data", config.data.data)
+    assert (config.model, config.crops, config.optim, config.teacher) == (
+        expected.model,
+        expected.crops,
+        expected.optim,
+        expected.teacher,
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -64,6 +107,14 @@ def test_published_recipe_has_the_published_schedules(name: str) -> None:
     assert config.optim.clip_grad == clip
     assert config.optim.freeze_last_layer_epochs == frozen
     assert config.crops.num_local_crops == num_local
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipe_has_the_other_published_arguments(name: str) -> None:
+    config = load(ROOT / "recipes" / f"{name}.yaml")
+    for place, expected in OTHER_ARGUMENTS[name].items():
+        section, setting = place.split(".")
+        assert getattr(getattr(config, section), setting) == expected, place
 
 
 def test_going_on_from_weights_is_gentler_than_starting_from_nothing() -> None:

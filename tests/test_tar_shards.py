@@ -1,6 +1,7 @@
 import io
 import shutil
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,21 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
 def class_folders(num: int = 5, first: int = 0) -> dict[str, bytes]:
     names = [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(num)]
     return {name: image(first + i) for i, name in enumerate(names)}
+
+
+def test_suffixes_and_classes_are_read_in_any_spelling(tmp_path: Path) -> None:
+    """Tars in capitals, and a class whose accent is a letter of its own in one tar alone."""
+    inner = write_tar(tmp_path / "inner.tar", {"0.PNG": image(0)}).read_bytes()
+    outer = write_tar(tmp_path / "OUTER.TAR", {"cat.TAR": inner, "dog.tar": inner})
+    assert build_dataset(str(outer)).classes == ["cat", "dog"]
+    for name, form in (("train", "NFC"), ("val", "NFD")):
+        given = {"0": unicodedata.normalize(form, "café"), "1": "zebra"}
+        files = {f"{key}.png": image(int(key)) for key in given}
+        files |= {f"{key}.CLS": text.encode() for key, text in given.items()}
+        write_tar(tmp_path / f"{name}.tar", files)
+    train, val = str(tmp_path / "train.tar"), str(tmp_path / "val.tar")
+    test = build_dataset(train, "test", val=val)
+    assert test.classes == ["café", "zebra"] and test.labels.tolist() == [0, 1]
 
 
 @pytest.fixture

@@ -269,6 +269,9 @@ def test_a_name_without_network_or_meaning_is_one_line(
         for name in ("a.pth", "runs/vits16"):
             with pytest.raises(FileNotFoundError, match=f"no such checkpoint: {name}"):
                 call(name)
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(FileNotFoundError, match="no checkpoint in the folder"):
+            call(str(tmp_path / "folder"))
 
 
 # ---------------------------------------------------------------- position embeddings
