@@ -55,8 +55,9 @@ from harness.flags import QUICKSTART, parse_config
 from harness.monitor import Monitor, duration
 from harness.online_knn import OnlineKnn
 from harness.outlook import DryRun, introduce, tracked_settings
-from harness.run import Run, TrainingState
+from harness.run import Run
 from harness.run_lock import FolderLock
+from harness.saved_run import TrainingState
 from harness.terminal import printable_name
 from harness.weights import load_weights
 from losses import DinoLoss, koleo_loss

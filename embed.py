@@ -41,7 +41,6 @@ from harness.evaluation import (
     extract,
     is_vit,
     layer_features,
-    normalized,
     open_backbone,
     open_training_images,
     report,
@@ -49,6 +48,7 @@ from harness.evaluation import (
 )
 from harness.feature_maps import feature_map
 from harness.flags import check_ranges
+from harness.opened_network import normalized
 from harness.terminal import printable_name
 from models import save_tensors
 from tar_shards import TarImages

@@ -43,10 +43,8 @@ from harness.evaluation import (
     EvalConfig,
     Extracted,
     FrozenBackbone,
-    Preparation,
     extract,
     is_vit,
-    normalized,
     open_backbone,
     open_split,
     open_training_images,
@@ -57,6 +55,7 @@ from harness.evaluation import (
 from harness.feature_maps import sizes_named
 from harness.feature_quality import evenly
 from harness.flags import check_ranges
+from harness.opened_network import Preparation, normalized
 from harness.ranking import average_precision
 from multicrop import hash_keys, uniforms
 from pixels import image_suffixes, to_canvas

@@ -35,7 +35,6 @@ from harness.decoded_once import ImageMemory
 from harness.distributed import make_accelerator
 from harness.evaluation import (
     EvalConfig,
-    Preparation,
     features_of_splits,
     is_vit,
     layer_features,
@@ -53,6 +52,7 @@ from harness.few_labels import (
 )
 from harness.flags import check_ranges
 from harness.linear_probe import num_classes_of
+from harness.opened_network import Preparation
 from multicrop import boxes_on_canvas, draw_boxes, hash_keys, resized_crops, uniforms
 
 CROP_SCALE = (0.08, 1.0)  # shares of the area that --augment cuts

@@ -39,7 +39,6 @@ from harness.evaluation import (
     EvalConfig,
     FrozenBackbone,
     extract,
-    normalized,
     open_backbone,
     open_split,
     open_splits,
@@ -50,6 +49,7 @@ from harness.evaluation import (
 )
 from harness.feature_maps import feature_map, sizes_named
 from harness.flags import check_ranges
+from harness.opened_network import normalized
 from harness.ranking import average_precision
 from tar_shards import as_bytes
 

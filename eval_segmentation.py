@@ -46,7 +46,6 @@ from harness.evaluation import (
     FrozenBackbone,
     MapsConfig,
     check_folder,
-    normalized,
     open_for_maps,
     report,
     with_levels_of,
@@ -72,6 +71,7 @@ from harness.masks import (
     require_each_name_once,
     require_same_size,
 )
+from harness.opened_network import normalized
 from harness.terminal import printable_name
 from pixels import decode, image_suffixes
 

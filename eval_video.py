@@ -40,9 +40,7 @@ from harness.distributed import make_accelerator
 from harness.evaluation import (
     FrozenBackbone,
     MapsConfig,
-    Preparation,
     check_folder,
-    normalized,
     open_for_maps,
     report,
     with_levels_of,
@@ -68,6 +66,7 @@ from harness.masks import (
     require_same_size,
     save_mask,
 )
+from harness.opened_network import Preparation, normalized
 from harness.terminal import printable, printable_name
 from pixels import decode, image_suffixes
 

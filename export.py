@@ -32,8 +32,8 @@ import tyro
 from torch import nn
 
 from harness.command import read_flags, run_command, write_whole
-from harness.evaluation import OpenedNetwork, Preparation, describe, is_of_run, open_file
 from harness.foreign import Role, Tensors
+from harness.opened_network import OpenedNetwork, Preparation, describe, is_of_run, open_file
 from harness.terminal import printable_name
 from harness.weights import (
     BACKBONE_CONFIG,

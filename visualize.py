@@ -39,7 +39,6 @@ from data import (
 )
 from folders import by_numbers, is_list, was_drawn_here
 from harness.command import read_flags, run_command, write_whole
-from harness.evaluation import normalized, open_network, require_preparation
 from harness.feature_maps import (
     MIN_CELLS,
     PCA,
@@ -58,6 +57,7 @@ from harness.feature_maps import (
 )
 from harness.feature_quality import evenly
 from harness.flags import check_ranges
+from harness.opened_network import normalized, open_network, require_preparation
 from harness.pictures import (
     CARD,
     INK,

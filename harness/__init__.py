@@ -20,13 +20,15 @@ estimate         what a step will take on this machine, before the first
 decoded_once     images that are kept in memory once they are decoded
 defaults         settings that follow from images, length of the run and network
 flags            recipes, checks of settings, what follows from data and machine
-run              a run's folder: what is saved, when, and how it goes on
+saved_run        what is saved of a run: tensors and metadata
+run              a run's folder: when it is saved, and how it goes on
 trackers         TensorBoard and W&B, which go on where the run goes on
 monitor          progress, log, curves, unreadable images, collapse
 outlook          header, warnings, dry run
 feature_quality  what features are worth, without labels: RankMe
 few_labels       a few labelled images of each class, drawn by chance
-evaluation       a frozen backbone: opened, its images prepared, its features
+opened_network   a network from a file or by name, and how its images are prepared
+evaluation       a frozen backbone: its images, its features, what is reported
 online_knn       the teacher's k-NN and RankMe during training
 
 A file imports only those listed above it, and the top level's models.py, losses.py, multicrop.py,

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from data import ImageDataset, permutation, require_source
-from harness.evaluation import Preparation, evaluation_splits, features_of_splits, open_split
+from harness.evaluation import evaluation_splits, features_of_splits, open_split
 from harness.feature_quality import RANKME_IMAGES, feature_quality
 from harness.linear_probe import probe_accuracy
 from harness.monitor import Monitor
+from harness.opened_network import Preparation
 from harness.run import Run
 
 KNN_BATCH = 256  # images of a forward pass

@@ -24,8 +24,9 @@ from harness.estimate import flops_per_second, memory_of_machine, step_cost
 from harness.flags import as_plain_data, fastest_on_gpu
 from harness.monitor import Monitor, duration, peak_memory, three_digits, write_picture
 from harness.pictures import crop_cells, sheet, shown_channels
-from harness.run import Due, Run, TrainingState
+from harness.run import Due, Run
 from harness.run_lock import FolderLock
+from harness.saved_run import TrainingState
 from harness.terminal import printable
 from multicrop import MultiCrop
 from pixels import levels_in_words

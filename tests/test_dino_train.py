@@ -35,7 +35,8 @@ from eval_knn import knn_accuracy
 from harness.defaults import fill_in
 from harness.flags import check_values, default_precision, finish, parse_config
 from harness.outlook import DryRun
-from harness.run import Run, TrainingState
+from harness.run import Run
+from harness.saved_run import TrainingState
 from losses import DinoLoss
 from models import DinoModel, load_checkpoint
 

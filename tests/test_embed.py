@@ -49,7 +49,7 @@ def test_file_holds_features_names_labels_and_the_network(
     model, metadata = load_checkpoint(tiny_run / "ckpt.safetensors")
     assert facts["step"] == metadata["step"] == 20
     assert facts["backbone_crc32"] == tensors_checksum(model.backbone.state_dict())
-    assert json.loads(run_json.read_text())["num_train"] == 80
+    assert json.loads(run_json.read_text())["num_images"] == 80
     # the same features as the evaluations see
     split = tmp_path / "knn.safetensors"
     flags = ("--data", image_folder, "--features-out", split)

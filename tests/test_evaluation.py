@@ -15,12 +15,11 @@ from harness.distributed import make_accelerator
 from harness.evaluation import (
     EvalConfig,
     FrozenBackbone,
-    Preparation,
     layer_features,
     open_backbone,
-    open_network,
     with_levels_of,
 )
+from harness.opened_network import Preparation, open_network
 from models import get_backbone, load_checkpoint, save_checkpoint
 
 
@@ -121,7 +120,7 @@ def test_rank_alone_needs_no_classes(tmp_path: Path, tiny_run: Path, image_folde
     result = script("eval_knn", tiny_run / "ckpt.safetensors", *flags)
     assert result.returncode == 0, result.stderr
     report = json.loads(out.read_text())
-    assert report["num_train"] == 9 and 1 <= report["rankme"] <= 9
+    assert report["num_images"] == 9 and 1 <= report["rankme"] <= 9
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

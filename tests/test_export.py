@@ -16,7 +16,7 @@ from test_weights import RESNET, SMALL, VIT, as_original, build, same_state
 from torch import nn
 
 import export
-from harness.evaluation import Preparation, open_network
+from harness.opened_network import Preparation, open_network
 from harness.weights import BACKBONE_CONFIG, load_weights
 from models import DinoModel, DinoProjectionHead, ModelConfig, save_checkpoint
 

@@ -13,8 +13,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from harness.evaluation import open_network
 from harness.foreign import by_timms_names, counted, find_network, open_containers
+from harness.opened_network import open_network
 from harness.weights import VITS, Weights, load_weights, recognise
 from models import DinoModel, ModelConfig, get_backbone
 

@@ -22,8 +22,8 @@ from torch import nn
 from data import build_dataset, decode
 from dino_train import train
 from folders import _indexed, _read_index
-from harness.evaluation import open_network
 from harness.flags import as_plain_data, parse_config
+from harness.opened_network import open_network
 from harness.weights import load_weights
 from models import DinoModel, DinoProjectionHead, load_tensors, save_tensors
 from tar_shards import _opened

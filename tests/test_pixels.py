@@ -14,8 +14,8 @@ from test_folders import flags_of, write
 
 from data import build_dataset
 from dino_train import train
-from harness.evaluation import open_network
 from harness.flags import parse_config
+from harness.opened_network import open_network
 from pixels import decode, image_facts, measured_levels, read_pixels, to_canvas
 
 

@@ -20,8 +20,8 @@ import eval_video
 import export
 import visualize
 from harness.command import read_flags
-from harness.evaluation import normalized, open_network
 from harness.flags import check_values, parse_config
+from harness.opened_network import normalized, open_network
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)

@@ -12,7 +12,7 @@ from conftest import MEASURED, read_log, run_script
 import harness.flags
 import harness.run
 from harness.distributed import make_accelerator
-from harness.run import SavedRun
+from harness.saved_run import SavedRun
 from models import load_tensors
 
 

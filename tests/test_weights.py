@@ -11,8 +11,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from harness import evaluation
-from harness.evaluation import open_network
+from harness import opened_network
+from harness.opened_network import open_network
 from harness.weights import load_weights, read_weights
 from models import (
     DinoModel,
@@ -368,7 +368,7 @@ def test_own_checkpoint_opens_with_its_metadata(tmp_path: Path) -> None:
 
 def test_published_names_say_how_images_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     build_net = get_backbone
-    monkeypatch.setattr(evaluation, "get_backbone", lambda name, *_, **__: build_net(name))
+    monkeypatch.setattr(opened_network, "get_backbone", lambda name, *_, **__: build_net(name))
     expected = {
         "dino_vits16": (224, 256, 0.485),  # the paper's, where timm says 249
         "resnet18": (224, 256, 0.485),
