@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from einops import reduce
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 from torch import Tensor, nn
@@ -52,7 +51,7 @@ from harness.evaluation import (
     size_facts,
     write_results,
 )
-from harness.feature_maps import sizes_named
+from harness.feature_maps import generalised_mean, sizes_named
 from harness.feature_quality import evenly
 from harness.flags import check_ranges
 from harness.opened_network import Preparation, normalized
@@ -269,9 +268,8 @@ def copy_features(backbone: nn.Module) -> Callable[[Tensor], Tensor]:
 
     def features_of(images: Tensor) -> Tensor:
         tokens = backbone.forward_features(images)
-        patches = tokens[:, backbone.num_prefix_tokens :].clamp(min=1e-6)
-        mean = reduce(patches**4, "b p d -> b d", "mean") ** (1 / 4)
-        return torch.cat([tokens[:, 0], mean], dim=1)
+        patches = tokens[:, backbone.num_prefix_tokens :].mT  # (b, d, p)
+        return torch.cat([tokens[:, 0], generalised_mean(patches, power=4)], dim=1)
 
     return features_of
 

@@ -23,7 +23,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from einops import reduce
 from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ from harness.evaluation import (
     size_facts,
     write_results,
 )
-from harness.feature_maps import feature_map, sizes_named
+from harness.feature_maps import feature_map, generalised_mean, sizes_named
 from harness.flags import check_ranges
 from harness.opened_network import normalized
 from harness.ranking import average_precision
@@ -271,8 +270,7 @@ def pooled(backbone: nn.Module, options: RetrievalConfig) -> Callable[[Tensor], 
         images = images[..., :height, :width]
         if options.pooling == "class":
             return backbone(images)
-        powers = feature_map(backbone, images).clamp(min=1e-6) ** options.gem_power
-        return reduce(powers, "b d h w -> b d", "mean") ** (1 / options.gem_power)
+        return generalised_mean(feature_map(backbone, images), options.gem_power)
 
     def over_scales(images: Tensor) -> Tensor:
         smaller = [

@@ -130,6 +130,15 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
     raise ValueError(f"need a feature map of {width} channels, got shape {shape}")
 
 
+def generalised_mean(features: Tensor, power: float) -> Tensor:
+    """Return (b, d) of features (b, d, ...): of power 1 their mean, of a large one their largest.
+
+    Negative ones count as 0.
+    """
+    positive = features.flatten(start_dim=2).clamp(min=1e-6)
+    return (positive**power).mean(dim=2) ** (1 / power)
+
+
 def fixed_sides(backbone: nn.Module) -> list[int] | None:
     """Return the only height and width that a network takes, None where it takes others, too."""
     embed = getattr(backbone, "patch_embed", None)

@@ -49,6 +49,7 @@ LIBC, VERSION = platform.libc_ver()
 IS_GLIBC_2_35 = LIBC == "glibc" and [int(part) for part in VERSION.split(".")] >= [2, 35]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not IS_GLIBC_2_35, reason="another C library keeps less")
 def test_what_is_freed_is_used_again_unless_the_user_says_otherwise() -> None:
     assert num_page_faults() < num_page_faults(MALLOC_MMAP_THRESHOLD_="1000000") / 5

@@ -347,7 +347,10 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", MUTATIONS)
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "recipe" else ()) for name in OTHERS],
+)
 def test_damaged_files_of_others_are_one_line_or_can_be_used(
     name: str, kind: str, tmp_path: Path
 ) -> None:
