@@ -87,7 +87,7 @@ class OptimConfig:
     # learning rate at its peak for 256 images, scaled by the whole batch / 256 [paper: 5e-4 with
     # adamw, 0.03 with sgd, 0.3 with lars]; None: in a recipe 5e-4, else the paper's, but 4e-3 for
     # adamw on ResNets, and a tenth for weights that are trained already
-    lr: float | None = setting(None, above=0, most=100)
+    lr: float | None = setting(None, above=0, most=100, may_change=True)
     # learning rate at the end, not scaled [paper: 1e-6]
     min_lr: float = setting(1e-6, most=100)
     # epochs in which the learning rate rises from 0 [paper: 10]; None: 10; without a recipe, at
@@ -98,7 +98,7 @@ class OptimConfig:
     # weight decay at the end, along a cosine [paper: 0.4]
     weight_decay_end: float = setting(0.4, most=10)
     # largest norm of each parameter's gradient; 0: not clipped [paper: 0 to 3]
-    clip_grad: float = setting(3.0, most=1_000_000)
+    clip_grad: float = setting(3.0, most=1_000_000, may_change=True)
     # weight of KoLeo in the loss, which spreads the student's features of a micro-batch; 0: none
     # [DINOv2: 0.1]
     koleo_weight: float = setting(0.0, most=100)
@@ -162,7 +162,7 @@ class RunConfig:
     seed: int = setting(0, most=1 << 62)
     # precision of the networks; loss, center and EMA are float32; None: accelerate launch's bf16 or
     # fp16, else bf16 on a GPU (fp16 on old ones) and on a CPU that it speeds up, no on other CPUs
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(None, may_change=True)
     # BatchNorm over the batches of all GPUs, where there are several; no effect on CPUs
     sync_bn: bool = True
     # torch.compile the networks' blocks, which takes minutes at first; the default on a GPU

@@ -586,9 +586,10 @@ def build_dataset(
         start = NO_CLASSES if source == data else f"{val}: {NO_CLASSES}"
         why = next((note for note in dataset.notes if note.startswith(start)), "")
         why = why.removeprefix(f"{val}: ")
-        reason = f"no class folders in the images of {source}"
+        kind = "test" if split == "test" else "training"
+        reason = f"no class folders in the {kind} images of {source}"
         if is_list(Path(source)):
-            reason = f"{source} names no classes, as a .csv does in a column `label`"
+            reason = f"{source} has no classes: a .csv names them in a column `label`"
         if why:
             reason = f"{source} has {why}"
         raise ValueError(f"{reason}: k-NN and probes need labels")

@@ -54,7 +54,7 @@ from harness.fast_backbone import share_drop_path, skip_unread_tokens
 from harness.flags import QUICKSTART, parse_config
 from harness.monitor import Monitor, duration
 from harness.online_knn import OnlineKnn
-from harness.outlook import DryRun, introduce, tracked_settings
+from harness.outlook import DryRun, FirstSteps, introduce, tracked_settings
 from harness.run import Run
 from harness.run_lock import FolderLock
 from harness.saved_run import TrainingState
@@ -304,6 +304,7 @@ def run_loop(
                 student_features, student_logits, teacher_features, teacher_logits = outputs
                 if has_sinkhorn:
                     dino_loss.balance_center(teacher_logits, rates.teacher_temp)  # a collective
+                # from here on student_logits hold their gradient: a term of theirs goes before it
                 cross_entropy = dino_loss(
                     student_logits, teacher_logits, rates.teacher_temp, overwrite_student=True
                 )
@@ -375,12 +376,13 @@ def train(config: Config) -> dict:
 def epochs_that_fit(config: Config) -> int:
     """Return how many epochs --minutes are on this machine, at least one, by some first steps.
 
-    A collective. Nothing is written.
+    A collective. Nothing is written but the index of a long scan.
     """
     settings = replace(config.run, dry_run=True, overwrite=False)
     if config.run.overwrite:
         settings = replace(settings, output_dir=None)  # the folder holds the old run still
-    run = DryRun.prepare(replace(config, run=settings))
+    kind_of_run = DryRun if config.run.dry_run else FirstSteps
+    run = kind_of_run.prepare(replace(config, run=settings))
     monitor = Monitor(run)
     monitor.console.quiet = True
     knn = OnlineKnn(run, knn_accuracy)

@@ -34,7 +34,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
 from config import setting
-from data import ImageDataset, Sample, require_source
+from data import NAMED_SETS, ImageDataset, Sample, require_source
 from folders import images_in, some_of
 from harness.command import read_flags, run_command
 from harness.distributed import make_accelerator
@@ -115,7 +115,7 @@ def blur(image: Tensor, draws: Sequence[float], percent: float) -> Tensor:
     sigma = percent / 100 * min(image.shape[1:])
     radius = min(math.ceil(3 * sigma), min(image.shape[1:]) - 1)
     width = 2 * radius + 1
-    # rows, then columns: torchvision's kernel of both takes `width` times as long
+    # rows, then columns: torchvision's kernel of both takes width / 2 times as long
     rows = TF.gaussian_blur(image.float(), [width, 1], sigma)
     blurred = TF.gaussian_blur(rows, [1, width], sigma)
     return blurred.round().to(torch.uint8)
@@ -226,6 +226,9 @@ class Copies(Dataset):
 # ---------------------------------------------------------------- the published copies
 
 
+COPIES = ("strong", "jpegqual", "crops")  # the last two have a folder for each strength
+
+
 def open_copydays(folder: Path) -> tuple[dict[str, ImageDataset], dict[str, np.ndarray]]:
     """Open Copydays. Return the images of each block, `original` first, and their groups.
 
@@ -233,7 +236,7 @@ def open_copydays(folder: Path) -> tuple[dict[str, ImageDataset], dict[str, np.n
     ValueError for a folder of another layout.
     """
     blocks = {"original": folder / "original", "strong": folder / "strong"}
-    for kind in ("jpegqual", "crops"):
+    for kind in COPIES[1:]:
         of_kind = [path for path in (folder / kind).glob("*") if path.is_dir()]
         of_kind.sort(key=lambda path: path.name.zfill(4))
         blocks |= {f"{kind} {path.name}": path for path in of_kind}
@@ -503,10 +506,12 @@ def more_images(options: CopiesConfig) -> dict[str, str]:
 def check_places(options: CopiesConfig, data: str) -> None:
     """Raise ValueError where images that must be others are those of `data`, or of another flag.
 
-    Among distractors, an image of `data` would be a copy that counts as wrong. So would those of a
-    folder within another.
+    Among distractors, an image of `data` would be a copy that counts as wrong. The same holds where
+    one folder lies in the other. Copydays' own folders are few, and others may lie beside them.
     """
     others = [data]
+    if options.copydays is not None:
+        others = [f"{options.copydays}/{name}" for name in ("original", *COPIES)]
     for flag, place in more_images(options).items():
         for other in others:
             if is_within(place, other) or is_within(other, place):
@@ -517,7 +522,12 @@ def check_places(options: CopiesConfig, data: str) -> None:
 
 
 def is_within(place: str, folder: str) -> bool:
-    """Tell whether a path is another one or lies in it, links being followed."""
+    """Tell whether a path is another one or lies in it, links being followed.
+
+    Names of data sets are no paths: they are compared as they are.
+    """
+    if place in NAMED_SETS or folder in NAMED_SETS:
+        return place == folder
     return Path(os.path.realpath(place)).is_relative_to(os.path.realpath(folder))
 
 

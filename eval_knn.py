@@ -246,7 +246,8 @@ def main() -> None:
         table = table_of_shots(results["shots"], options.ks)
         table.caption = caption_of_shots(train_labels, few_labels)
         Console().print(table)
-    write_results(evaluation.json_out, facts, results)  # first: a full disk has room for it
+    # before the features, which may fill the disk
+    write_results(evaluation.json_out, facts, results)
     if options.features_out is not None:
         names = ("train_features", "train_labels", "test_features", "test_labels")
         save_tensors(options.features_out, dict(zip(names, compared, strict=True)), {})

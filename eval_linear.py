@@ -42,6 +42,7 @@ from harness.evaluation import (
     open_splits,
     report,
     size_facts,
+    workers_for,
     write_results,
 )
 from harness.few_labels import (
@@ -172,7 +173,10 @@ def train_on_crops(
     # 224, in that proportion for others, at most 384 or the crop's own size.
     canvas_size = max(size, min(384, round(size * 384 / 224)))
     images = dataset.as_canvases(canvas_size)
-    memory = ImageMemory(is_wanted=True, num_workers=config.evaluation.num_workers)
+    num_workers = config.evaluation.num_workers
+    if num_workers is None:
+        num_workers = workers_for(device)
+    memory = ImageMemory(is_wanted=True, num_workers=num_workers)
     images = memory.keep(images, canvas_size, dataset.channels)
     rank, world = accelerator.process_index, accelerator.num_processes
     each = max(1, min(config.probe_batch_size, len(dataset)) // world)
@@ -185,7 +189,7 @@ def train_on_crops(
     loader = DataLoader(
         images,
         batch_sampler=sampler(range(total_steps)),
-        num_workers=config.evaluation.num_workers,
+        num_workers=num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
     )
@@ -221,7 +225,8 @@ def fit_probes(
     features: Tensor, labels: Tensor, rows: Tensor, num_classes: int, config: LinearConfig
 ) -> Probes:
     """Train a probe for each of the config's rates, scaled by the batch, on rows of features."""
-    # of fewer images than a batch, too: few images are few steps, which want the large rates
+    # by the batch that was asked for, also where there are fewer images: their few steps want
+    # large rates
     lrs = torch.tensor(config.lrs, device=features.device) * config.probe_batch_size / 256
     return train_probes(features, labels, rows, num_classes, lrs, config)
 

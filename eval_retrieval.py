@@ -102,12 +102,12 @@ def retrieval_scores(features: Tensor, labels: Tensor, ks: Sequence[int] = KS) -
     for rows in torch.arange(len(features)).split(max(1, ENTRIES // len(features))):
         similarity = features[rows] @ features.T
         similarity = similarity.nan_to_num(nan=-2)  # less than any cosine
-        is_same_class = labels == labels[rows][:, None]
-        a_little_less = similarity.nextafter(torch.full_like(similarity, -torch.inf))
-        similarity = torch.where(is_same_class, a_little_less, similarity)
         similarity[torch.arange(len(rows)), rows] = -torch.inf  # the query itself comes last
+        is_same_class = labels == labels[rows][:, None]
+        others_first = is_same_class.byte().argsort(dim=1, stable=True)
+        similarity = similarity.gather(1, others_first)
         order = similarity.argsort(dim=1, descending=True, stable=True)[:, :-1]
-        is_positive = is_same_class.gather(1, order).cpu().numpy()
+        is_positive = is_same_class.gather(1, others_first.gather(1, order)).cpu().numpy()
         for of_query in is_positive:
             places = np.flatnonzero(of_query)
             if len(places):
@@ -295,8 +295,8 @@ def features_of_images(
     def forward(pixels: Tensor) -> Tensor:
         normalised = normalized(pixels, network.preparation)
         # images of --ground-truth differ in size: one process alone may have one that is too small
-        said_by_all = nullcontext() if options.ground_truth is None else own_input()
-        with said_by_all, sizes_named(network.facts["arch"], normalised):
+        fault_of_one = nullcontext() if options.ground_truth is None else own_input()
+        with fault_of_one, sizes_named(network.facts["arch"], normalised):
             return features_of(normalised)
 
     workers = options.evaluation.num_workers

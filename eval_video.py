@@ -348,7 +348,7 @@ def check_options(options: VideoConfig, videos: Sequence[Video]) -> None:
 def check_masks(video: Video, preparation: Preparation) -> None:
     """Raise ValueError for a first mask that is empty, or not as large as the first frame.
 
-    And for true masks that are of another size, or none: found late, they would cost what was
+    Also for a true mask that is of another size or is no mask: found later, it would waste what was
     computed.
     """
     mask = read_mask(video.first_mask)

@@ -304,7 +304,8 @@ def _scan_tars(
 
 # ---------------------------------------------------------------- kept scans
 
-INDEX_VERSION = 6  # that of this file's form: an index of another version is not read
+# of an index's form and of what a scan finds: an index of another version is not read
+INDEX_VERSION = 7
 
 
 def cache_folder() -> Path:

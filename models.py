@@ -545,7 +545,7 @@ def replace_file(temporary: Path, path: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Wait until a file or folder is on the disk: a power cut cannot undo it then."""
-    # Windows syncs what is open for writing alone, and no folder
+    # Windows syncs only files that are open for writing, and no folder
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -469,6 +469,7 @@ class MultiCrop(nn.Module):
             raise ValueError(f"need uint8 images (b, {channels}, s, s), got {given}")
         if sizes is None:
             sizes = torch.full((len(images), 2), images.shape[-1], device=images.device)
+        keys = keys.to(images.device)
         draws = uniforms(keys, self.num_views * NUM_DRAWS)
         draws = rearrange(draws, "b (v draw) -> v b draw", v=self.num_views)
         config = self.config

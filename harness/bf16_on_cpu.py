@@ -44,7 +44,7 @@ def bf16_gain(backbone: nn.Module, image_size: int, batch_size: int) -> float:
             in_float32.append(_seconds_of_step(backbone, images, uses_bf16=False))
             in_bf16.append(_seconds_of_step(backbone, images, uses_bf16=True))
     if not all(math.isfinite(seconds) for seconds in [first, *in_float32, *in_bf16]):
-        return 0.0  # once is enough: what memory held before comes and goes
+        return 0.0  # one such step is enough: the fault does not show in each
     return min(in_float32) / min(in_bf16)
 
 

@@ -57,8 +57,8 @@ def read_flags(
 
 
 LESS_MEMORY = (
-    "need smaller images or batches: a smaller --size or --batch-size, "
-    "in training with more --accumulation-steps"
+    "need smaller images or batches, by the flags of this script; in training a smaller "
+    "--batch-size with more --accumulation-steps"
 )
 
 
@@ -341,7 +341,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         yield temporary
-        with open(temporary, "r+b") as file:  # Windows syncs what is open for writing alone
+        with open(temporary, "r+b") as file:  # Windows syncs only files that are open for writing
             os.fsync(file.fileno())  # a power cut could otherwise leave the name without content
         replace_file(temporary, path)
     except OSError as error:

@@ -187,6 +187,11 @@ def num_shards() -> int:
     return max(1, _number("WORLD_SIZE", 1)) if is_set("ACCELERATE_USE_FSDP") else 1
 
 
+def usual_workers() -> int:
+    """Return how many processes decode images where nobody says it."""
+    return min(16, max(1, cores_per_process() - 1))
+
+
 def cores_per_process() -> int:
     """Return a process's share of the cores that it may run on."""
     if hasattr(os, "sched_getaffinity"):

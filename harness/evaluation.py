@@ -37,6 +37,7 @@ from config import setting
 from data import ImageDataset, Sample, build_dataset, collate
 from folders import cache_folder
 from harness.command import iterate, write_whole
+from harness.distributed import usual_workers
 from harness.feature_maps import chosen_side
 from harness.feature_quality import feature_quality
 from harness.foreign import Role
@@ -74,8 +75,9 @@ class EvalConfig:
     network: Role = "teacher"
     # images a forward pass
     batch_size: int = setting(256, above=0, most=1_000_000)
-    # processes that decode images; 0: the script itself does; for photographs as many as cores
-    num_workers: int = setting(0, most=512)
+    # processes that decode images; 0: the script itself does; None: on a GPU a core each but one,
+    # at most 16, else 0; on a CPU 1 or 2 help with photographs
+    num_workers: int | None = setting(None, most=512)
     # file for the results, as JSON
     json_out: Path | None = None
 
@@ -279,20 +281,25 @@ class Extracted(NamedTuple):
     rows: Tensor  # (n,) int64, of the images in their data set
 
 
+def workers_for(device: torch.device) -> int:
+    """Return how many processes should decode images: on a CPU they would take the network's."""
+    return 0 if device.type == "cpu" else usual_workers()
+
+
 @torch.no_grad()
 def extract(
     forward: Callable[[Tensor], Tensor],
     dataset: Dataset,
     accelerator: Accelerator,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
     dtype: torch.dtype = torch.float32,
 ) -> Extracted:
     """Compute the features of all images, in the data's order.
 
-    `forward` maps uint8 images on the device to features. An image that cannot be decoded is left
-    out, and that is said. A collective: each process takes every world-th image, and all get all
-    features.
+    `forward` maps uint8 images on the device to features. `num_workers` None are those of
+    `workers_for`. An image that cannot be decoded is left out, and that is said. A collective: each
+    process takes every world-th image, and all get all features.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     # all processes must gather as many: the last image is repeated, and the cut below drops it
@@ -302,7 +309,7 @@ def extract(
     loader = DataLoader(
         Subset(dataset, rows),
         batch_size,
-        num_workers=num_workers,
+        num_workers=workers_for(device) if num_workers is None else num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
     )
@@ -334,7 +341,7 @@ def extract_features(
     dataset: Dataset,
     accelerator: Accelerator,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return features (n, d) float32 and labels (n,) of all images, as `extract` does."""
     extracted = extract(forward, dataset, accelerator, batch_size, num_workers)
@@ -347,7 +354,7 @@ def features_of_splits(
     preparation: Preparation,
     accelerator: Accelerator,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return features (n, d) and labels (n,) of each split. A collective."""
 
@@ -444,7 +451,7 @@ def report(facts: dict, table: Table | None) -> None:
 def write_results(json_out: Path | None, facts: dict, results: dict) -> None:
     """Write facts and results to `json_out`, where it is given.
 
-    The last thing that a script does: a full disk then costs nothing that was computed.
+    Called once everything is printed: a full disk then costs nothing that was computed.
     """
     if json_out is not None:
         write_whole(json_out, json.dumps(facts | results, indent=2) + "\n")

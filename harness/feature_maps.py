@@ -34,8 +34,8 @@ PHOTO_SIDE = 480  # pixels, shorter side of photographs whose maps are made, as 
 PHOTO_CROP = 192  # pixels, the least crop of an evaluation that is of photographs
 MIN_CELLS = 14  # on the shorter side of a map: fewer show no shape
 COARSEST = 64  # pixels, the largest cell that images are enlarged for
-# what RuntimeErrors say that are the machine's, whatever the size of the images
-FAILS = ("DefaultCPUAllocator", "cuDNN error", "CUBLAS_STATUS", "MPS backend out of memory")
+# parts of messages of RuntimeErrors that have nothing to do with the images' size
+MACHINE_ERRORS = ("DefaultCPUAllocator", "cuDNN error", "CUBLAS_STATUS", "MPS backend")
 
 
 def _last_attention(backbone: nn.Module) -> nn.Module | None:
@@ -218,7 +218,7 @@ def sizes_named(arch: str, images: Tensor) -> Iterator[None]:
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
-        if any(part in str(error) for part in FAILS):
+        if any(part in str(error) for part in MACHINE_ERRORS):
             raise
         given = f"{arch} at {images.shape[2]} x {images.shape[3]} px"
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -28,7 +28,9 @@ def draw_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
     """Return the rows of `shots` random images of each class, all of a class that has fewer.
 
     Labels are (n,), rows (m,) ascending, on the labels' device. More shots of the same draw add to
-    the fewer.
+    the fewer. The plain loop, which takes a pass over all labels for each class:
+
+        taken = [order[labels[order] == label][:shots] for label in labels.unique()]
     """
     order = permutation(len(labels), seed, draw).to(labels.device)
     classes, by_class = labels[order].sort(stable=True)  # by class, each in the order drawn

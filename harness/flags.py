@@ -29,12 +29,12 @@ from harness.command import read_flags
 from harness.convolutions import multiply_for_weight_gradients, products_are_faster
 from harness.defaults import RECIPE_DEFAULTS, fill_in
 from harness.distributed import (
-    cores_per_process,
     crashes_in_channels_last,
     is_on_cpu,
     is_set,
     num_local_processes,
     num_shards,
+    usual_workers,
 )
 from harness.estimate import memory_of_machine
 from models import ModelConfig, get_backbone, load_tensors
@@ -498,7 +498,7 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, world: int = 1
     num_workers = data.num_workers
     if num_workers is None:
         is_in_memory = isinstance(dataset.images, torch.Tensor)
-        num_workers = 0 if is_in_memory else min(16, max(1, cores_per_process() - 1))
+        num_workers = 0 if is_in_memory else usual_workers()
     data = replace(
         data,
         data=_absolute(data.data),
@@ -510,6 +510,10 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, world: int = 1
         eval_resize=eval_resize,
         num_workers=num_workers,
     )
+    if survey.short >= 10 * data.canvas_size:
+        seen = f"images of {survey.short:,} px are seen at {data.canvas_size} px"
+        more = "cut them into tiles, or raise --canvas-size and the crop sizes"
+        dataset.notes.append(f"{seen}: for small things in them, {more}")
     finished = replace(config, model=model, data=data, crops=crops)
     _require_memory_for_batch(finished)
     _require_memory_for_weights(finished, _num_backbone_parameters(model))

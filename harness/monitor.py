@@ -175,8 +175,8 @@ class Monitor:
         values = self.accelerator.reduce(values, reduction="mean").tolist()
         for step, value in zip(self.losses, values, strict=True):
             if not math.isfinite(value):
-                text = f"the loss is {value} at step {step:,}"
-                raise FloatingPointError(f"{text}; {self.run.kept()}")
+                text = f"the loss is {value} at step {step:,}; {self.run.kept()}"
+                raise FloatingPointError(f"{text} (README.md: When it does not learn)")
         self.losses.clear()
         return values[-1]
 

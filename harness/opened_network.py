@@ -112,11 +112,14 @@ class Preparation:
             )
             raise ValueError(f"{text}, as those of export.py do")
         size = config.image_size or timms.get("input_size", (3, 224, 224))[-1]
-        share = timms.get("crop_pct", 0.875 if size >= PHOTO_CROP else 1.0)
+        if "crop_pct" in timms:
+            resize = math.floor(size / timms["crop_pct"])  # as timm rounds it
+        else:
+            resize = round(size / (0.875 if size >= PHOTO_CROP else 1.0))
         return cls(
             data=None,
             size=size,
-            resize=math.floor(size / share),  # as timm rounds it
+            resize=resize,
             mean=tuple(timms.get("mean", IMAGENET_DEFAULT_MEAN)),
             std=tuple(timms.get("std", IMAGENET_DEFAULT_STD)),
             channels=config.channels,

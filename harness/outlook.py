@@ -67,6 +67,9 @@ def introduce(
         monitor.say(f"data: each image is {once}, and kept: {gib:.2f} GiB of memory")
     if why_no_knn:
         monitor.say(f"no k-NN during training: {why_no_knn}")
+    if num_knn_images == run.config.run.knn_images and num_knn_images < len(run.dataset):
+        of_all = f"{num_knn_images:,} of {len(run.dataset):,} images (--knn-images)"
+        monitor.say(f"k-NN during training compares with {of_all}; eval_knn.py takes all")
     for line in advice_on_stopping(run, has_knn=not why_no_knn) + time_to_stop(run):
         monitor.say(line)
     for warning in unlikely_settings(run, student, num_knn_images):
@@ -119,7 +122,7 @@ def header(run: Run, student: nn.Module) -> Table:
         "network": f"{config.model.arch}, {_sizes_of(student, output_dim)}",
         "data": config.data.data,
         "images": f"{num_images:,} images, {_classes_of(run.dataset)}",
-        "crops": f"{_crops_of(config)} px, from images of {config.data.canvas_size} px",
+        "crops": f"{_crops_of(config)} px, from images resized to {config.data.canvas_size} px",
         "batch": _batch_of(run),
         "steps": f"{run.total_steps:,}: {in_epochs(config.optim.epochs)} of "
         f"{run.steps_per_epoch:,} steps",
@@ -293,9 +296,8 @@ def unlikely_settings(run: Run, student: nn.Module, num_knn_images: int | None =
         given = f"--projection-output-dim {output_dim}"
         lines.append(f"{given} is more prototypes than the {num_images:,} images")
     if num_knn_images is not None and num_knn_images < 20:
-        is_capped = config.run.knn_images < 20
-        why = "--knn-images leaves it" if is_capped else "to compare with there are"
-        lines.append(f"k-NN asks 20 neighbours, {why} {num_knn_images}")
+        limit = " (--knn-images)" if num_knn_images == config.run.knn_images else ""
+        lines.append(f"k-NN asks 20 neighbours and has {num_knn_images} images{limit}")
     warm_ups = {
         "--warmup-epochs": config.optim.warmup_epochs,
         "--warmup-teacher-temp-epochs": config.teacher.warmup_teacher_temp_epochs,
@@ -372,6 +374,8 @@ BATCHES_AHEAD = 2  # that a worker makes: until they are used up, no step seems 
 
 class DryRun(Run):
     """A run of a few steps that writes crops.png alone, and ends once it has timed them."""
+
+    writes_nothing = True  # but that picture, under an unused name
 
     def __init__(
         self,
@@ -484,3 +488,9 @@ class DryRun(Run):
         file = unused_path(folder, name, ".png")
         write_picture(file, sheet(title, cells, len(crops)))
         return file
+
+
+class FirstSteps(DryRun):
+    """The steps that --minutes is measured by, of a run that follows them in the same folder."""
+
+    writes_nothing = False  # the run can use the index of a long scan

@@ -83,6 +83,8 @@ class Run:
     Raises ValueError where the folder is taken or the run in it cannot go on so.
     """
 
+    writes_nothing = False  # so that the folder may hold another run
+
     def __init__(
         self,
         config: Config,
@@ -146,12 +148,10 @@ class Run:
         """
         check_values(config)
         processes = join_processes()
-        # a run follows the first steps that --minutes times: it takes the index that they leave
-        writes_index = not config.run.dry_run or config.optim.minutes is not None
         with processes.local_main_process_first():  # which may have to download or to scan
             dataset = build_dataset(
                 config.data.data,
-                index_folder=cache_folder() if writes_index else None,
+                index_folder=None if cls.writes_nothing else cache_folder(),
                 val=config.data.val,
                 take_splits=config.data.splits,
                 channels=config.model.channels,
@@ -220,8 +220,8 @@ class Run:
         """Return the files that --overwrite deletes. ValueError where it was not given."""
         files = [self.config_file, self.log_file, self.checkpoint, self.state_file]
         taken = [file for file in files if file.exists()]
-        if config.run.dry_run and config.optim.minutes is None:
-            return []  # it writes one picture, under an unused name
+        if self.writes_nothing:
+            return []
         if config.run.overwrite:
             return taken + self._files(NUMBERED_FILE)
         if taken and not config.run.resume:
@@ -580,7 +580,7 @@ class Run:
     def is_evaluated_anew(self, metrics: dict) -> bool:
         """Tell whether a resumed run's state lacks its last step's evaluation.
 
-        Which its stop put off, or which other images have changed. Unless it is saved soon, a kill
+        The last stop put that off, or it is now of other images. Unless it is saved soon, a kill
         would have it logged twice.
         """
         is_new = metrics is not self.saved.metrics

@@ -84,7 +84,7 @@ class TrainingState:
                 _copy_into(own.pop(name), value)
         if own:
             raise ValueError(f"the saved state lacks {', '.join(list(own)[:3])}")
-        if self.scaler is not None:
+        if self.scaler is not None and scaling:  # none where fp16 was not the precision before
             self.scaler.load_state_dict(scaling)
 
     def _load_optimizer(self, param: Tensor, key: str, value: Tensor) -> None:

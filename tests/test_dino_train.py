@@ -621,7 +621,7 @@ def test_resume_with_another_model_or_data_is_refused(
     before = {path: path.read_bytes() for path in folder.iterdir()}
     for flags, said in (
         (["--projection-output-dim", "32"], "--projection-output-dim 32: it has 16"),
-        (["--lr", "0.5"], "--lr 0.5: it has 0.01"),
+        (["--weight-decay", "0.5"], "--weight-decay 0.5: it has 0.04"),
         (["--seed", "7"], "--seed 7: it has 0"),
         (["--arch", "resnet18"], "--arch resnet18: it has test_resnet"),
     ):
@@ -704,7 +704,7 @@ def test_train_folder_with_classes_and_flat_val_trains_without_knn(
     flags = ("--data", tmp_path / "set", "--output-dir", tmp_path / "[odd] name")
     result = script("dino_train", *tiny_flags, *flags)
     assert result.returncode == 0, result.stderr
-    assert "no k-NN during training: no class folders in the images of" in result.stdout
+    assert "no k-NN during training: no class folders in the test images of" in result.stdout
     # eval_knn.py would be refused, for the same reason
     assert f"visualize.py '{tmp_path}/[odd] name/ckpt.safetensors'" in result.stdout
     assert "eval_knn" not in result.stdout

@@ -175,7 +175,7 @@ def test_val_of_another_folder(tmp_path: Path) -> None:
 def test_val_without_classes_is_what_is_blamed(tmp_path: Path) -> None:
     write(tmp_path, "pets/train/cat/4", "pets/train/dog/4", "pets/val/cat/1", "flat/3")
     pets, flat = str(tmp_path / "pets"), str(tmp_path / "flat")
-    with pytest.raises(ValueError, match=f"no class folders in the images of {flat}: k-NN"):
+    with pytest.raises(ValueError, match=f"no class folders in the test images of {flat}: k-NN"):
         build_dataset(pets, "test", val=flat)
     notes = build_dataset(pets, val=flat).notes
     assert [note for note in notes if "evaluates" in note] == [f"evaluates on {flat}"]

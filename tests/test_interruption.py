@@ -379,7 +379,16 @@ def test_resume_names_all_that_differs_and_takes_over_what_is_harmless(
     assert taken.returncode == 0, taken.stderr
     for said in ("--epochs 3 (was 2)", "--save-every 7 (was 1000)", "--num-workers 1 (was 0)"):
         assert f"taken over: {said}" in taken.stdout
-    same_batch = ("--batch-size", 4, "--accumulation-steps", 2, "--epochs", 4)
+    remedies = ("--lr", 0.005, "--clip-grad", 0.3, "--mixed-precision", "bf16", "--epochs", 4)
+    gentler = script("dino_train", "--resume", folder, *remedies)
+    assert gentler.returncode == 0, gentler.stderr
+    for said in (
+        "--lr 0.005 (was 0.01)",
+        "--clip-grad 0.3 (was",
+        "--mixed-precision bf16 (was no)",
+    ):
+        assert f"taken over: {said}" in gentler.stdout
+    same_batch = ("--batch-size", 4, "--accumulation-steps", 2, "--epochs", 5)
     assert script("dino_train", "--resume", folder, *same_batch).returncode == 0
 
 

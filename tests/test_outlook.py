@@ -62,7 +62,7 @@ def test_what_cannot_be_meant_is_a_warning_that_names_the_flag(
     for flag in (
         "--teacher-momentum 0.9995",
         "--projection-output-dim 128",
-        "--knn-images",
+        "k-NN asks 20 neighbours and has 9 images (--knn-images)",
         "--warmup-epochs 5",
         "--warmup-teacher-temp-epochs 3",
         "--freeze-last-layer-epochs 1 covers",

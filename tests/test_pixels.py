@@ -425,7 +425,7 @@ def test_canvas_is_the_smallest_that_holds_the_longer_side(
     sizes = ["--global-crop-size", "16", "--local-crop-size", "8"]
     result = script("dino_train", *flags_of(tmp_path, "--output-dir", tmp_path / "run", *sizes))
     assert result.returncode == 0, result.stderr
-    assert f"from images of {canvas} px" in result.stdout
+    assert f"from images resized to {canvas} px" in result.stdout
 
 
 # ---------------------------------------------------------------- bands

@@ -2,9 +2,11 @@
 
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -21,7 +23,6 @@ import export
 import visualize
 from harness.command import read_flags
 from harness.flags import check_values, parse_config
-from harness.opened_network import normalized, open_network
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
@@ -74,7 +75,11 @@ def test_there_are_code_and_commands() -> None:
 
 @pytest.mark.parametrize("code", CODE, ids=range(len(CODE)))
 def test_code_runs_as_it_is_pasted(
-    code: str, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: str,
+    tiny_run: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -82,26 +87,29 @@ def test_code_runs_as_it_is_pasted(
     if "features.safetensors" in code:
         names = torch.tensor(list(b"a.jpg\0b.jpg"), dtype=torch.uint8)
         save_file({"features": torch.zeros(2, 3), "names": names}, "features.safetensors")
+    shutil.copy(image_folder / "stripes" / "0.jpg", "photo.jpg")
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_pasted_code_prepares_images_as_the_evaluations_do(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_pasted_code_gives_the_features_of_embed(
+    tiny_flags: list, image_folder: Path, tmp_path: Path, script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = (code for code in CODE if "load_checkpoint" in code)
+    """Of a run that evaluates at another size than that of its crops."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "NAME").symlink_to(tiny_run)
+    flags = ["--epochs", 1, "--knn-every", 0, "--eval-size", 12, "--eval-resize", 14]
+    script("dino_train", *tiny_flags, *flags, "--output-dir", "runs/NAME")
+    photo = image_folder / "stripes" / "0.jpg"
+    shutil.copy(photo, "photo.jpg")
+    (code,) = (code for code in CODE if "load_checkpoint" in code)
     names: dict[str, object] = {}
     exec(compile(code, "docs/code.md", "exec"), names)
-    network = open_network(tiny_run)
-    backbone, preparation = network.model.backbone.eval(), network.preparation
-    assert names["size"] == preparation.size
-    assert names["data"]["eval_resize"] == preparation.resize
-    with torch.no_grad():
-        expected = backbone(normalized((255 * names["images"]).byte(), preparation))
-    # whose images are rounded to 255 steps here
-    torch.testing.assert_close(names["features"], expected, rtol=0.05, atol=0.05)
+    assert names["data"]["eval_size"] != names["crops"]["global_crop_size"]
+    Path("list.txt").write_text(f"{photo}\n{image_folder / 'checks' / '0.jpg'}\n")
+    result = script("embed", "runs/NAME", "--data", "list.txt", "--out", "features.npy")
+    assert result.returncode == 0, result.stderr
+    expected = torch.from_numpy(np.load("features.npy"))[:1]
+    torch.testing.assert_close(names["features"], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "flags"), COMMANDS, ids=[" ".join(each) for each in COMMANDS])
