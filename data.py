@@ -625,8 +625,10 @@ class Cropper:
         return crops
 
     def _crops(self, batch: Sample) -> list[Tensor]:
+        # from pinned memory alone: an Apple GPU might read a batch that is freed already
+        is_pinned = self.device.type == "cuda"
         images, sizes, epoch, index = (
-            part.to(self.device, non_blocking=True)
+            part.to(self.device, non_blocking=is_pinned)
             for part in (batch.image, batch.size, batch.epoch, batch.index)
         )
         return self.multi_crop(images, sizes, hash_keys(self.seed, epoch, index))

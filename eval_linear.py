@@ -143,7 +143,7 @@ def random_crops(batch: Sample, size: int, seed: int, device: torch.device) -> T
     Crops are bicubic, the original's bilinear. They depend on seed, epoch and image alone.
     """
     images, sizes, epoch, index = (
-        part.to(device, non_blocking=True)
+        part.to(device, non_blocking=device.type == "cuda")
         for part in (batch.image, batch.size, batch.epoch, batch.index)
     )
     draws = uniforms(hash_keys(seed, epoch, index), 23)

@@ -20,9 +20,9 @@ run() { # seconds, command
 }
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-run 100 bench_step.py --arch dino_vits16 --batch 128 --rounds 5 "${original[@]}"
+run 130 bench_step.py --arch dino_vits16 --batch 128 --rounds 5 "${original[@]}"
 run 130 bench_train.py "$folder" --arch dino_vits16 --batch 128 --steps 30 --no-plain "${original[@]}"
 run 60 bench_loss.py --k 65536 --batch 64 256 --rounds 5 "${original[@]}"
-run 60 bench_data.py "$folder" --canvas 384 --rounds 2 --images 64 "${original[@]}"
-run 40 bench_knn.py --rounds 2
+run 45 bench_data.py "$folder" --canvas 384 --rounds 2 --images 64 "${original[@]}"
+run 30 bench_knn.py --rounds 2
 run 80 bench_step.py --arch resnet50 --batch 64 --rounds 3 --no-plain --no-compile "${original[@]}"

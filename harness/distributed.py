@@ -22,6 +22,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils._triton import has_triton
 
 from harness.command import is_launched
 from harness.freed_memory import keep_freed_memory
@@ -92,6 +93,12 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
     return plugin
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU, of any kind, has done what it was given. A sync point."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
 def is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() == "true"
 
@@ -136,6 +143,11 @@ def _check_launch(processes: PartialState) -> None:
     if _is_one_of_several():
         text = "accelerate launch was asked for several processes and started one"
         raise ValueError(f"{text}; type: {on_cpus} for CPUs, {on_gpus} for GPUs")
+    num_gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if num_gpus and _number("LOCAL_RANK", 0) >= num_gpus:
+        text = f"need a GPU for each process of a node, and process {_number('LOCAL_RANK', 0)}"
+        advice = f"fewer processes ({GPU_LAUNCH} {num_gpus}), or all GPUs visible to all of them"
+        raise ValueError(f"{text} sees {num_gpus}: {advice}")
     tasks, nodes = _number("SLURM_STEP_NUM_TASKS", 1), _number("GROUP_WORLD_SIZE", world)
     if tasks > 1 and tasks != nodes:
         text = f"srun started {tasks} tasks, and each would be a run of its own"
@@ -231,8 +243,13 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def has_compiler() -> bool:
-    """Tell whether torch.compile finds what it builds with: a compiler and Python's headers."""
+    """Tell whether torch.compile finds what it builds with: a compiler and Python's headers.
+
+    On a GPU it needs Triton, too, which takes GPUs of compute capability 7.0 and above.
+    """
     if torch.cuda.is_available() and not is_on_cpu():  # Triton compiles C
+        if not has_triton():
+            return False
         compilers = [os.environ.get("CC"), "gcc", "clang"]
     else:
         compilers = [os.environ.get("CXX"), "g++", "clang++"]

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from harness.command import RunError, write_whole
-from harness.distributed import launch_line
+from harness.distributed import launch_line, wait_for
 from harness.pictures import curves, png_mark
 from harness.run import Run
 from harness.terminal import printable, printable_name
@@ -151,8 +151,7 @@ class Monitor:
 
     def restart_clock(self) -> None:
         """Leave what was done until now out of images/s. A sync point."""
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self.accelerator.device)
         self.clock_start = time.perf_counter()
         self.steps_on_clock = 0
         self.waited_before = self.run.waited

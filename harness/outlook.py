@@ -19,7 +19,7 @@ from data import ImageDataset, batch_factors
 from folders import some_of
 from harness.bf16_on_cpu import emulates_bf16, has_bf16
 from harness.command import in_epochs, print_rows, unused_path
-from harness.distributed import has_compiler, is_compiled, num_local_processes
+from harness.distributed import has_compiler, is_compiled, num_local_processes, wait_for
 from harness.estimate import flops_per_second, memory_of_machine, step_cost
 from harness.flags import as_plain_data, fastest_on_gpu
 from harness.monitor import Monitor, duration, peak_memory, three_digits, write_picture
@@ -318,7 +318,8 @@ def unlikely_settings(run: Run, student: nn.Module, num_knn_images: int | None =
     if run.accelerator.device.type == "cpu" and run.accelerator.is_main_process:  # which says it
         lines += _too_much_for_a_cpu(run)
     if config.run.compile and not has_compiler():
-        lines.append("--compile needs a C compiler and Python's headers, which were not found")
+        needed = "a C compiler, Python's headers and, on a GPU, Triton"
+        lines.append(f"--compile needs {needed}: not all were found")
     return lines
 
 
@@ -415,14 +416,10 @@ class DryRun(Run):
             yield step
 
     def _start_clock(self, after_step: int) -> None:
-        self._wait_for_device()
+        wait_for(self.accelerator.device)
         self.began = time.monotonic()
         self.began_after = after_step
         self.waited_before = self.waited
-
-    def _wait_for_device(self) -> None:
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def what_is_due(
         self, step: int, stop_signals: list[int], failure: str, knn_is_due: bool
@@ -433,7 +430,7 @@ class DryRun(Run):
         (is_over,) = self.agreement.largest(step == self.last_step or is_long)
         due = due._replace(evaluates=False, saves=False, ends=due.ends or bool(is_over))
         if due.ends:  # here, since the workers may take seconds to end
-            self._wait_for_device()
+            wait_for(self.accelerator.device)
             self.ended = time.monotonic()
         return due
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -380,7 +382,7 @@ def test_launch_files_are_what_accelerate_reads() -> None:
     for name, what in expected.items():
         read = load_config_from_file(str(ROOT / "launch" / f"{name}.yaml"))
         assert (read.distributed_type, read.num_processes, read.num_machines) == what
-        assert (read.mixed_precision, read.use_cpu) == ("bf16", False)
+        assert (read.mixed_precision, read.use_cpu) == ("no", False)
     assert read.fsdp_config["fsdp_version"] == 2
 
 
@@ -523,6 +525,17 @@ def test_network_that_a_cpu_computes_wrongly_in_channels_last_stays_as_it_is() -
         weight = next(weight for weight in weights if weight.shape[1] > 1 and weight.shape[2] > 1)
         is_channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         assert is_channels_last is is_changed
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = SimpleNamespace(num_processes=8, device=torch.device("cuda"))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for rank, is_refused in ((3, False), (4, True)):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        expected = pytest.raises(ValueError, match="process 4 sees 4: fewer processes")
+        with expected if is_refused else nullcontext():
+            distributed._check_launch(processes)
 
 
 def test_compiler_needs_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def test_header_says_whether_blocks_are_compiled_and_what_is_missing(
     assert "1 x cpu, float32, blocks not compiled\n" in header_of(student)
     student[0].compile()
     assert "1 x cpu, float32, blocks compiled\n" in header_of(student)
-    missing = "--compile needs a C compiler and Python's headers, which were not found"
+    needed = "a C compiler, Python's headers and, on a GPU, Triton"
+    missing = f"--compile needs {needed}: not all were found"
     for found in (False, True):
         monkeypatch.setattr(outlook, "has_compiler", lambda found=found: found)
         assert (missing in outlook.unlikely_settings(run, student)) != found
