@@ -237,7 +237,7 @@ def test_provoked_collapse_is_named_and_stops_the_run(
     more = (*flags, *MORE, "--output-dir", tmp_path, "--save-every", "5")
     result = script("dino_train", *tiny_flags, *more, "--stop-on-collapse")
     assert result.returncode == 1, result.stdout
-    assert f"the teacher is {kind} since step" in result.stderr
+    assert f"the teacher has been {kind} since step" in result.stderr
     assert "--teacher-temp" in result.stderr and "ckpt.safetensors is kept" in result.stderr
     log = read_log(tmp_path)
     assert "collapse" not in log[9] and log[-1]["collapse"] == kind  # not before it has lasted
