@@ -303,7 +303,7 @@ def main() -> None:
     options = read_flags(EmbedConfig, None, __doc__)
     check_flags(options)
     evaluation = options.evaluation
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(evaluation.mixed_precision)
     network = open_backbone(evaluation, accelerator)
     features_of = token_features(network.backbone, options.tokens)
     images = open_training_images(network.preparation, accelerator)

@@ -534,7 +534,7 @@ def is_within(place: str, folder: str) -> bool:
 def main() -> None:
     options = read_flags(CopiesConfig, None, __doc__)
     check_flags(options)
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(options.evaluation.mixed_precision)
     facts, table, results = evaluate(options, accelerator)
     accelerator.end_training()
     if accelerator.is_main_process:

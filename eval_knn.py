@@ -214,7 +214,7 @@ def main() -> None:
     options = read_flags(KnnConfig, None, __doc__)
     check_flags(options)
     evaluation, few_labels = options.evaluation, options.few_labels
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(evaluation.mixed_precision)
     network = open_backbone(evaluation, accelerator)
     if options.rank_only:
         print_rank(network, evaluation, accelerator)

@@ -1,7 +1,7 @@
 """Evaluate a frozen backbone by a linear probe, for several learning rates at once.
 
     python eval_linear.py runs/patterns-resnet10_half/ckpt.safetensors
-    python eval_linear.py dino_vits16 --data /imagenet --num-workers 16 --json-out linear.json
+    python eval_linear.py dino_vits16 --data /imagenet --json-out linear.json
     python eval_linear.py dino_vits16 --data photos --shots 1 5 10 20
     torchrun --nproc_per_node 8 eval_linear.py ckpt.safetensors --data /imagenet --augment
 
@@ -11,9 +11,11 @@ With --augment on random crops, as published; else on features of center crops, 
 Axes: n images, b batch, d features, c classes, r learning rates.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -35,6 +37,7 @@ from harness.decoded_once import ImageMemory
 from harness.distributed import make_accelerator
 from harness.evaluation import (
     EvalConfig,
+    check_folder,
     features_of_splits,
     is_vit,
     layer_features,
@@ -54,6 +57,7 @@ from harness.few_labels import (
 from harness.flags import check_ranges
 from harness.linear_probe import num_classes_of
 from harness.opened_network import Preparation
+from models import save_tensors
 from multicrop import boxes_on_canvas, draw_boxes, hash_keys, resized_crops, uniforms
 
 CROP_SCALE = (0.08, 1.0)  # shares of the area that --augment cuts
@@ -83,6 +87,8 @@ class LinearConfig:
     # crops that it sees once; images that do not fill an epoch's last batch are left out of that
     # epoch [paper: yes]
     augment: bool = False
+    # file for the best rate's probe, as safetensors: weight (classes, features) and bias
+    probe_out: Path | None = None
     # fixes the initial weights, the order of the images and their crops
     seed: int = setting(0, most=1 << 62)
 
@@ -204,7 +210,9 @@ def train_on_crops(
         if epoch == 0:  # which takes each image once at most
             num_unreadable += (batch.source != batch.index).sum()
         crops = random_crops(batch, size, config.seed, device)
-        features, labels = gather((forward(crops).float(), batch.label.to(device)))
+        with accelerator.autocast():
+            features = forward(crops).float()
+        features, labels = gather((features, batch.label.to(device)))
         if probes is None:
             probes = Probes(features, num_classes, lrs, config.seed)
         probes.step(features, labels, epoch / config.epochs)
@@ -390,6 +398,8 @@ class Evaluated(NamedTuple):
     facts: dict
     accuracies: Accuracies
     classes: dict[str, object]  # what the best learning rate confuses
+    probes: Probes
+    class_names: Sequence[str] | None
     shots: dict[str, dict]  # of linear_of_shots
     shots_caption: str
 
@@ -450,16 +460,34 @@ def evaluate(options: LinearConfig, accelerator: Accelerator) -> Evaluated:
         best_row = options.lrs.index(best_of(accuracies))
         confusion = confusion_matrix(probes, test_features, test_labels, best_row)
         classes = by_class(confusion, test_images.classes)
-    return Evaluated(network.facts | facts, accuracies, classes, shots, shots_caption)
+    return Evaluated(
+        network.facts | facts,
+        accuracies,
+        classes,
+        probes,
+        test_images.classes,
+        shots,
+        shots_caption,
+    )
+
+
+def write_probe(path: Path, evaluated: Evaluated, row: int) -> None:
+    """Write the probe of a row of rates; its metadata say of which features and classes it is."""
+    probes, facts = evaluated.probes, evaluated.facts
+    tensors = {"weight": probes.weight[row], "bias": probes.bias[row]}
+    names = ("checkpoint", "network", "backbone_crc32", "eval_size", "n_last_blocks", "avgpool")
+    metadata = {name: facts[name] for name in names} | {"classes": evaluated.class_names}
+    save_tensors(path, tensors, {"metadata": json.dumps(metadata)})
 
 
 def main() -> None:
     options = read_flags(LinearConfig, None, __doc__)
     check_ranges(options)
     check_probes(options)
+    check_folder(options.probe_out, "probe")
     if options.few_labels.shots and options.augment:
         raise ValueError("--shots takes features that are computed once: not with --augment")
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(options.evaluation.mixed_precision)
     evaluated = evaluate(options, accelerator)
     accuracies = evaluated.accuracies
     accelerator.end_training()
@@ -493,6 +521,8 @@ def main() -> None:
         table.caption = evaluated.shots_caption
         Console().print(table)
     write_results(options.evaluation.json_out, evaluated.facts, results)
+    if options.probe_out is not None:
+        write_probe(options.probe_out, evaluated, options.lrs.index(best))
 
 
 if __name__ == "__main__":

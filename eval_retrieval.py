@@ -364,7 +364,7 @@ def evaluate_revisited(
 def main() -> None:
     options = read_flags(RetrievalConfig, None, __doc__)
     check_flags(options)
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(options.evaluation.mixed_precision)
     evaluate = evaluate_classes if options.ground_truth is None else evaluate_revisited
     facts, table, results = evaluate(options, accelerator)
     accelerator.end_training()

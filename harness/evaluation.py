@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
@@ -38,7 +38,7 @@ from data import ImageDataset, Sample, build_dataset, collate
 from folders import cache_folder
 from harness.command import iterate, write_whole
 from harness.distributed import usual_workers
-from harness.feature_maps import chosen_side
+from harness.feature_maps import chosen_side, sizes_named
 from harness.feature_quality import feature_quality
 from harness.foreign import Role
 from harness.opened_network import (
@@ -73,6 +73,11 @@ class EvalConfig:
     splits: bool = True
     # which of a run's networks; the student is in state.safetensors, beside the checkpoint
     network: Role = "teacher"
+    # pixels, side of the central crop; None: as the network's own evaluation. Smaller is faster:
+    # DINOv2's weights are made for 518
+    eval_size: int | None = setting(None, above=0, most=4096)
+    # precision of the network; its features are float32 all the same
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     # images a forward pass
     batch_size: int = setting(256, above=0, most=1_000_000)
     # processes that decode images; 0: the script itself does; None: on a GPU a core each but one,
@@ -144,6 +149,8 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbo
         preparation = replace(preparation, take_splits=False)
     if not preparation.data:
         raise ValueError(f"{source} does not come with data: need --data")
+    if options.eval_size is not None:
+        preparation = _at_size(preparation, options.eval_size)
     facts = {
         "checkpoint": str(source),
         "network": role,
@@ -151,13 +158,26 @@ def open_backbone(options: EvalConfig, accelerator: Accelerator) -> FrozenBackbo
         "step": step,
         "backbone_crc32": tensors_checksum(network.model.backbone.state_dict()),
         "data": preparation.data,
+        "eval_size": preparation.size,
+        "mixed_precision": options.mixed_precision,
     }
     metrics = network.metadata.get("metrics") or {}
     are_own_images = options.data is None and options.val is None and options.splits
-    if are_own_images and "knn_top1_untrained" in metrics:
+    if are_own_images and options.eval_size is None and "knn_top1_untrained" in metrics:
         facts["knn_top1_untrained"] = metrics["knn_top1_untrained"]  # measured by the run itself
     backbone = network.model.backbone.to(accelerator.device).eval()
+    if options.eval_size is not None:  # one that it may not take
+        side, channels = preparation.size, preparation.channels
+        blank = torch.zeros(1, channels, side, side, device=accelerator.device)
+        with sizes_named(network.arch, blank), torch.no_grad():
+            backbone(blank)
     return FrozenBackbone(backbone, preparation, facts)
+
+
+def _at_size(preparation: Preparation, size: int) -> Preparation:
+    """Return how images are prepared for another central crop, which keeps its share of them."""
+    resize = round(preparation.resize * size / preparation.size)
+    return replace(preparation, size=size, resize=max(resize, size))
 
 
 def with_levels_of(
@@ -317,7 +337,8 @@ def extract(
     filled: tuple[Tensor, ...] = ()
     start = 0
     for batch in _with_progress(iterate(loader), len(rows), accelerator):
-        features = forward(batch.image.to(device, non_blocking=True)).to(dtype)
+        with accelerator.autocast():
+            features = forward(batch.image.to(device, non_blocking=True)).to(dtype)
         is_read = batch.source == batch.index
         facts = (x.to(device) for x in (batch.label, batch.index, is_read))
         of_ranks = gather((features, *facts))

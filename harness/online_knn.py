@@ -194,7 +194,7 @@ class OnlineKnn:
         teacher_features = partial(model, features_only=True)
         model.eval()
         # eager, since each of its batch sizes would be compiled anew
-        with torch.compiler.set_stance("force_eager"), accelerator.autocast():
+        with torch.compiler.set_stance("force_eager"):
             features = features_of_splits(
                 teacher_features,
                 self.splits,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -106,6 +107,28 @@ def test_table_and_json_report_the_best_rate(tmp_path: Path, tiny_run: Path, scr
     right = 100 * confusion.diag().sum().item() / report["num_test"]
     assert right == pytest.approx(report["best_top1"])
     assert list(report["per_class_top1"]) == ["checks", "stripes"]
+
+
+def test_probe_is_kept_for_the_features_that_embed_gives(
+    tmp_path: Path, tiny_run: Path, script
+) -> None:
+    out, probe = tmp_path / "linear.json", tmp_path / "probe.safetensors"
+    flags = ["--json-out", out, "--probe-out", probe, "--epochs", 5, "--eval-size", 20]
+    result = script("eval_linear", tiny_run, *flags)
+    assert result.returncode == 0, result.stderr
+    features = tmp_path / "features.safetensors"
+    flags = ["--features-out", features, "--eval-size", 20]
+    assert script("eval_knn", tiny_run, *flags).returncode == 0
+    weight, bias = (load_file(probe)[name] for name in ("weight", "bias"))
+    tensors = load_file(features)
+    guesses = (tensors["test_features"] @ weight.T + bias).argmax(dim=1)
+    accuracy = 100 * (guesses == tensors["test_labels"]).double().mean().item()
+    report = json.loads(out.read_text())
+    assert accuracy == pytest.approx(report["best_top1"])
+    with safe_open(probe, "pt") as file:
+        metadata = json.loads(file.metadata()["metadata"])
+    assert metadata["classes"] == ["checks", "stripes"] and metadata["eval_size"] == 20
+    assert metadata["backbone_crc32"] == report["backbone_crc32"]
 
 
 def test_rate_is_chosen_without_the_test_images() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import read_log
 from PIL import Image
+from test_visualize import write_checkpoint
 from torch import nn
 
 from harness.distributed import make_accelerator
@@ -19,8 +20,9 @@ from harness.evaluation import (
     open_backbone,
     with_levels_of,
 )
-from harness.opened_network import Preparation, open_network
+from harness.opened_network import Preparation, normalized, open_network
 from models import get_backbone, load_checkpoint, save_checkpoint
+from pixels import center_crop, decode
 
 
 @pytest.mark.slow
@@ -149,3 +151,40 @@ def test_brackets_in_a_folders_name_are_text(
     assert result.returncode == 0, result.stderr
     assert "a[/b] [red]: " in result.stdout
     assert json.loads(out.read_text())["data"] == str(folder)
+
+
+@pytest.mark.slow
+def test_size_and_precision_of_an_evaluation_are_the_users(
+    tmp_path: Path, tiny_run: Path, image_folder: Path, launch, script
+) -> None:
+    features = {}
+    for name, flags in {
+        "own": [],
+        "larger": ["--eval-size", 24],
+        "bf16": ["--mixed-precision", "bf16"],
+    }.items():
+        out = tmp_path / f"{name}.npy"
+        answer = launch([tiny_run, "--out", out, *flags], script="embed")
+        assert answer.codes == [0], answer.text
+        features[name] = torch.from_numpy(np.load(out))
+        facts = json.loads(out.with_suffix(".json").read_text())["facts"]
+        assert facts["eval_size"] == (24 if name == "larger" else 16)
+        assert facts["mixed_precision"] == ("bf16" if name == "bf16" else "no")
+    assert features["own"].dtype == features["bf16"].dtype == torch.float32
+    assert not torch.equal(features["own"], features["bf16"])
+    torch.testing.assert_close(features["bf16"], features["own"], rtol=0.1, atol=0.1)
+    crop = center_crop(decode(sorted(image_folder.glob("checks/*.jpg"))[0]), 24, 24)
+    network = open_network(tiny_run)
+    with torch.no_grad():
+        expected = network.model.backbone(normalized(crop[None], network.preparation))
+    distances = (features["larger"] - expected).norm(dim=1)
+    assert distances.min() < 1e-4 < distances.median()
+
+
+def test_size_that_a_network_does_not_take_is_one_line(tmp_path: Path, script) -> None:
+    file = write_checkpoint(tmp_path / "ckpt.safetensors", "test_vit", size=16, patch_size=8)
+    result = script(
+        "embed", file, "--data", "patterns", "--out", tmp_path / "f.npy", "--eval-size", 9
+    )
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "no features of test_vit at 9 x 9 px" in result.stderr
