@@ -230,7 +230,7 @@ class Sample(NamedTuple):
     label: int  # -1 without classes
     epoch: int
     index: int
-    source: int  # of the image that was read: not `index`, where that one cannot be decoded
+    source: int  # index of the image that was read: another one where `index` cannot be decoded
 
 
 class Survey(NamedTuple):
@@ -477,7 +477,8 @@ def _found_set(
         found = test
         _require_known_classes(names, found.classes, val or data)
     elif split != "train" and test is None:
-        rows = np.flatnonzero(held_out(len(found.images)) == (split == "test"))
+        is_held_out = held_out(len(found.images))
+        rows = np.flatnonzero(is_held_out if split == "test" else ~is_held_out)
         classes = None if found.classes is None else found.classes[rows]
         found = Found(found.images[rows], classes)
     dataset = ImageDataset(found.images, None, notes=notes)

@@ -73,8 +73,8 @@ def cosine_schedule(
 ) -> float:
     """Return the value at `step`: linear from 0 to `start`, then half a cosine towards `end`.
 
-    The original's values: the warm-up reaches both its ends, as np.linspace does, so that `start`
-    stands twice; `end` would be reached at step `total_steps`, after the last.
+    As in the original, the last step of the warm-up has `start` already, and the first of the
+    cosine has it again; `end` would be the value of step `total_steps`, one after the last.
     """
     if step < warmup_steps:
         return start * step / max(1, warmup_steps - 1)
@@ -130,12 +130,16 @@ class DinoSystem(nn.Module):
         The teacher sees the two global crops only. With `features_only`, return the teacher's
         features (b, d) of images (b, c, h, w).
         """
-        if features_only:  # by way of the head: FSDP2 gathers weights in a model's own forward only
-            return self.teacher(crops, return_backbone_features=True)[0]
+        if features_only:
+            # the head runs too, unread: FSDP2 gathers weights in DinoModel's own forward only
+            teacher_features, _ = self.teacher(crops, return_backbone_features=True)
+            return teacher_features
         with torch.no_grad():
-            of_teacher = self.teacher(crops[:2], return_backbone_features=True)
-        of_student = self.student(crops, return_backbone_features=True)
-        return *of_student, *of_teacher
+            teacher_features, teacher_logits = self.teacher(
+                crops[:2], return_backbone_features=True
+            )
+        student_features, student_logits = self.student(crops, return_backbone_features=True)
+        return student_features, student_logits, teacher_features, teacher_logits
 
 
 def build_networks(
@@ -156,11 +160,13 @@ def build_networks(
     compile_blocks = config.run.compile and has_compiler()
     if accelerator.device.type == "cpu":
         if products_are_faster() and not compile_blocks:  # not tried in compiled blocks
+            # weight gradients by matrix products, for layers where oneDNN is slower
             multiply_for_weight_gradients(student.backbone)
         if accelerator.mixed_precision == "bf16":
-            pad_small_images(student.backbone)  # of the convolutions that do not multiply
+            # for the others: oneDNN's bf16 gradients of tiny images have entries never written
+            pad_small_images(student.backbone)
     system = lay_out(DinoSystem(student, teacher), accelerator, config.run.sync_bn, compile_blocks)
-    fused = accelerator.scaler is None
+    fused = accelerator.scaler is None  # not in fp16: build_optimizer says why
     return system, build_optimizer(student, config.optim.optimizer, fused)
 
 
@@ -223,12 +229,12 @@ class StepMeans:
         """
         self.losses.append(loss.detach())
         self.mean_logits.append(teacher_logits.float().mean(dim=(0, 1)))
-        if self.is_logged:  # with the center that the loss used
+        if self.is_logged:  # now, while the center is still the one that the loss used
             entropy = self.dino_loss.teacher_entropy(teacher_logits, self.teacher_temp)
             num_views = len(features)
-            directions = F.normalize(features.float(), dim=-1).mean(dim=1) / num_views**0.5
+            mean_directions = F.normalize(features.float(), dim=-1).mean(dim=1) / num_views**0.5
             scalars = torch.stack([cross_entropy.detach().to(entropy), entropy])
-            self.figures.append(torch.cat([scalars, directions.flatten()]))
+            self.figures.append(torch.cat([scalars, mean_directions.flatten()]))
 
     @property
     def loss(self) -> Tensor:
@@ -241,9 +247,10 @@ class StepMeans:
         """
         means = accelerator.reduce(torch.stack(self.figures).mean(dim=0), reduction="mean")
         cross_entropy, entropy = means[:2].tolist()
+        mean_directions = means[2:]
         # The variance of directions of length 1 is 1 less their mean's square: 0 when all are one.
-        # Divided by num_views**0.5, the squares of all views' means add up to the mean over views.
-        spread = (1 - means[2:].square().sum()).clamp(min=0).sqrt().item()
+        # `add` divided them by num_views**0.5: this sum is the mean over views of those squares.
+        spread = (1 - mean_directions.square().sum()).clamp(min=0).sqrt().item()
         return {"teacher_entropy": entropy, "kl": cross_entropy - entropy, "feature_spread": spread}
 
 
@@ -284,6 +291,7 @@ def run_loop(
     optimizer, dino_loss = parts.optimizer, parts.dino_loss
     crops_of = Cropper(parts.multi_crop, seed, accelerator.device)
     metrics = knn.catch_up(model, monitor)
+    # of a resumed run: what a kill or a stop left undone is saved before its first step
     if run.lacks_teacher() or run.is_evaluated_anew(metrics):
         run.save(parts.state, run.steps_before, metrics, monitor.collapse_to_save())
     step, loss_value, crops = run.steps_before, math.nan, []
@@ -304,7 +312,7 @@ def run_loop(
                 student_features, student_logits, teacher_features, teacher_logits = outputs
                 if has_sinkhorn:
                     dino_loss.balance_center(teacher_logits, rates.teacher_temp)  # a collective
-                # from here on student_logits hold their gradient: a term of theirs goes before it
+                # may overwrite student_logits by their gradient: what else reads them stands above
                 cross_entropy = dino_loss(
                     student_logits, teacher_logits, rates.teacher_temp, overwrite_student=True
                 )
@@ -354,16 +362,18 @@ def run_loop(
 
 
 def train(config: Config) -> dict:
-    """Train as `config` says.
+    """Train as `config` says, and return what the run came to.
 
-    Return folder, checkpoint, step, loss, unreadable_images, has_labels (which evaluations need)
-    and, if the teacher was evaluated, knn_step, rankme, variance_share_1, _10 and _100, with
-    classes knn_top1 and maybe probe_top1; if it was evaluated before the first step, too,
-    knn_top1_untrained or, without classes, rankme_untrained, and worse_since, the step since which
-    it has been below that. Raises ValueError for settings that make no sense, before anything is
-    written; FloatingPointError for a loss that is not finite; RunError for a full disk, too many
-    unreadable images or, with --stop-on-collapse, a collapse; and RuntimeError for a worker that
-    died. The last good checkpoint is kept.
+    Always: folder, checkpoint, step, loss, unreadable_images, has_labels (which evaluations need).
+    If the teacher was evaluated: knn_step, rankme, variance_share_1, _10 and _100, and with classes
+    knn_top1 and maybe probe_top1. If it was evaluated before the first step, too:
+    knn_top1_untrained or, without classes, rankme_untrained; and worse_since, the step since which
+    it has been below that, if it is.
+
+    Raises ValueError for settings that make no sense, before anything is written;
+    FloatingPointError for a loss that is not finite; RunError for a full disk, too many unreadable
+    images or, with --stop-on-collapse, a collapse; and RuntimeError for a worker that died. The
+    last good checkpoint is kept.
     A run that is stopped by a signal exits with 128 + the signal's number.
     """
     with FolderLock() as lock:
@@ -393,17 +403,18 @@ def epochs_that_fit(config: Config) -> int:
             run.stop_loading()
     if run.stop_signal:
         sys.exit(128 + run.stop_signal)
+    # the main process's figures, so that all processes choose the same number of epochs
     seconds_a_step, waited_a_step = run.agreement.gather(run.seconds_a_step(outcome.step))[0]
     minutes = config.optim.minutes
     speed = f"at {seconds_a_step:.3g} s a step"
     seconds_an_epoch = seconds_a_step * run.steps_per_epoch
     num_epochs = 60 * minutes / seconds_an_epoch
-    num_decoding = run.epochs_of_decoding
-    if num_epochs > num_decoding:  # the epochs after these do not wait for data
+    decoding_epochs = run.epochs_of_decoding  # math.inf where images are not kept in memory
+    if num_epochs > decoding_epochs:  # the epochs after these do not wait for data
         seconds_from_memory = seconds_a_step - waited_a_step
         speed += f", then {seconds_from_memory:.3g} s from memory"
-        seconds_left = 60 * minutes - num_decoding * seconds_an_epoch
-        num_epochs = num_decoding + seconds_left / (seconds_from_memory * run.steps_per_epoch)
+        seconds_left = 60 * minutes - decoding_epochs * seconds_an_epoch
+        num_epochs = decoding_epochs + seconds_left / (seconds_from_memory * run.steps_per_epoch)
     epochs = max(1, round(num_epochs))
     text = f"{in_epochs(epochs)} of {run.steps_per_epoch:,} steps"
     run.accelerator.print(f"--minutes {minutes:g}: {text}, {speed}")

@@ -53,7 +53,7 @@ class _AllPairsCrossEntropy(torch.autograd.Function):
                 grad = student
             else:
                 grad = torch.empty_like(student, dtype=grad_dtype)
-        scale = 1 / (student_temp * batch * num_pairs)
+        scale = 1 / (student_temp * batch * num_pairs)  # of the gradient by the logits
         total = torch.zeros((), dtype=dtype, device=student.device)
         # numbers of a block: few enough for a CPU's caches, many enough for a GPU's kernels
         block_numel = 1 << 18 if student.device.type == "cpu" else 1 << 26
@@ -64,6 +64,7 @@ class _AllPairsCrossEntropy(torch.autograd.Function):
             targets = targets.softmax(dim=-1)
             summed = targets.sum(dim=0)
             for view in range(num_views):
+                # targets of the teacher views that this one is compared with, summed; their number
                 others, num_others = summed, num_teachers
                 if view < num_teachers:  # a view is never compared with itself
                     others, num_others = summed - targets[view], num_teachers - 1
@@ -75,6 +76,7 @@ class _AllPairsCrossEntropy(torch.autograd.Function):
                 products = torch.dot(others.flatten(), logits.flatten()) / student_temp
                 total += num_others * log_norm.sum() - products
                 if grad is not None:
+                    # scale * (num_others * softmax - others), in the memory of exps
                     exps.mul_(num_others * scale / norm)
                     grad[view, rows] = exps.sub_(others, alpha=scale)
         ctx.grad = grad
@@ -100,10 +102,12 @@ def _all_pairs_fused(
     targets = ((teacher.float() - center) / teacher_temp).softmax(dim=-1)
     logits = student.float() / student_temp
     log_norms = logits.logsumexp(dim=-1).sum(dim=1)
+    # A pair's cross-entropy is log_norm - (targets * logits).sum(). All pairs of views are summed,
+    # then those of a view with itself are taken off: `own`, and the teacher views' log_norms.
     own = (targets * logits[:num_teachers]).sum()
     products = (targets.sum(dim=0) * logits).sum()
-    pairs = num_teachers * log_norms.sum() - log_norms[:num_teachers].sum() - products + own
-    return pairs / (student.shape[1] * num_teachers * (num_views - 1))
+    total = num_teachers * log_norms.sum() - log_norms[:num_teachers].sum() - products + own
+    return total / (student.shape[1] * num_teachers * (num_views - 1))
 
 
 class DinoLoss(nn.Module):
@@ -193,20 +197,21 @@ class DinoLoss(nn.Module):
     def balance_center(self, teacher: Tensor, teacher_temp: float, iterations: int = 3) -> None:
         """Set the center by which all prototypes take equal shares of teacher (..., k), in place.
 
-        That is Sinkhorn-Knopp: of exp(logits / temp), columns and rows are scaled in turn to equal
-        sums. Rows come last, and scaling rows is what the softmax does. Scaling columns is to
-        subtract a number from each prototype's logits, which is what a center does. So the targets
-        are Sinkhorn's, with the loss as it is. A collective: the rows of all processes count.
+        That is Sinkhorn-Knopp on exp(logits / temp), with a row for each image's view and a column
+        for each prototype: columns and rows are scaled in turn, each to a sum of 1. Scaling a
+        column subtracts a number from that prototype's logits, as a center does. Scaling the rows
+        comes last, and the loss's softmax does that: so its targets are Sinkhorn's, with the loss
+        as it is. A collective: the rows of all processes count.
         """
         with torch.autocast(teacher.device.type, enabled=False):
             rows = teacher.flatten(end_dim=-2)
             scores = rows.to(torch.promote_types(rows.dtype, torch.float32)) / teacher_temp
-            log_columns = torch.zeros_like(scores[:1])
-            log_rows = torch.zeros_like(scores[:, :1])
+            log_column_scales = torch.zeros_like(scores[:1])
+            log_row_scales = torch.zeros_like(scores[:, :1])
             for _ in range(iterations):
-                log_columns = -_log_sum_exp_of_all_rows(scores + log_rows)
-                log_rows = -(scores + log_columns).logsumexp(dim=1, keepdim=True)
-            self.center.copy_(-teacher_temp * log_columns)
+                log_column_scales = -_log_sum_exp_of_all_rows(scores + log_row_scales)
+                log_row_scales = -(scores + log_column_scales).logsumexp(dim=1, keepdim=True)
+            self.center.copy_(-teacher_temp * log_column_scales)
 
 
 def _log_sum_exp_of_all_rows(rows: Tensor) -> Tensor:

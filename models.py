@@ -224,7 +224,9 @@ def _use_original_positions(net: nn.Module, name: str) -> None:
 def _patch_size_of(net: nn.Module) -> int:
     """Return the side in pixels of a network's patches, 1 where it has none."""
     embed = getattr(net, "patch_embed", None)
-    stride = getattr(getattr(embed, "proj", None), "stride", getattr(embed, "patch_size", 1))
+    patch_size = getattr(embed, "patch_size", 1)
+    # where patches overlap, as PVTv2's do, the stride counts
+    stride = getattr(getattr(embed, "proj", None), "stride", patch_size)
     return stride[0] if isinstance(stride, tuple) else stride
 
 
@@ -437,11 +439,12 @@ class DinoModel(nn.Module):
         views_of_size = defaultdict(list)
         for view, crop in enumerate(crops):
             views_of_size[crop.shape[-2:]].append(view)
-        features = {}
+        features_of_view = {}
         for views in views_of_size.values():
             of_size = self.backbone(torch.cat([crops[view] for view in views]))
-            features |= zip(views, of_size.chunk(len(views)), strict=True)
-        return torch.stack([features[view] for view in range(len(crops))])
+            for view, features in zip(views, of_size.chunk(len(views)), strict=True):
+                features_of_view[view] = features
+        return torch.stack([features_of_view[view] for view in range(len(crops))])
 
 
 @torch.no_grad()
@@ -455,9 +458,9 @@ def update_teacher_EMA(student: nn.Module, teacher: nn.Module, momentum: float) 
     def shards(model: nn.Module) -> list[Tensor]:
         return [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
 
-    # torch's own average of lists of tensors: on a GPU a few kernels for all parameters
-    average = get_ema_multi_avg_fn(momentum)
-    average(shards(teacher), shards(student), None)
+    # torch's own average of lists of tensors, in place: on a GPU a few kernels for all parameters
+    average_in_place = get_ema_multi_avg_fn(momentum)
+    average_in_place(shards(teacher), shards(student), None)  # None: a count that no EMA reads
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -582,6 +585,7 @@ def load_tensors(
     if all(checksum is None for checksum in expected.values()):
         return tensors, texts
     found = (
+        # tensors that were not read count as right
         expected["tensors_crc32"] if only_metadata else tensors_checksum(tensors),
         _texts_checksum(texts),
     )
@@ -594,7 +598,7 @@ def load_tensors(
 
 
 def what_is_left(path: str | Path) -> str:
-    """Return words that name the newest older copy beside a damaged file; none where none is."""
+    """Return `; to go back to: FILE`, the newest older copy beside a damaged one, or nothing."""
     path = Path(path)
     start = f"{path.stem}-"
     copies = [

@@ -165,8 +165,9 @@ def resolve_crop_sizes(config: CropConfig, image_size: int, patch_size: int = 1)
 def draw_boxes(draws: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tensor:
     """Return boxes (n, 4) for images of sizes (n, 2) from draws (n, 22), as RandomResizedCrop does.
 
-    A box is top, left, height, width in the image's whole pixels. Ten tries of area and aspect
-    ratio are made at once. The first that fits is taken; where none does, the largest central box.
+    A box is top, left, height, width in the image's whole pixels. Ten tries are made at once: ten
+    draws are for areas, ten for aspect ratios (width / height), and two for the corner. The first
+    try that fits is taken; where none does, the largest central box.
     """
     low, high = 3 / 4, 4 / 3  # of the aspect ratio, whose logarithm is uniform
     height, width = sizes.float().split(1, dim=1)
@@ -174,14 +175,14 @@ def draw_boxes(draws: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tens
     aspects = (math.log(low) + math.log(high / low) * draws[:, 10:20]).exp()
     heights, widths = (areas / aspects).sqrt().round(), (areas * aspects).sqrt().round()
     fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
-    first = fits.int().argmax(dim=1, keepdim=True)  # of equal numbers it takes the first
-    found = fits.any(dim=1, keepdim=True)
+    first_fit = fits.int().argmax(dim=1, keepdim=True)  # of equal numbers it takes the first
+    has_fit = fits.any(dim=1, keepdim=True)
     largest_height = height.minimum((width / low).round())
     largest_width = width.minimum((height * high).round())
-    box_height = heights.gather(1, first).where(found, largest_height)
-    box_width = widths.gather(1, first).where(found, largest_width)
+    box_height = heights.gather(1, first_fit).where(has_fit, largest_height)
+    box_width = widths.gather(1, first_fit).where(has_fit, largest_width)
     spare = torch.cat([height - box_height, width - box_width], dim=1)
-    corner = (draws[:, 20:22] * (spare + 1)).where(found, spare / 2).floor()
+    corner = (draws[:, 20:22] * (spare + 1)).where(has_fit, spare / 2).floor()
     return torch.cat([corner, box_height, box_width], dim=1).long()
 
 
@@ -334,17 +335,18 @@ def _turn_hue(images: Tensor, turn: Tensor) -> None:
     least = red.minimum(green).minimum(blue)
     chroma = value - least
     # Where the least channel is 0 and the largest 1, the hue is 1 + green + blue - red, or less
-    # than 0 by as much where there is more blue than green.
+    # than 0 by as much where there is more blue than green. Here it is that times chroma.
     hue = (green + blue).sub_(red).sub_(least).add_(chroma)
     hue.copysign_(green - blue)
-    value_and_chroma = value + chroma
+    value_plus_chroma = value + chroma
     for channel, own_hue in enumerate((0, 2, 4)):
-        # The channel's own hue is turned back, in place of each pixel's forth. Distances from it
-        # are those from the opposite hue, less 3: so each pixel is spared a modulo.
+        # Each pixel's hue stays, and the channel's own hue is turned back instead. The distance
+        # from it round the circle is |distance from the opposite hue - 3|: no modulo a pixel.
         opposite = (own_hue - 6 * turn) % 6 - 3  # (n,), from -3 to 3
         to_opposite = torch.addcmul(hue, chroma, opposite[:, None, None], value=-1).abs_()
         distance = to_opposite.sub_(chroma, alpha=3).abs_()
-        images[:, channel].copy_(value_and_chroma).sub_(distance).clamp_(least, value)
+        # value - chroma * clamp(distance - 1, 0, 1), written as one clamp
+        images[:, channel].copy_(value_plus_chroma).sub_(distance).clamp_(least, value)
 
 
 # in the order of a sample's factors
@@ -517,7 +519,10 @@ class MultiCrop(nn.Module):
         return list(self._augment(pixels, draws, blur, solarize).chunk(num_views))
 
     def _augment(self, pixels: Tensor, draws: Tensor, blur: Tensor, solarize: Tensor) -> Tensor:
-        """Change crops (n, c, h, w) in 0..1, in place, as draws (n, draw) say; normalise them."""
+        """Change crops (n, c, h, w) in 0..1, in place, as draws (n, draw) say; normalise them.
+
+        `blur` and `solarize` (n,) are the probabilities of these changes.
+        """
         config = self.config
         pixels = _where(draws[:, FLIP] < config.flip_probability, _flip, pixels)
         turn_draws = draws[:, NUM_DRAWS:]
@@ -527,8 +532,9 @@ class MultiCrop(nn.Module):
         if config.quarter_turns:
             pixels = _where(turn_draws[:, QUARTER_TURN] < 0.5, _quarter_turn, pixels)
             pixels = _where(turn_draws[:, HALF_TURN] < 0.5, _half_turn, pixels)
-        factors = (2 * draws[:, FACTORS] - 1) * self.jitter
-        factors = torch.cat([factors[:, :3] + 1, factors[:, 3:]], dim=1)
+        changes = (2 * draws[:, FACTORS] - 1) * self.jitter  # each from -jitter to jitter
+        # brightness, contrast and saturation are multiplied by 1 + theirs, the hue is turned by its
+        factors = torch.cat([changes[:, :3] + 1, changes[:, 3:]], dim=1)
         order = draws[:, ORDER].argsort(dim=1)
         is_jittered = draws[:, JITTER] < config.jitter_probability
         pixels = colour_jitter(pixels, is_jittered, factors, order)

@@ -37,6 +37,10 @@ Levels = tuple[float, ...]
 
 MAX_PIXELS = 64_000_000  # 0.9 GiB while it is decoded; a JPEG is decoded at a part of its size
 ORIENTATION = 0x0112  # the tag of TIFF and EXIF that says how an image is to be turned
+BITS_PER_SAMPLE = 258  # this and the next three: tags of TIFF, by the names of its standard
+SAMPLES_PER_PIXEL = 277
+EXTRA_SAMPLES = 338
+SAMPLE_FORMAT = 339
 NPY = b"\x93NUMPY"  # what a file of NumPy's begins with
 TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # and a TIFF or a BigTIFF of either byte order
 # Formats of Pillow's that run another program, or that it knows but cannot decode
@@ -117,10 +121,12 @@ def _deep_channels(image: Image.Image, content: bytes) -> np.ndarray:
     """Return the numbers (h, w) or (h, w, c) as they are stored, not turned."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
-        # Pillow has no unsigned 32 bits: it reads them as signed. A TIFF without tag 339 has them.
+        # Pillow has no unsigned 32 bits: it reads them as signed. A TIFF without SAMPLE_FORMAT has
+        # them.
         if image.format == "TIFF" and image.mode == "I":
-            bits, sample_format = image.tag_v2.get(258), image.tag_v2.get(339, (1,))
-            if bits == (32,) and sample_format == (1,):
+            tags = image.tag_v2
+            bits, sample_format = tags.get(BITS_PER_SAMPLE), tags.get(SAMPLE_FORMAT, (1,))
+            if bits == (32,) and sample_format == (1,):  # 1: unsigned integers
                 values = values.view(np.uint32)
     elif image.format == "PNG":  # of colours, Pillow keeps the upper 8 bits alone
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -206,7 +212,9 @@ def measured_levels(images: Sequence[np.ndarray]) -> Levels:
 def _percentiles(parts: Sequence[np.ndarray]) -> tuple[float, float]:
     numbers = np.concatenate(parts).astype(np.float64)
     low, high = np.percentile(numbers, [0.1, 99.9]).tolist()
-    return low, high if high > low else low + 1
+    if high <= low:
+        high = low + 1
+    return low, high
 
 
 def levels_in_words(levels: Levels) -> str:
@@ -399,9 +407,9 @@ def _num_bands(image: Image.Image) -> int:
     """Return how many bands a TIFF has, without transparency; 0 for other formats."""
     if image.format != "TIFF" or image.mode == "CMYK":
         return 0
-    extra_samples = image.tag_v2.get(338, ())  # 1 and 2 stand for transparency
+    extra_samples = image.tag_v2.get(EXTRA_SAMPLES, ())  # 1 and 2 stand for transparency
     transparent = sum(kind in (1, 2) for kind in extra_samples)
-    return image.tag_v2.get(277, 1) - transparent
+    return image.tag_v2.get(SAMPLES_PER_PIXEL, 1) - transparent
 
 
 def _name_of(image: object) -> str:

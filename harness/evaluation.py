@@ -322,9 +322,10 @@ def extract(
     process takes every world-th image, and all get all features.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
-    # all processes must gather as many: the last image is repeated, and the cut below drops it
     last = len(dataset) - 1
-    rows = [min(row, last) for row in range(rank, rank + world * (last // world + 1), world)]
+    # all processes must gather as many: the last image is repeated, and the cut below drops it
+    rows_per_process = last // world + 1
+    rows = [min(rank + world * number, last) for number in range(rows_per_process)]
     device = accelerator.device
     loader = DataLoader(
         Subset(dataset, rows),
@@ -342,6 +343,7 @@ def extract(
         is_read = batch.source == batch.index
         facts = (x.to(device) for x in (batch.label, batch.index, is_read))
         of_ranks = gather((features, *facts))
+        # they come process by process: put back in the data set's order, one image of each in turn
         in_order = [rearrange(x, "(w b) ... -> (b w) ...", w=world) for x in of_ranks]
         if not filled:
             filled = tuple(x.new_empty(world * len(rows), *x.shape[1:]) for x in in_order)

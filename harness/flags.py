@@ -64,13 +64,14 @@ def parse_config(args: Sequence[str], description: str | None = None) -> Config:
     elif recipe is None and not names_data:
         recipe = QUICKSTART
     if recipe is not None:
-        of_run = recipe_flags(recipe)
-        if "--data" not in of_run and not names_data:
+        file_flags = recipe_flags(recipe)
+        if "--data" not in file_flags and not names_data:
             of_recipe = _data_of(recipe) or "images of your own"
             raise ValueError(f"need --data PATH: {recipe} is for {of_recipe}")
         if known.resume is not None and known.config is None:
-            of_run += _batch_flags(output_dir / "state.safetensors")
-        flags = [*_recipe_default_flags(), *of_run, *flags, "--config", str(recipe)]
+            file_flags += _batch_flags(output_dir / "state.safetensors")
+        # of a flag that stands several times the last counts: what was typed overrides the file
+        flags = [*_recipe_default_flags(), *file_flags, *flags, "--config", str(recipe)]
     if output_dir is not None:
         flags = [*flags, "--output-dir", str(output_dir)]
     return read_flags(Config, flags, description)

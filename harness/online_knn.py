@@ -19,7 +19,8 @@ from harness.run import Run
 KNN_BATCH = 256  # images of a forward pass
 # A teacher that is worse than before training is reported after this share of the run.
 WORSE_SHARE = 0.2
-# settings that make figures from before those of other images, or of images prepared otherwise
+# Where a line of run.changes begins with one of these, earlier figures do not compare: they are of
+# other images, or of images prepared otherwise.
 OF_IMAGES = ("--val ", "--knn-data ", "--knn-images ", "--eval-size ", "--eval-resize ")
 
 

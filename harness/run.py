@@ -399,10 +399,11 @@ class Run:
 
     @property
     def epochs_of_decoding(self) -> float:
-        """Return in how many epochs of this start, about, a process waits for images to be decoded.
+        """Return for about how many epochs of this start a process waits for images to be decoded.
 
-        Where they are kept it is the first for one process. Each of several keeps those that it
-        has seen, which are others in each epoch: as many as processes take as long as all do.
+        Infinity where they are not kept. One process has kept all of them after its first epoch.
+        Each of several meets other images in each epoch until it has decoded all of them, which is
+        the work of as many epochs as there are processes.
         """
         return self.accelerator.num_processes if self.decodes_once else math.inf
 
@@ -573,16 +574,20 @@ class Run:
         copy_whole(numbered_state, self.state_file)
 
     def lacks_teacher(self) -> bool:
-        """Tell whether the run has its state alone: a kill came between, or the file is gone."""
+        """Tell whether a resumed run has a state but no teacher. A collective.
+
+        A kill came between the two, or the teacher's file is gone.
+        """
         is_lacking = self.is_resumed and not self.has_teacher
         return bool(self.agreement.largest(is_lacking)[0])
 
     def is_evaluated_anew(self, metrics: dict) -> bool:
-        """Tell whether a resumed run's state lacks its last step's evaluation.
+        """Tell whether a resumed run was evaluated just now, before its first step.
 
-        The last stop put that off, or it is now of other images. Unless it is saved soon, a kill
-        would have it logged twice.
+        Its last stop had put that off, or the images to evaluate on are others now. Unless it is
+        saved soon, a kill would have it logged twice.
         """
+        # by identity: OnlineKnn.catch_up hands the saved dict back where it evaluates nothing
         is_new = metrics is not self.saved.metrics
         return self.is_resumed and is_new and metrics.get("knn_step") == self.steps_before
 
