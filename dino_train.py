@@ -312,7 +312,8 @@ def run_loop(
                 student_features, student_logits, teacher_features, teacher_logits = outputs
                 if has_sinkhorn:
                     dino_loss.balance_center(teacher_logits, rates.teacher_temp)  # a collective
-                # may overwrite student_logits by their gradient: what else reads them stands above
+                # overwrites student_logits by their gradient, to save their memory; a further term
+                # of theirs needs overwrite_student=False
                 cross_entropy = dino_loss(
                     student_logits, teacher_logits, rates.teacher_temp, overwrite_student=True
                 )

@@ -176,7 +176,7 @@ DISTORTIONS: dict[str, Distortion] = {
     "hue turned by a quarter": partial(hue, turn=0.25),
     "flip": flip,
 }
-FOR_RGB = ("JPEG", "text", "gray", "hue")  # what the names begin with that other channels lack
+FOR_RGB = ("JPEG", "text", "gray", "hue")  # names that begin so need red, green and blue
 
 
 def distortions_for(channels: int) -> dict[str, Distortion]:
@@ -205,6 +205,7 @@ class Copies(Dataset):
         self.rows = rows
         self.distortion = distortion
         self.size = size
+        # by the name's bytes, one after the other: each distortion has draws of its own
         keys = hash_keys(seed, *name.encode(), torch.tensor(rows))
         self.draws = uniforms(keys, NUM_DRAWS).tolist()
 
@@ -218,6 +219,7 @@ class Copies(Dataset):
         if min(image.shape[1:]) > LARGEST:
             image = TF.resize(image, [LARGEST])
         distorted = self.distortion(image, self.draws[index])
+        # where `row` cannot be decoded, the data set returns another image: extract leaves it out
         is_read = sample.source == row
         canvas = to_canvas(distorted, self.size)
         return sample._replace(image=canvas, index=index, source=index if is_read else -1)
@@ -293,7 +295,7 @@ class Whitening:
 
     @classmethod
     def learn(cls, features: Tensor) -> "Whitening":
-        """Learn from features (n, d). As published, the mean stays in what the axes are made of."""
+        """Learn from features (n, d). As published, the axes are of features not centred."""
         cls.require_enough(*features.shape)
         features = features.cpu().double()  # Apple's GPUs have no float64
         values, vectors = torch.linalg.eigh(features.T @ features / len(features))
@@ -403,6 +405,8 @@ def made_copies(extractor: Extractor) -> tuple[Extracted, dict[str, Extracted]]:
     """Return the features of --data, and of the copies made of some of it. A collective."""
     network, options = extractor.network, extractor.options
     images = extractor.open(network.preparation.data)
+    # The distortions take whole images: of a copy, since as_canvases changes `images` below. What
+    # is much larger than `resized_to` may be decoded at a part of its size.
     whole = copy.copy(images)
     whole.transform, whole.resized_to = nn.Identity(), LARGEST
     database = extractor.features(images.as_canvases(extractor.size))
@@ -440,11 +444,12 @@ def evaluate(options: CopiesConfig, accelerator: Accelerator) -> tuple[dict, Tab
         open_copydays(options.copydays)  # before a network is loaded
         evaluation = replace(evaluation, data=str(options.copydays))
     network = open_backbone(evaluation, accelerator)
+    del network.facts["eval_size"]  # its images are no central crops
     check_places(options, network.preparation.data)
     extractor = Extractor(network, options, accelerator)
     extractor.require_more_images()
-    known = made_copies if options.copydays is None else published_copies
-    database, copies = known(extractor)
+    compute_copies = made_copies if options.copydays is None else published_copies
+    database, copies = compute_copies(extractor)
     features, groups = database.features, database.rows
     if options.distractors is not None:
         more = extractor.features_at(options.distractors)
@@ -491,6 +496,8 @@ def check_flags(options: CopiesConfig) -> None:
                 raise ValueError(f"{flag} is for copies that are made here: not with --copydays")
     if options.evaluation.val is not None:
         raise ValueError("copies are made of --data and need no --val")
+    if options.evaluation.eval_size is not None:
+        raise ValueError("images are squashed to --image-size here: not with --eval-size")
     if not options.evaluation.splits:
         raise ValueError("copies are made of all images of --data: not with --no-splits")
     for flag, place in more_images(options).items():

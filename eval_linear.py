@@ -87,7 +87,9 @@ class LinearConfig:
     # crops that it sees once; images that do not fill an epoch's last batch are left out of that
     # epoch [paper: yes]
     augment: bool = False
-    # file for the best rate's probe, as safetensors: weight (classes, features) and bias
+    # file for the best rate's probe, as safetensors: weight (classes, features) and bias. The
+    # features are those of embed.py with --n-last-blocks 1, with --avgpool those of its --tokens
+    # concat
     probe_out: Path | None = None
     # fixes the initial weights, the order of the images and their crops
     seed: int = setting(0, most=1 << 62)
@@ -181,7 +183,7 @@ def train_on_crops(
     images = dataset.as_canvases(canvas_size)
     num_workers = config.evaluation.num_workers
     if num_workers is None:
-        num_workers = workers_for(device)
+        num_workers = workers_for(dataset, device)
     memory = ImageMemory(is_wanted=True, num_workers=num_workers)
     images = memory.keep(images, canvas_size, dataset.channels)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -485,6 +487,8 @@ def main() -> None:
     check_ranges(options)
     check_probes(options)
     check_folder(options.probe_out, "probe")
+    if options.probe_out is not None and options.probe_out == options.evaluation.json_out:
+        raise ValueError(f"need two files for --probe-out and --json-out, got {options.probe_out}")
     if options.few_labels.shots and options.augment:
         raise ValueError("--shots takes features that are computed once: not with --augment")
     accelerator = make_accelerator(options.evaluation.mixed_precision)

@@ -78,6 +78,8 @@ def check_flags(options: RetrievalConfig) -> None:
     check_ranges(options)
     if options.ground_truth is not None and options.evaluation.val is not None:
         raise ValueError("--ground-truth names its queries: not with --val")
+    if options.ground_truth is not None and options.evaluation.eval_size is not None:
+        raise ValueError("--ground-truth takes whole images, of --image-size: not with --eval-size")
     if options.ground_truth is None and options.image_size is not None:
         raise ValueError(
             "--image-size is for --ground-truth: classes are searched at the run's size"
@@ -104,9 +106,12 @@ def retrieval_scores(features: Tensor, labels: Tensor, ks: Sequence[int] = KS) -
         similarity = similarity.nan_to_num(nan=-2)  # less than any cosine
         similarity[torch.arange(len(rows)), rows] = -torch.inf  # the query itself comes last
         is_same_class = labels == labels[rows][:, None]
+        # In each row other classes' images are moved before those of the query's class. The sort is
+        # stable: among equal similarities they stay first, and the query, at -inf, comes last.
         others_first = is_same_class.byte().argsort(dim=1, stable=True)
         similarity = similarity.gather(1, others_first)
         order = similarity.argsort(dim=1, descending=True, stable=True)[:, :-1]
+        # what `order` points into is the moved row: `others_first` says which image stands there
         is_positive = is_same_class.gather(1, others_first.gather(1, order)).cpu().numpy()
         for of_query in is_positive:
             places = np.flatnonzero(of_query)
@@ -129,17 +134,18 @@ class GroundTruth(NamedTuple):
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Return what pickle's old protocols write for bytes."""
+    """Stand in for _codecs.encode, as a call of which pickle's old protocols write bytes."""
     return text.encode("latin1")
 
 
 def _harmless_globals() -> dict[tuple[str, str], object]:
-    """Return what makes NumPy's arrays and numbers, by its names of all versions of NumPy."""
+    """Return the functions that make NumPy's arrays and numbers, by their names in any NumPy."""
     found: dict[tuple[str, str], object] = {
         ("numpy", "dtype"): np.dtype,
         ("numpy", "ndarray"): np.ndarray,
         ("_codecs", "encode"): _latin1,
     }
+    # private ones, asked of an array and a number: where they lie differs by version
     for core in ("numpy.core", "numpy._core"):
         found[f"{core}.multiarray", "_reconstruct"] = np.zeros(1).__reduce__()[0]
         found[f"{core}.multiarray", "scalar"] = np.float64(0).__reduce__()[0]
@@ -343,6 +349,7 @@ def evaluate_revisited(
     image_size = options.image_size or USUAL_SIZE
     images = images_of(truth, folder, image_size)
     network = open_backbone(replace(options.evaluation, data=str(folder)), accelerator)
+    del network.facts["eval_size"]  # its images are no central crops
     images.channels = network.preparation.channels
     images.set_levels(network.preparation.levels)
     say_notes(images, accelerator)

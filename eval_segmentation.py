@@ -242,7 +242,8 @@ def patch_votes(
 
 def enlarged_classes(shares: Tensor, shape: tuple[int, int], mask_shape: Sequence[int]) -> Tensor:
     """Return the class (h, w) of each pixel of a mask, by the shares (p, c) of a map's patches."""
-    # of all classes, 255 perhaps, a large photograph's would fill gigabytes
+    # Only classes with a vote are enlarged: maps of all, perhaps 255, would fill gigabytes for a
+    # large photograph.
     with_votes = shares.any(dim=0).nonzero()[:, 0]
     maps = rearrange(shares[:, with_votes], "(h w) c -> 1 c h w", h=shape[0])
     enlarged = F.interpolate(maps, size=tuple(mask_shape), mode="bilinear", align_corners=False)
@@ -252,6 +253,7 @@ def enlarged_classes(shares: Tensor, shape: tuple[int, int], mask_shape: Sequenc
 def confusion_of(true: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the number of judged pixels (c, c) of each true class, by rows, and each predicted."""
     is_judged = true != VOID
+    # one number for each pair of a true and a predicted class: bincount counts the pixels of each
     cells = num_classes * true[is_judged].astype(np.int64) + predicted[is_judged]
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
@@ -271,6 +273,7 @@ def scores_of(confusion: np.ndarray) -> dict[str, object]:
         "pixels_right": 100 * float(right.sum() / true.sum()),
         "iou": iou,
         "share_of_pixels": share,
+        # everywhere predicted, a class has its share as IoU, and all others that occur have 0
         "mean_iou_of_one_class": max(share.values()) / int((true > 0).sum()),
     }
 
@@ -356,7 +359,7 @@ def evaluate(
     if not len(memory):
         raise ValueError(f"no pixel of the masks in {options.data} is judged: all are {VOID}")
     has_attention = not why_no_class_attention(network.backbone)
-    num_classes = VOID  # any number a mask may have
+    num_classes = VOID  # a mask's numbers are below it: 0 to 254
     confusion = np.zeros((num_classes, num_classes), np.int64)
     jaccards: list[tuple[float, float]] = []
     faults = []

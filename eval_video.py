@@ -256,6 +256,7 @@ def statistics_of(values: Sequence[float]) -> dict[str, float]:
     Recall is the share of frames above 0.5; decay is the mean of the first quarter less that of the
     last. Quarters share the frames at their ends, as in DAVIS's own evaluation.
     """
+    # halves are rounded up
     ends = np.round(np.linspace(0, len(values) - 1, 5) + 1e-10).astype(int)
     first, last = values[ends[0] : ends[1] + 1], values[ends[3] : ends[4] + 1]
     return {
@@ -273,7 +274,8 @@ def judged_places(video: Video) -> list[int]:
 def judge(masks: Iterable[np.ndarray], video: Video) -> dict[str, dict]:
     """Return J and F of each object, by its number, over all but the first and the last frame.
 
-    Takes all masks, one at a time, those of videos that have no true masks, too.
+    All masks are taken from the iterator, also where no frame has a true mask: that computes and
+    writes them.
     """
     values: dict[int, dict[str, list[float]]] = {}
     places = set(judged_places(video))

@@ -218,6 +218,7 @@ def compare_with_onnxruntime(backbone: nn.Module, content: bytes, preparation: P
     (features,) = session.run(["features"], {"images": images.numpy()})
     expected = backbone(images)
     difference = ((torch.from_numpy(features) - expected).norm() / expected.norm()).item()
+    # not `difference > TOLERANCE`: NaN is refused, too
     if not difference <= TOLERANCE:
         text = f"onnxruntime's features differ from torch's by {difference:.2g} of their norm"
         raise ValueError(f"{text}: nothing was written")

@@ -60,8 +60,9 @@ ANNOTATION_FOLDERS = {
     "segmentationobject",
     "segmentations",
 }
-# 100APPLE, 101CANON: the cameras' standard, DCF, has numbers from 100 and five characters; where
-# these are digits alone, they are a date: 10160425 is of April 25. Other numbers are classes.
+# DCF, the cameras' standard, calls folders by a number from 100 on and five capital letters, digits
+# or underscores: 100APPLE, 101CANON. Where the five are all digits, they must be a date, as in
+# 10160425: folder 101, a year that ends in 6, April 25. Other numbers are classes.
 CAMERA_FOLDER = re.compile(r"[1-9]\d{2}(?=\d*[A-Z_])[A-Z0-9_]{5}")
 CAMERA_FOLDER_BY_DATE = re.compile(r"[1-9]\d{2}\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
 # pictures that this project draws; their first bytes say so
@@ -711,15 +712,18 @@ def _enter(layout: _Layout, take_splits: bool, known_classes: Collection[str] = 
         if not counts or num_above > _few(len(layout.rows)) or _is_of_camera(layout, counts):
             return layout
         if counts.keys() <= set(known_classes):
-            return layout
+            return layout  # all folders are known classes, and even a single one is not entered
         annotations = _annotations_among(counts)
         folders = sorted(counts.keys() - annotations)
-        is_one = len(folders) == 1
-        is_of_images = is_one and not any(layout.within(folders[0]).tops())
-        if is_of_images and (num_above or known_classes):
-            return layout  # images with and without a folder; or a class that is not known
-        # labels keep images above folders, unless the one folder beside them is entered
-        if num_above and (is_one or layout.labels() is None):
+        has_one_folder = len(folders) == 1
+        holds_images_alone = has_one_folder and not any(layout.within(folders[0]).tops())
+        # Not entered: a single folder of images that has a few more beside it; or any such folder
+        # where classes are known, of which it is none: it is a class of another name.
+        if holds_images_alone and (num_above or known_classes):
+            return layout
+        # Images above the folders are left out; where all images have labels of their own, only if
+        # there is one folder, which is entered.
+        if num_above and (has_one_folder or layout.labels() is None):
             above = [
                 layout.listing.names[row]
                 for row, top in zip(layout.rows, layout.tops(), strict=True)
@@ -730,7 +734,7 @@ def _enter(layout: _Layout, take_splits: bool, known_classes: Collection[str] = 
         if annotations:
             left = ", ".join(f"{name} ({counts[name]:,} images)" for name in sorted(annotations))
             layout.notes.append(f"left out, annotations: {left}")
-        if not is_one:
+        if not has_one_folder:
             if layout.labels() is None:
                 layout.keep(folders)
             return layout
@@ -739,7 +743,7 @@ def _enter(layout: _Layout, take_splits: bool, known_classes: Collection[str] = 
         if entered.notes and entered.notes[-1].startswith("entered "):
             entered.notes.pop()  # of folders in each other, the innermost says all
         entered.notes.append(f"entered {_shown(entered.place)}")
-        if is_of_images:
+        if holds_images_alone:
             entered.notes.append(f"{NO_CLASSES}: all images lie in one folder, {folders[0]}")
         layout = entered
 

@@ -91,13 +91,15 @@ class _Others(NamedTuple):
 
 
 def scan_tars(paths: Iterable[Path], suffixes: Collection[str]) -> dict[str, np.ndarray]:
-    """Read the headers of tars: `names`, `tar`, `offsets` and `sizes` of n images, and `tars`.
+    """Read the headers of tars, and return what they hold as arrays.
 
-    Images are the members that end in `suffixes`; the name of one in a tar in a tar begins with
-    the inner tar's. `given_classes` (n,) are what KEY.cls says, "" where there is none;
-    `other_suffixes` (m,) those of all files that are no images, `links` the names of links that are
-    not followed: symbolic ones, and hard ones to what is not in the tar. Raises ValueError, naming
-    the last member that could be read, for a tar that is compressed, damaged or cut off.
+    `tars` are the paths. Each of n images has a row in `names`, `offsets`, `sizes`, `given_classes`
+    and `tar`, which is its tar's place in `tars`. Images are the members that end in `suffixes`;
+    the name of one in a tar in a tar begins with the inner tar's. `given_classes` are what KEY.cls
+    says, "" where there is none; `other_suffixes` (m,) those of all files that are no images,
+    `links` the names of links that are not followed: symbolic ones, and hard ones to what is not in
+    the tar. Raises ValueError, naming the last member that could be read, for a tar that is
+    compressed, damaged or cut off.
     """
     paths = [str(path) for path in paths]
     numbers_of_tars: list[int] = []

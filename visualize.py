@@ -39,6 +39,7 @@ from data import (
 )
 from folders import by_numbers, is_list, was_drawn_here
 from harness.command import read_flags, run_command, write_whole
+from harness.distributed import is_on_cpu
 from harness.feature_maps import (
     MIN_CELLS,
     PCA,
@@ -170,7 +171,8 @@ class Observer:
         self.knows_crops = "config" in network.metadata
         self.canvas_size = network.canvas_size
         self.arch = network.arch
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        has_gpu = torch.cuda.is_available() and not is_on_cpu()
+        self.device = torch.device("cuda" if has_gpu else "cpu")
         self.backbone = network.model.backbone.to(self.device)
         self.given_size = size
 

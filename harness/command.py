@@ -67,7 +67,7 @@ class RunError(RuntimeError):
 
 
 class WorkerError(RuntimeError):
-    """An error in decoding images: in a process of its own or, once it had begun well, in any."""
+    """An error in decoding images: of a worker or, after the first batch, of the main process."""
 
 
 class OwnInputError(ValueError):
@@ -76,7 +76,7 @@ class OwnInputError(ValueError):
 
 @contextmanager
 def own_input() -> Iterator[None]:
-    """Let what is found wrong meanwhile be said by this process, whichever it is."""
+    """Raise a ValueError of the block as an OwnInputError, which any process prints."""
     try:
         yield
     except ValueError as error:
@@ -126,7 +126,7 @@ def _exit_with(code: int, text: str, is_said: bool) -> None:
 
 
 def _is_of_worker(error: Exception) -> bool:
-    """torch raises a worker's error anew, of the same type, with the worker's traceback as text."""
+    """Tell whether a worker raised an error: torch raises it anew, with its traceback as text."""
     return "in DataLoader worker process" in str(error)
 
 
@@ -163,8 +163,8 @@ for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"):
     if hasattr(signal, name):
         STOP_SIGNALS.append(getattr(signal, name))
 
-# A launcher passes on a signal that the group has received already: one that comes again counts
-# from so many seconds after the first.
+# seconds; a launcher passes on a signal that its processes have received already, as members of
+# its group: one that follows the first sooner than this is taken for the same
 PASSED_ON = 2.0
 
 
@@ -217,6 +217,7 @@ class _Watch:
         self.what_is_kept = what_is_kept
 
     def start(self) -> None:
+        # Python writes each signal's number, as one byte, to `wakeup`; the thread reads `numbers`
         self.numbers, self.wakeup = socket.socketpair()
         self.wakeup.setblocking(False)
         self.previous = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
@@ -231,7 +232,7 @@ class _Watch:
         self.numbers.close()
 
     def _watch(self) -> None:
-        first, since = 0, 0.0
+        first, since = 0, 0.0  # the first signal, 0 while there is none, and when it came
         times: dict[int, float] = {}  # when each signal came first
         while True:
             if first and self.minutes:

@@ -61,6 +61,8 @@ def make_accelerator(
     Raises ValueError, naming what to type, for a launch that would do something else.
     """
     processes = join_processes()
+    if mixed_precision == "fp16" and processes.device.type == "cpu":  # Accelerate takes float32
+        raise ValueError("--mixed-precision fp16 needs a GPU: on a CPU take bf16 or no")
     uses_fsdp = is_set("ACCELERATE_USE_FSDP")
     if mixed_precision in (None, "no"):  # float32 is meant, not TF32, which cuDNN would take
         torch.backends.cudnn.allow_tf32 = False
@@ -77,7 +79,8 @@ def make_accelerator(
 
 
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
-    # it warns of changes in place, of which the loss makes one, without autograd, of the logits
+    # FSDP2 warns of changes in place to what a module returns. The loss makes one, which is safe:
+    # it overwrites the logits with their gradient, outside of autograd (losses.py).
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -145,11 +148,12 @@ def _check_launch(processes: PartialState) -> None:
         raise ValueError(f"{text}; type: {on_cpus} for CPUs, {on_gpus} for GPUs")
     num_gpus = torch.cuda.device_count() if device == "cuda" else 0
     if num_gpus and _number("LOCAL_RANK", 0) >= num_gpus:
-        text = f"need a GPU for each process of a node, and process {_number('LOCAL_RANK', 0)}"
-        advice = f"fewer processes ({GPU_LAUNCH} {num_gpus}), or all GPUs visible to all of them"
-        raise ValueError(f"{text} sees {num_gpus}: {advice}")
-    tasks, nodes = _number("SLURM_STEP_NUM_TASKS", 1), _number("GROUP_WORLD_SIZE", world)
-    if tasks > 1 and tasks != nodes:
+        text = f"need a GPU for each process of a node: process {_number('LOCAL_RANK', 0)}"
+        advice = f"launch fewer ({GPU_LAUNCH} {num_gpus}), or let all of them see all GPUs"
+        raise ValueError(f"{text}, counted from 0, sees only {num_gpus}; {advice}")
+    # tasks that know of each other: one a node where each is a torchrun, else one a process
+    tasks, joined = _number("SLURM_STEP_NUM_TASKS", 1), _number("GROUP_WORLD_SIZE", world)
+    if tasks > 1 and tasks != joined:
         text = f"srun started {tasks} tasks, and each would be a run of its own"
         advice = "type: sbatch launch/slurm.sh ..., which tells them of each other"
         raise ValueError(f"{text}; {advice}")

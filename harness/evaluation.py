@@ -80,8 +80,8 @@ class EvalConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     # images a forward pass
     batch_size: int = setting(256, above=0, most=1_000_000)
-    # processes that decode images; 0: the script itself does; None: on a GPU a core each but one,
-    # at most 16, else 0; on a CPU 1 or 2 help with photographs
+    # processes that decode images; 0: the script itself does; None: 0 on a CPU, where 1 or 2 help
+    # with photographs, and with a GPU one for each core but one, at most 16
     num_workers: int | None = setting(None, most=512)
     # file for the results, as JSON
     json_out: Path | None = None
@@ -209,6 +209,7 @@ def open_for_maps(
         json_out=options.json_out,
     )
     network = open_backbone(evaluation, accelerator)
+    del network.facts["eval_size"]  # its images are no central crops
     size = chosen_side(network.backbone, network.preparation.size, options.size)
     accelerator.print(f"images as the network sees them: {size} px, shorter side")
     return network, size
@@ -301,9 +302,15 @@ class Extracted(NamedTuple):
     rows: Tensor  # (n,) int64, of the images in their data set
 
 
-def workers_for(device: torch.device) -> int:
-    """Return how many processes should decode images: on a CPU they would take the network's."""
-    return 0 if device.type == "cpu" else usual_workers()
+def workers_for(dataset: Dataset, device: torch.device) -> int:
+    """Return how many processes should decode images.
+
+    None on a CPU, where they would take the network's time, or for images that are in memory.
+    """
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    is_in_memory = isinstance(getattr(dataset, "images", None), Tensor)
+    return 0 if device.type == "cpu" or is_in_memory else usual_workers()
 
 
 @torch.no_grad()
@@ -330,7 +337,7 @@ def extract(
     loader = DataLoader(
         Subset(dataset, rows),
         batch_size,
-        num_workers=workers_for(device) if num_workers is None else num_workers,
+        num_workers=workers_for(dataset, device) if num_workers is None else num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
     )
@@ -339,7 +346,9 @@ def extract(
     start = 0
     for batch in _with_progress(iterate(loader), len(rows), accelerator):
         with accelerator.autocast():
-            features = forward(batch.image.to(device, non_blocking=True)).to(dtype)
+            # from pinned memory alone: an Apple GPU might read a batch that is freed already
+            images = batch.image.to(device, non_blocking=device.type == "cuda")
+            features = forward(images).to(dtype)
         is_read = batch.source == batch.index
         facts = (x.to(device) for x in (batch.label, batch.index, is_read))
         of_ranks = gather((features, *facts))

@@ -90,8 +90,8 @@ class DropPath(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if not self.training:
             return branch
-        a_draw_a_sample = [len(branch)] + [1] * (branch.ndim - 1)
-        draws = torch.rand(a_draw_a_sample, device=branch.device)
+        draws_shape = [len(branch)] + [1] * (branch.ndim - 1)  # one draw a sample
+        draws = torch.rand(draws_shape, device=branch.device)
         factors = (draws < self.keep) / self.keep  # 0 where left out, else what makes up for it
         return branch * factors.to(branch.dtype)
 

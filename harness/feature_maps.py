@@ -34,7 +34,7 @@ PHOTO_SIDE = 480  # pixels, shorter side of photographs whose maps are made, as 
 PHOTO_CROP = 192  # pixels, the least crop of an evaluation that is of photographs
 MIN_CELLS = 14  # on the shorter side of a map: fewer show no shape
 COARSEST = 64  # pixels, the largest cell that images are enlarged for
-# parts of messages of RuntimeErrors that have nothing to do with the images' size
+# parts of messages of RuntimeErrors that do not say that a network refuses a size
 MACHINE_ERRORS = ("DefaultCPUAllocator", "cuDNN error", "CUBLAS_STATUS", "MPS backend")
 
 
@@ -242,6 +242,7 @@ def mass_mask(attention: Tensor, mass: float) -> Tensor:
     """Return a mask of the fewest patches of (h, w) that hold the share `mass` of all attention."""
     shares = attention.double() / attention.double().sum()
     order = shares.flatten().argsort(descending=True)
+    # the patches whose sum is still too small, and the one that completes it; 1e-9 is for rounding
     num = int((shares.flatten()[order].cumsum(0) < mass - 1e-9).sum()) + 1
     mask = torch.zeros(shares.shape, dtype=torch.bool)
     mask.view(-1)[order[:num]] = True

@@ -33,12 +33,14 @@ def draw_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
         taken = [order[labels[order] == label][:shots] for label in labels.unique()]
     """
     order = permutation(len(labels), seed, draw).to(labels.device)
-    classes, by_class = labels[order].sort(stable=True)  # by class, each in the order drawn
-    _, sizes = classes.unique_consecutive(return_counts=True)
-    starts = sizes.cumsum(0) - sizes
+    # places in `order`, sorted by class; those of one class stay as they were drawn
+    sorted_labels, places = labels[order].sort(stable=True)
+    _, sizes = sorted_labels.unique_consecutive(return_counts=True)
+    starts = sizes.cumsum(0) - sizes  # of each class among the sorted
+    # 0 for the first image drawn of a class, 1 for the second, and so on
     place_in_class = torch.arange(len(labels), device=labels.device)
     place_in_class -= starts.repeat_interleave(sizes)
-    return order[by_class[place_in_class < shots]].sort().values
+    return order[places[place_in_class < shots]].sort().values
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, object]:

@@ -70,11 +70,27 @@ def parse_config(args: Sequence[str], description: str | None = None) -> Config:
             raise ValueError(f"need --data PATH: {recipe} is for {of_recipe}")
         if known.resume is not None and known.config is None:
             file_flags += _batch_flags(output_dir / "state.safetensors")
+        if known.resume is not None and known.config is not None:
+            file_flags += _flags_that_stay(output_dir / "config.yaml")
         # of a flag that stands several times the last counts: what was typed overrides the file
         flags = [*_recipe_default_flags(), *file_flags, *flags, "--config", str(recipe)]
     if output_dir is not None:
         flags = [*flags, "--output-dir", str(output_dir)]
     return read_flags(Config, flags, description)
+
+
+def _flags_that_stay(config_file: Path) -> list[str]:
+    """Return the flags of a run's config.yaml that a resumed run changes where they are typed.
+
+    Another recipe beside --resume, or another machine, does not change them.
+    """
+    saved = recipe_flags(config_file)
+    staying: list[str] = []
+    for flag in ("--lr", "--clip-grad", "--mixed-precision"):
+        if flag in saved:
+            place = saved.index(flag)
+            staying += saved[place : place + 2]
+    return staying
 
 
 def _recipe_default_flags() -> list[str]:
@@ -512,9 +528,9 @@ def finish(config: Config, dataset: ImageDataset, survey: Survey, world: int = 1
         num_workers=num_workers,
     )
     if survey.short >= 10 * data.canvas_size:
-        seen = f"images of {survey.short:,} px are seen at {data.canvas_size} px"
+        resized = f"images of {survey.short:,} px are resized to {data.canvas_size} px"
         more = "cut them into tiles, or raise --canvas-size and the crop sizes"
-        dataset.notes.append(f"{seen}: for small things in them, {more}")
+        dataset.notes.append(f"{resized}: for small things in them, {more}")
     finished = replace(config, model=model, data=data, crops=crops)
     _require_memory_for_batch(finished)
     _require_memory_for_weights(finished, _num_backbone_parameters(model))

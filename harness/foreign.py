@@ -23,7 +23,8 @@ Role = Literal["teacher", "student"]  # which of a file's two networks
 # dicts that hold a state dict, an average of the weights before the weights, as timm takes them
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
-# parts of a key that DDP, FSDP, torch.compile and DeepSpeed add, anywhere in it
+# parts of a key that DDP, FSDP, torch.compile and DeepSpeed add, at its beginning or after a dot:
+# (?<![^.]) stands for both
 WRAPPERS = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module"
     r"|_checkpoint_wrapped_module)\."
@@ -117,6 +118,7 @@ def _choose(tensors: Tensors, role: Role) -> Found:
     """Return the network of `role` without its prefix, and what is of neither and not known."""
     for teacher, student in NETWORKS:
         held = [each for each in (teacher, student) if _some_begin_with(tensors, each)]
+        # `backbone.` alone does not tell of two networks: one beside its head begins so, too
         if not held or held == ["backbone."]:
             continue
         prefix = teacher if role == "teacher" else student
@@ -165,7 +167,9 @@ def _common_prefix(tensors: Tensors) -> str | None:
     """
     for prefix in PREFIXES:
         num = sum(key.startswith(prefix) for key in tensors)
-        if num == len(tensors) > 0 or (prefix != "backbone." and num > len(tensors) / 2):
+        is_of_all = num > 0 and num == len(tensors)
+        is_of_most = num > len(tensors) / 2
+        if is_of_all or (prefix != "backbone." and is_of_most):
             return prefix
     return None
 
@@ -198,8 +202,8 @@ def _by_usual_names(tensors: Tensors) -> Tensors:
         for key in tensors:
             number, _, rest = key.partition(".")
             names[key] = f"{RESNET_CHILDREN[number]}.{rest}"
-    # DINOv2 trains with blocks in chunks, whose second number goes on from chunk to chunk; in
-    # networks with stages of blocks it begins anew
+    # DINOv2 trains with blocks in chunks: blocks.1.6 is block 6, in chunk 1. The second number goes
+    # on from chunk to chunk; in networks with stages of blocks it begins anew.
     chunked = re.compile(r"(?:backbone\.)?blocks\.(\d+)\.(\d+)\.")
     blocks = {match.groups() for match in map(chunked.match, tensors) if match}
     are_chunks = len({number for _, number in blocks}) == len(blocks)

@@ -22,7 +22,7 @@ def num_classes_of(train_labels: Tensor, test_labels: Tensor) -> int:
 
 
 class LogisticRegression:
-    """A linear classifier of standardised features: weight (c, d + 1), whose last column is added.
+    """A linear classifier of standardised features: weight (c, d + 1), its last column the bias.
 
     Deterministic, and no gradient goes back to the features.
     """
@@ -57,7 +57,7 @@ class LogisticRegression:
         return F.pad(standardised, (0, 1), value=1.0)
 
     def objective(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Return what is minimised: mean cross-entropy and penalty, none on what is added."""
+        """Return what is minimised: mean cross-entropy and penalty, none on the bias."""
         penalty = 0.5 * WEIGHT_PENALTY * self.weight[:, :-1].square().sum()
         return F.cross_entropy(inputs @ self.weight.T, labels) + penalty
 

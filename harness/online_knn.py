@@ -103,7 +103,12 @@ class OnlineKnn:
 
     def _open_splits(self) -> tuple[Dataset, Dataset]:
         memory, test = evaluation_splits(self.preparation)
-        return self._some_of(memory, self.run.config.run.knn_images), self._kept(test)
+        most = self.run.config.run.knn_images
+        if len(memory) > most:
+            of_all = f"{most:,} of {len(memory):,} images (--knn-images)"
+            note = f"k-NN during training compares with {of_all}; eval_knn.py takes all"
+            self.run.dataset.notes.append(note)
+        return self._some_of(memory, most), self._kept(test)
 
     def _open_without_classes(self) -> tuple[Dataset]:
         images = open_split(self.preparation, "train")

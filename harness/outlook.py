@@ -67,9 +67,6 @@ def introduce(
         monitor.say(f"data: each image is {once}, and kept: {gib:.2f} GiB of memory")
     if why_no_knn:
         monitor.say(f"no k-NN during training: {why_no_knn}")
-    if num_knn_images == run.config.run.knn_images and num_knn_images < len(run.dataset):
-        of_all = f"{num_knn_images:,} of {len(run.dataset):,} images (--knn-images)"
-        monitor.say(f"k-NN during training compares with {of_all}; eval_knn.py takes all")
     for line in advice_on_stopping(run, has_knn=not why_no_knn) + time_to_stop(run):
         monitor.say(line)
     for warning in unlikely_settings(run, student, num_knn_images):

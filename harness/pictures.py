@@ -302,7 +302,7 @@ def curves(log: Sequence[dict], output_dim: int) -> Image.Image:
         curve("variance_share_1", "in 1"),
         curve("variance_share_10", "in 10"),
     ]
-    without_knn = "no k-NN: RankMe alone" if rankme[2] else "nothing yet"
+    without_knn = "no k-NN: RankMe alone" if any("rankme" in row for row in log) else "nothing yet"
     uniform = {f"ln K = {math.log(output_dim):.2f}: uniform": math.log(output_dim)}
     entropies = [curve("teacher_entropy", "entropy"), curve("kl", "KL")]
     panels = [

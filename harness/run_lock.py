@@ -68,7 +68,7 @@ class FolderLock:
                     self.file.unlink(missing_ok=True)
                     return f"its file system has no locks ({error.strerror})"
                 if isinstance(error, BlockingIOError | PermissionError):
-                    raise ValueError(_is_held(folder, holder)) from error
+                    raise ValueError(_refusal(folder, holder)) from error
                 raise
             if _is_still(self.file, descriptor):
                 self.descriptor = descriptor
@@ -87,6 +87,6 @@ def _is_still(file: Path, descriptor: int) -> bool:
         return False
 
 
-def _is_held(folder: Path, holder: str) -> str:
+def _refusal(folder: Path, holder: str) -> str:
     whose = f" ({holder})" if holder else ""
     return f"{folder} belongs to a run that is alive{whose}: need its end or another --output-dir"

@@ -26,8 +26,8 @@ class Tracker:
         self._try(lambda: self.accelerator.init_trackers("dino", settings, {self.name: own()}))
 
     def _of_tensorboard(self) -> dict:
-        # log.jsonl is cut after the saved step: of what an earlier start, or a run that was
-        # overwritten, wrote from this step on TensorBoard shows nothing
+        # log.jsonl is cut after the saved step. TensorBoard likewise hides what an earlier start,
+        # or a run that was overwritten, wrote from purge_step on.
         step = self.run.steps_before
         return {"purge_step": step + 1 if step else 0}
 

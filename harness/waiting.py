@@ -4,8 +4,8 @@ A thread that has nothing to do looks again and again for work, and only after a
 is fastest as long as each thread has a core of its own. Where other programs want the cores, it
 takes from them what the working threads need: beside a busy program, the quick start on two cores
 is nearly twice as fast with threads that sleep early (46 images/s in place of 25), and alone a
-quarter slower (63 in place of 84). So they do only where the cores are busy. No result depends on
-it.
+quarter slower (63 in place of 84). So threads sleep early only where the cores are busy. No result
+depends on it.
 """
 
 import os

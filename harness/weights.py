@@ -252,7 +252,8 @@ def weights_of(file: WeightsFile, role: Role) -> Weights:
     weights = Weights(backbone.tensors, head, (*notes, *backbone.notes))
     _check_kinds(weights, file.path)
     last_layer = head.get("last_layer.weight")
-    is_ours = bool(parts["projection_head"])  # which leaves out a gain that is fixed at 1
+    # this project's files name the head so, and leave out a gain that is fixed at 1
+    is_ours = bool(parts["projection_head"])
     lacks_gain = last_layer is not None and "last_layer.gain" not in head
     if is_ours and lacks_gain and _has_weight_norm(file):
         head["last_layer.gain"] = torch.ones(len(last_layer), 1)
@@ -320,8 +321,8 @@ def sizes_of(backbone: Tensors) -> dict[str, int]:
     if embed is None or positions is None or embed.ndim != 4 or positions.ndim != 3:
         return {}
     patch_size = embed.shape[-1]
-    # positions are those of the patches, a square, and of a class token and maybe some registers:
-    # the square below is the patches', since so few more do not make the next one
+    # A row for each patch of a square grid, and a few for a class token and registers: too few to
+    # reach the next square, so that the root, rounded down, is the grid's side.
     side = math.isqrt(positions.shape[1])
     return {"patch_size": patch_size, "image_size": patch_size * side}
 
@@ -425,7 +426,7 @@ def recognise(weights: Weights, path: str | Path, arch: str | None = None) -> Re
             return _recognised(config, by_timms_names(backbone, _build_on_meta(config)))
         except ValueError as error:
             raise ValueError(f"{path} as {arch}: {error}") from error
-    least: tuple[int, str] | None = None
+    least: tuple[int, str] | None = None  # how many keys differ from the closest, and a text on it
     for candidate in _candidates(backbone):
         with contextlib.suppress(ValueError):  # it cannot be this one
             config = _config_with(candidate, backbone)

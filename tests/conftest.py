@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Split --kills into tests of five: `first_kill` is the number of each test's first one."""
     if "first_kill" in metafunc.fixturenames:
         num_kills = metafunc.config.getoption("--kills")
         metafunc.parametrize("first_kill", range(0, num_kills, 5))

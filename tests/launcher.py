@@ -5,9 +5,9 @@
 A request is a line of JSON: `flags` of dino_train.py; `world` processes of it, under `fsdp` or DDP;
 `out`, a folder for what they print; and what kills them all with SIGKILL: `kill_after` seconds, or
 `kill_at` a function's call, as ["module.name", number]. `file_limit_after` is [number, bytes]: no
-larger file can be written from the `number`-th save on. `nan_at` is [rank, number]: what crops are
-not numbers. `script` is another one's name, `env` more of the environment. The answer is
-a line with the exit codes.
+larger file can be written from the `number`-th save on. `nan_at` is [rank, number]: that process's
+`number`-th batch of crops is NaN. `script` is another one's name, `env` more of the environment.
+The answer is a line with the exit codes.
 """
 
 import contextlib

@@ -533,7 +533,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for rank, is_refused in ((3, False), (4, True)):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        expected = pytest.raises(ValueError, match="process 4 sees 4: fewer processes")
+        expected = pytest.raises(ValueError, match="process 4, counted from 0, sees only 4")
         with expected if is_refused else nullcontext():
             distributed._check_launch(processes)
 

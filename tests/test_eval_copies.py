@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +294,12 @@ def test_images_of_the_run_itself_are_no_others(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"got {tmp_path} beside {tmp_path}/some"):
             check_places(options, str(tmp_path / "some"))
         check_places(options, f"{tmp_path}-others")
+        of_copydays = replace(options, copydays=tmp_path)  # whose folders are known
+        others, originals = str(tmp_path / "others"), str(tmp_path / "original")
+        check_places(replace(of_copydays, **{flag: others}), str(tmp_path))
+        with pytest.raises(ValueError, match="need other images"):
+            check_places(replace(of_copydays, **{flag: originals}), str(tmp_path))
+        check_places(options, "cifar10")
         (tmp_path / flag).symlink_to(tmp_path)
         with pytest.raises(ValueError, match="need other images"):
             check_places(options, str(tmp_path / flag))

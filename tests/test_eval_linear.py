@@ -18,6 +18,7 @@ from eval_linear import (
     by_class,
     chosen_lr,
     confusion_matrix,
+    fit_probes,
     linear_accuracy,
     train_on_crops,
     train_probes,
@@ -109,26 +110,30 @@ def test_table_and_json_report_the_best_rate(tmp_path: Path, tiny_run: Path, scr
     assert list(report["per_class_top1"]) == ["checks", "stripes"]
 
 
-def test_probe_is_kept_for_the_features_that_embed_gives(
+def test_probe_that_is_kept_is_the_best_rates_of_the_features(
     tmp_path: Path, tiny_run: Path, script
 ) -> None:
     out, probe = tmp_path / "linear.json", tmp_path / "probe.safetensors"
     flags = ["--json-out", out, "--probe-out", probe, "--epochs", 5, "--eval-size", 20]
     result = script("eval_linear", tiny_run, *flags)
     assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
     features = tmp_path / "features.safetensors"
     flags = ["--features-out", features, "--eval-size", 20]
     assert script("eval_knn", tiny_run, *flags).returncode == 0
-    weight, bias = (load_file(probe)[name] for name in ("weight", "bias"))
-    tensors = load_file(features)
-    guesses = (tensors["test_features"] @ weight.T + bias).argmax(dim=1)
-    accuracy = 100 * (guesses == tensors["test_labels"]).double().mean().item()
-    report = json.loads(out.read_text())
-    assert accuracy == pytest.approx(report["best_top1"])
+    tensors, settings = load_file(features), config(epochs=5)
+    rows = torch.arange(len(tensors["train_labels"]))
+    of_all = fit_probes(tensors["train_features"], tensors["train_labels"], rows, 2, settings)
+    best = settings.lrs.index(report["best_lr"])
+    torch.testing.assert_close(load_file(probe)["weight"], of_all.weight[best])
+    torch.testing.assert_close(load_file(probe)["bias"], of_all.bias[best])
     with safe_open(probe, "pt") as file:
         metadata = json.loads(file.metadata()["metadata"])
     assert metadata["classes"] == ["checks", "stripes"] and metadata["eval_size"] == 20
     assert metadata["backbone_crc32"] == report["backbone_crc32"]
+    flags = ["--probe-out", out, "--json-out", out]
+    result = script("eval_linear", tiny_run, *flags)
+    assert result.returncode == 2 and "need two files" in result.stderr
 
 
 def test_rate_is_chosen_without_the_test_images() -> None:

@@ -11,7 +11,9 @@ from conftest import read_log
 from PIL import Image
 from test_visualize import write_checkpoint
 from torch import nn
+from torch.utils.data import Subset
 
+from data import ImageDataset
 from harness.distributed import make_accelerator
 from harness.evaluation import (
     EvalConfig,
@@ -19,6 +21,7 @@ from harness.evaluation import (
     layer_features,
     open_backbone,
     with_levels_of,
+    workers_for,
 )
 from harness.opened_network import Preparation, normalized, open_network
 from models import get_backbone, load_checkpoint, save_checkpoint
@@ -188,3 +191,19 @@ def test_size_that_a_network_does_not_take_is_one_line(tmp_path: Path, script) -
     )
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "no features of test_vit at 9 x 9 px" in result.stderr
+
+
+def test_images_are_decoded_beside_a_gpu_and_not_where_that_gains_nothing() -> None:
+    decoded = ImageDataset(np.array([b"a.jpg"]), None)
+    in_memory = ImageDataset(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), None)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert workers_for(decoded, cpu) == workers_for(Subset(in_memory, [0]), gpu) == 0
+    assert workers_for(Subset(decoded, [0]), gpu) == workers_for(decoded, gpu) >= 1
+
+
+@pytest.mark.parametrize("name", ["eval_knn", "embed"])
+def test_fp16_on_a_cpu_is_refused(name: str, tiny_run: Path, tmp_path: Path, script) -> None:
+    more = ["--out", tmp_path / "f.npy"] if name == "embed" else []
+    result = script(name, tiny_run, "--mixed-precision", "fp16", *more)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "--mixed-precision fp16 needs a GPU" in result.stderr

@@ -355,7 +355,7 @@ def test_state_is_saved_after_so_many_minutes(tmp_path: Path, launch, tiny_flags
 
 @pytest.mark.slow
 def test_resume_names_all_that_differs_and_takes_over_what_is_harmless(
-    tmp_path: Path, script, launch: Launch, tiny_run: Path
+    tmp_path: Path, script, launch: Launch, tiny_run: Path, tiny_flags: list[str]
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(tiny_run, folder)
@@ -384,6 +384,12 @@ def test_resume_names_all_that_differs_and_takes_over_what_is_harmless(
     assert gentler.codes == [0], gentler.text
     for said in ("--lr 0.005 (was", "--clip-grad 0.3 (was", "--mixed-precision bf16 (was no)"):
         assert f"taken over: {said}" in gentler.text
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("optim:\n  lr: 7.0\n  clip_grad: 9.0\n")
+    flags = ["--resume", folder, "--config", recipe, *tiny_flags[:2], "--epochs", 1]
+    other = parse_config([str(flag) for flag in flags])  # of these, a recipe changes nothing
+    assert (other.optim.lr, other.optim.clip_grad) == (0.005, 0.3)
+    assert other.run.mixed_precision == "bf16"
     same_batch = ["--batch-size", 4, "--accumulation-steps", 2, "--epochs", 5]
     assert launch(["--resume", folder, *same_batch]).codes == [0]
 

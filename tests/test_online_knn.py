@@ -157,6 +157,15 @@ def test_knn_data_that_cannot_be_used_is_one_line(tmp_path: Path, tiny_flags, sc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_log_says_of_how_many_images_knn_takes_some(tmp_path: Path, tiny_flags, script) -> None:
+    for most, said in ((30, True), (72, False)):  # 72 of 80 images, as a tenth tests
+        flags = ["--epochs", 1, "--knn-images", most, "--output-dir", tmp_path / str(most)]
+        result = script("dino_train", *tiny_flags, *flags)
+        text = "k-NN during training compares with 30 of 72 images (--knn-images)"
+        assert (text in result.stdout) is said, result.stdout
+
+
 def test_evaluation_is_said_in_words() -> None:
     measured = {"knn_top1": 44.64, "probe_top1": 51.2, "rankme": 17.31}
     measured |= {"variance_share_1": 0.604, "variance_share_10": 0.9}
